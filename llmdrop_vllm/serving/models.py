@@ -1,0 +1,94 @@
+"""vLLM's own model classes, made able to drop: one subclass per stock class, created when vLLM asks for it.
+
+vLLM imports models by a `module:attribute` string. The attribute here is `Architecture@stock.module.StockClass`, so
+every process can create the same class from the string alone.
+"""
+
+import importlib
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+
+from llmdrop_vllm.families import family_of
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.serving.dropping import Dropping, dropping
+from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from vllm.config import VllmConfig
+
+# Under vLLM's logger, so that the line looks like the others; at WARNING, because without vLLM's logging set-up
+# anything lower is hidden by default.
+logger = init_logger("vllm.llmdrop")
+
+
+class Droppable(nn.Module):
+    """Mixed in before a stock model class: builds it without the sublayers that the config's mask drops.
+
+    Without a mask, construction and loading are the stock class's own.
+    """
+
+    architecture: str
+    drop_mask: DropMask
+
+    def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
+        mask = DropMask.from_config(vllm_config.model_config.hf_config)
+        if not mask:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            self.drop_mask = mask
+            return
+        family = family_of(self.architecture)
+        assert family is not None, f"{self.architecture} was registered without a row in the family table"
+        with dropping(mask, family, vllm_config) as dropped:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        dropped.finish(self)
+        self.drop_mask = mask
+        self.quantized = vllm_config.quant_config is not None
+        self.hf_to_vllm_mapper = RefuseDroppedAdapters.around(self)
+        _log(dropped)
+
+    def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
+        """As the stock class, but a kept sublayer without its weights is an error whatever the quantization."""
+        if not self.drop_mask:
+            return super().load_weights(weights)  # type: ignore[misc, no-any-return]
+        seen: set[str] = set()
+        loaded: set[str] = super().load_weights(_recorded(weights, seen))  # type: ignore[misc]
+        check_all_loaded(self, loaded, seen, quantized=self.quantized)
+        return loaded
+
+
+def _recorded(weights: "Iterable[tuple[str, torch.Tensor]]", seen: set[str]) -> "Iterable[tuple[str, torch.Tensor]]":
+    for name, tensor in weights:
+        seen.add(name)
+        yield name, tensor
+
+
+def _log(dropped: Dropping) -> None:
+    """One line per model, from the first rank of each pipeline stage, whose share of the layers it then names."""
+    tp, pp = get_tp_group(), get_pp_group()
+    if tp.rank_in_group != 0:
+        return
+    ranks = f" on each of {tp.world_size} ranks" if tp.world_size > 1 else ""
+    layers = sorted(dropped.layer_index.values())
+    stage = f" in pipeline stage {pp.rank_in_group} (layers {layers[0]}-{layers[-1]})" if pp.world_size > 1 else ""
+    logger.warning("%s; %s%s%s", dropped.mask.summary(), dropped.kv_bytes.summary(), ranks, stage)
+
+
+@cache
+def _droppable(name: str) -> type[nn.Module]:
+    architecture, _, path = name.partition("@")
+    module, _, class_name = path.rpartition(".")
+    stock = getattr(importlib.import_module(module), class_name)
+    return type(stock.__name__, (Droppable, stock), {"architecture": architecture, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if "@" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _droppable(name)

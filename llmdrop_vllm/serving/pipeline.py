@@ -1,0 +1,95 @@
+"""Pipeline stages for a dropped model: KV capacity is the minimum over stages, so attention is what must be balanced."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmdrop_vllm.mask import DropMask, MaskError
+
+StageCost = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Weights of one attention and one MLP sublayer, in bytes on one rank; decoding reads them once per step."""
+
+    attention_bytes: float
+    mlp_bytes: float
+
+
+def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: float = math.inf) -> list[int]:
+    """Layers per pipeline stage: as much KV cache as possible first, then the fastest slowest stage.
+
+    memory_bytes: what a stage has for weights and KV cache together; infinite where the KV cache has memory of its own.
+    Every stage keeps at least one attention sublayer, for vLLM cannot run one without. Raises MaskError where there are
+    fewer attention sublayers than stages.
+    """
+    if len(mask.kept_attention) < num_stages:
+        raise MaskError(
+            f"{len(mask.kept_attention)} attention sublayers remain for {num_stages} pipeline stages; every stage needs "
+            f"one: drop less or use --pipeline-parallel-size {len(mask.kept_attention)} or less"
+        )
+    no_attention, no_mlp = mask.dropped
+    layers = range(mask.num_hidden_layers)
+    kept_attention = _running_sum([layer not in no_attention for layer in layers])
+    kept_mlp = _running_sum([layer not in no_mlp for layer in layers])
+
+    def attention_in(start: int, end: int) -> int:
+        return kept_attention[end] - kept_attention[start]
+
+    def weights_in(start: int, end: int) -> float:
+        return attention_in(start, end) * cost.attention_bytes + (kept_mlp[end] - kept_mlp[start]) * cost.mlp_bytes
+
+    def kv_cost(start: int, end: int) -> float:
+        """Lower is better: the negative of the memory for each attention sublayer's share of the KV cache."""
+        attention = attention_in(start, end)
+        if not attention:
+            return math.inf
+        return attention if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / attention
+
+    best_kv = _worst_stage(_best_split(len(layers), num_stages, kv_cost), kv_cost)
+
+    def compute_cost(start: int, end: int) -> float:
+        return weights_in(start, end) if kv_cost(start, end) <= best_kv else math.inf
+
+    return [end - start for start, end in _best_split(len(layers), num_stages, compute_cost)]
+
+
+def stage_attention(mask: DropMask, layers_per_stage: list[int]) -> list[int]:
+    """How many attention sublayers each stage of a partition has."""
+    counts, start = [], 0
+    for size in layers_per_stage:
+        counts.append(sum(start <= layer < start + size for layer in mask.kept_attention))
+        start += size
+    return counts
+
+
+def _running_sum(flags: list[bool]) -> list[int]:
+    sums = [0]
+    for flag in flags:
+        sums.append(sums[-1] + flag)
+    return sums
+
+
+def _worst_stage(stages: list[tuple[int, int]], cost: StageCost) -> float:
+    return max(cost(start, end) for start, end in stages)
+
+
+def _best_split(num_layers: int, num_stages: int, cost: StageCost) -> list[tuple[int, int]]:
+    """Contiguous non-empty stages whose largest cost is smallest; of equals, the one with the smallest sum of squares."""
+    start: dict[int, tuple[tuple[float, float], list[tuple[int, int]]]] = {0: ((-math.inf, 0.0), [])}
+    best = start
+    for stage in range(1, num_stages + 1):
+        extended = {}
+        for end in range(stage, num_layers - (num_stages - stage) + 1):
+            extended[end] = min(
+                (
+                    ((max(worst, its), squares + its * its), [*stages, (begin, end)])
+                    for begin, ((worst, squares), stages) in best.items()
+                    if begin < end
+                    for its in (cost(begin, end),)
+                ),
+                key=lambda candidate: candidate[0],
+            )
+        best = extended
+    return best[num_layers][1]

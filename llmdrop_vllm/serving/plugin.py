@@ -1,0 +1,28 @@
+"""Where this package meets vLLM's registries: model classes by architecture, and hooks that see a config first."""
+
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
+
+from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
+from llmdrop_vllm.serving import config_hook
+
+MODELS_MODULE = "llmdrop_vllm.serving.models"
+
+
+def register_with_vllm() -> None:
+    """Replace the supported architectures' entries by droppable ones, and put a config hook before all of them.
+
+    The hook sees every architecture, because a mask on one that cannot drop must be refused, not ignored.
+    """
+    for architecture in BY_ARCHITECTURE:
+        entry = ModelRegistry.models.get(architecture)
+        stock = getattr(entry, "module_name", MODELS_MODULE)
+        if stock == MODELS_MODULE:  # this vLLM lacks the architecture, or it is registered already
+            continue
+        target = f"{MODELS_MODULE}:{architecture}@{stock}.{entry.class_name}"
+        ModelRegistry.register_model(architecture, target)
+        ModelRegistry.register_model(EXPLICIT_PREFIX + architecture, target)
+    for architecture in [*ModelRegistry.get_supported_archs()]:
+        inner = MODELS_CONFIG_MAP.get(architecture)
+        if not isinstance(inner, config_hook.ConfigHook):
+            MODELS_CONFIG_MAP[architecture] = config_hook.ConfigHook(architecture, inner)

@@ -1,0 +1,63 @@
+"""Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from torch import nn
+from vllm.model_executor.models.utils import WeightsMapper
+
+from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+
+
+def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
+    """Raise ValueError naming the weights of kept sublayers that the checkpoint lacked.
+
+    loaded: parameter names that the stock class says it filled; seen: tensor names that the checkpoint gave. vLLM's own
+    check exempts linear layers, and counts a merged parameter (q, k and v in one) as loaded once one part was there.
+    A quantized model's parameters are not its checkpoint's tensors, so only the merged ones are checked there.
+    """
+    missing = set() if quantized else {name for name, _ in model.named_parameters()} - loaded
+    merged: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    for name in loaded:
+        for part, sources in merged.items():
+            if f".{part}." in name:
+                given = {name.replace(f".{part}.", f".{source}.") for source in sources}
+                # Where no part is known by its stock name, the checkpoint has other names or the merged tensor itself.
+                if given & seen:
+                    missing |= given - seen
+    if missing:
+        raise ValueError(f"the checkpoint lacks weights of sublayers that the mask keeps: {', '.join(sorted(missing))}")
+
+
+@dataclass
+class RefuseDroppedAdapters(WeightsMapper):
+    """The model's own weight-name mapper, which refuses LoRA weights for a dropped sublayer instead of losing them.
+
+    vLLM asks a model's mapper for its renames when it loads an adapter, and maps every tensor name of the adapter.
+    """
+
+    dropped: tuple[str, ...] = ()
+    names_an_adapter: bool = False
+
+    @classmethod
+    def around(cls, model: nn.Module) -> Self:
+        """The mapper of `model`, whose sublayers are dropped already."""
+        stock = getattr(model, "hf_to_vllm_mapper", WeightsMapper())
+        dropped = (name for name, module in model.named_modules() if isinstance(module, DroppedSublayer | DroppedNorm))
+        return cls(**{field.name: getattr(stock, field.name) for field in fields(stock)}, dropped=tuple(dropped))
+
+    def get_rename_mapper(self) -> Self:
+        """What LoRA loading uses; see the stock class."""
+        return replace(super().get_rename_mapper(), names_an_adapter=True)  # type: ignore[return-value, call-arg]
+
+    def map_name(self, key: str) -> str | None:
+        """As the stock class. Raises ValueError for an adapter's tensor that belongs to a dropped sublayer."""
+        name = super().map_name(key)
+        if self.names_an_adapter and name is not None:
+            for module in self.dropped:
+                if name.startswith(f"{module}."):
+                    raise ValueError(
+                        f"the LoRA adapter carries {key}, but the drop mask removed {module}; "
+                        "train the adapter on the dropped model, or take that weight out of it"
+                    )
+        return name
