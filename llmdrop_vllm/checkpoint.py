@@ -1,15 +1,21 @@
 """Checkpoints on disk: which tensors the safetensors shards hold, read from their headers alone."""
 
-import json
 import re
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llmdrop_vllm.families import Family
 from llmdrop_vllm.mask import DropMask
 
 INDEX_FILE = "model.safetensors.index.json"
+
+
+class ShardIndex(BaseModel):
+    """model.safetensors.index.json: tensor name to the file that holds it."""
+
+    weight_map: dict[str, str]
 
 
 class CheckpointError(ValueError):
@@ -26,9 +32,9 @@ def tensor_names(directory: Path) -> dict[str, str]:
     index: dict[str, str] = {}
     if index_path.is_file():
         try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index_path} is not a safetensors index: {error!r}") from error
+            index = ShardIndex.model_validate_json(index_path.read_bytes()).weight_map
+        except ValidationError as error:
+            raise CheckpointError(f"{index_path} is not a safetensors index: {error}") from error
     files = sorted(set(index.values())) or sorted(path.name for path in directory.glob("model*.safetensors"))
     found = {name: file for file in files for name in _names_in(directory / file)}
     for name, file in index.items():

