@@ -69,6 +69,8 @@ def missing_tensors(names: set[str], family: Family, mask: DropMask) -> list[str
                 prefix = match[1]
                 tensors[int(match[2])].add(match[3])
         for layer in set(tensors).difference(dropped):
-            whole = max((other for other in tensors.values() if tensors[layer] < other), key=len, default=tensors[layer])
+            whole = max(
+                (other for other in tensors.values() if tensors[layer] < other), key=len, default=tensors[layer]
+            )
             missing += [f"{prefix}{layer}.{suffix}" for suffix in sorted(whole - tensors[layer])]
     return missing

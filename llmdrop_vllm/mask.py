@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
@@ -112,7 +112,7 @@ def _check_count(key: str, value: object) -> None:
         raise MaskError(f"{key} is {value!r}; expected a positive integer")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     # bool is a subclass of int: without this, [False, True] would read as layers 0 and 1.
     return isinstance(value, int) and not isinstance(value, bool)
 

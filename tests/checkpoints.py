@@ -23,6 +23,7 @@ TINY_LLAMA = {
     "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",

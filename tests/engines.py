@@ -20,7 +20,14 @@ ONE_GIB = 1 << 30
 @contextmanager
 def engine(path: Path, **options: Any) -> Iterator[LLM]:
     """An engine for the checkpoint at `path`, gone again afterwards: the next test starts another in this process."""
-    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256} | options
+    # On CPU the utilization is a share of the memory that must be free; the size of the KV cache is set above.
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+        "gpu_memory_utilization": 0.3,
+    } | options
     llm = LLM(str(path), **options)
     try:
         yield llm
@@ -34,7 +41,13 @@ def engine(path: Path, **options: Any) -> Iterator[LLM]:
 
 def greedy(llm: LLM, prompt: list[int], tokens: int = 12, **options: Any) -> tuple[list[int], list[float], list[float]]:
     """(greedy token ids, their log-probabilities, log-probability of each prompt token after the first)."""
-    options = {"temperature": 0, "max_tokens": tokens, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True} | options
+    options = {
+        "temperature": 0,
+        "max_tokens": tokens,
+        "prompt_logprobs": 0,
+        "logprobs": 0,
+        "ignore_eos": True,
+    } | options
     (request,) = llm.generate(
         [{"prompt_token_ids": prompt}], SamplingParams(**options, detokenize=False), use_tqdm=False
     )

@@ -1,4 +1,4 @@
-"""The drop mask: every dialect read and written, and every bad value refused with its key, its value and what is allowed."""
+"""The drop mask: every dialect read and written; bad values refused with key, value and what is allowed."""
 
 import json
 
@@ -48,7 +48,9 @@ def test_dialects_that_agree_are_one_mask_with_the_rank_order(mask):
 
 
 def test_dialects_that_disagree_are_both_named():
-    config = {"num_hidden_layers": 4} | DropMask(4, (1,)).to_config("llm-drop") | DropMask(4, (2,)).to_config("transformers")
+    config = (
+        {"num_hidden_layers": 4} | DropMask(4, (1,)).to_config("llm-drop") | DropMask(4, (2,)).to_config("transformers")
+    )
     with pytest.raises(MaskError, match=r"llm-drop says .*\[1\].*transformers says .*\[2\]"):
         DropMask.from_config(config)
 
@@ -89,7 +91,10 @@ def test_reads_block_configs_that_are_objects():
 
 
 BAD = {
-    "index out of range": ({"drop_attn_list": [1, 4]}, r"drop_attn_list names layer 4; the model's 4 layers are 0 to 3"),
+    "index out of range": (
+        {"drop_attn_list": [1, 4]},
+        r"drop_attn_list names layer 4; the model's 4 layers are 0 to 3",
+    ),
     "negative index": ({"drop_mlp_list": [-1]}, r"drop_mlp_list names layer -1; .* 0 to 3"),
     "duplicate index": ({"drop_attn_list": [2, 2]}, r"drop_attn_list names layer 2 twice"),
     "string": ({"drop_attn_list": "25,26"}, r"drop_attn_list is '25,26'; expected a list"),
@@ -111,7 +116,10 @@ BAD = {
     "per-layer width": ({"per_layer_config": {"1": {"num_key_value_heads": 2}}}, r"overrides num_key_value_heads"),
     "blocks of another depth": ({"block_configs": []}, r"block_configs describes 0 layers; the model has 4"),
     "blocks of another type": ({"block_configs": "no"}, r"block_configs is 'no'"),
-    "block without ffn": ({"block_configs": [{"attention": {"no_op": True}}] * 4}, r"block_configs\[0\].ffn is missing"),
+    "block without ffn": (
+        {"block_configs": [{"attention": {"no_op": True}}] * 4},
+        r"block_configs\[0\].ffn is missing",
+    ),
     "no_op of another type": (
         {"block_configs": [{"attention": {"no_op": 1}, "ffn": {"no_op": False}}] * 4},
         r"block_configs\[0\].attention.no_op is 1; expected true or false",
@@ -121,7 +129,10 @@ BAD = {
         r"replace_with_linear is set",
     ),
     "no layer count": ({"num_hidden_layers": None}, r"no layer count"),
-    "layer count of another type": ({"num_hidden_layers": "4"}, r"num_hidden_layers is '4'; expected a positive integer"),
+    "layer count of another type": (
+        {"num_hidden_layers": "4"},
+        r"num_hidden_layers is '4'; expected a positive integer",
+    ),
 }
 
 

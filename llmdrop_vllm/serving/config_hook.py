@@ -1,4 +1,4 @@
-"""What happens when vLLM reads a config, before any worker starts or weight is read: a mask is checked and planned for."""
+"""What happens when vLLM reads a config, before any worker starts: a mask is checked and planned for."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmdrop_vllm.checkpoint import CheckpointError, missing_tensors, tensor_names
-from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, Family, family_of
+from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.mask import DropMask, MaskError, block_entry
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
@@ -85,8 +85,8 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
         _check_uniform(config)
     if not mask.kept_attention:
         raise MaskError(
-            f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; vLLM schedules requests by their "
-            "KV cache, so at least one must remain"
+            f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; vLLM schedules requests by "
+            "their KV cache, so at least one must remain"
         )
     return mask
 
@@ -101,8 +101,8 @@ def _refuse_unsupported(architecture: str, config: object) -> None:
         raise
     if dropped and not (architecture in READS_BLOCK_CONFIGS and dialects == ("nemotron-nas",)):
         raise MaskError(
-            f"the config has a drop mask ({', '.join(dialects)}), but {architecture} has no row in the family table and "
-            f"would be served undropped; supported: {', '.join(sorted(BY_ARCHITECTURE))}"
+            f"the config has a drop mask ({', '.join(dialects)}), but {architecture} has no row in the family table "
+            f"and would be served undropped; supported: {', '.join(sorted(BY_ARCHITECTURE))}"
         )
 
 

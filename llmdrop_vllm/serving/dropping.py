@@ -90,7 +90,8 @@ class Dropping:
             raise SubstitutionError(
                 f"{type(model).__name__} was not built as the family table's row {self.family.name!r} says: "
                 f"layers {start} to {end - 1} expected, {sorted(built)} seen; "
-                f"not replaced: {sorted(expected - self.replaced)}, replaced unasked: {sorted(self.replaced - expected)}"
+                f"not replaced: {sorted(expected - self.replaced)}, "
+                f"replaced unasked: {sorted(self.replaced - expected)}"
             )
         self.kv_bytes.add_kept(model, self.vllm_config)
 
@@ -99,7 +100,7 @@ class Dropping:
 def dropping(mask: DropMask, family: Family, vllm_config: "VllmConfig") -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
     hook = Dropping(mask, family, vllm_config)
-    handle = register_module_module_registration_hook(hook)  # type: ignore[arg-type]  # may return a module
+    handle = register_module_module_registration_hook(hook)
     try:
         yield hook
     finally:

@@ -56,9 +56,9 @@ class Droppable(nn.Module):
     def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
         """As the stock class, but a kept sublayer without its weights is an error whatever the quantization."""
         if not self.drop_mask:
-            return super().load_weights(weights)  # type: ignore[misc, no-any-return]
+            return super().load_weights(weights)
         seen: set[str] = set()
-        loaded: set[str] = super().load_weights(_recorded(weights, seen))  # type: ignore[misc]
+        loaded: set[str] = super().load_weights(_recorded(weights, seen))
         check_all_loaded(self, loaded, seen, quantized=self.quantized)
         return loaded
 

