@@ -8,8 +8,13 @@ EMBEDDED_MASK := {"drop_attn_list": [9, 8, 7, 6]}
 ifeq ($(MODEL),llmdrop_vllm/embedded/model)
 SERVE_DEFAULTS := --served-model-name embedded --hf-overrides '$(EMBEDDED_MASK)' --gpu-memory-utilization 0.3
 NAME := embedded
+ROUTE := chat/completions
+ASK := \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]
 else
+# A base model has no chat template.
 NAME := $(MODEL)
+ROUTE := completions
+ASK := \"prompt\": \"Once upon a time\"
 endif
 # Only read on a CPU: memory for the KV cache, in GiB. vLLM would take half of the machine's.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -28,8 +33,8 @@ setup: $(VENV)/ready ## create .venv with this package and the vLLM that fits th
 serve: $(VENV)/ready ## serve the embedded model, attention dropped; MODEL=... PORT=... ARGS="..." go to vllm serve
 	@echo "When the server says 'Application startup complete', paste into another terminal:"
 	@echo
-	@echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"model\": \"$(NAME)\", \"max_tokens\": 60, \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]}'"
+	@echo "  curl http://127.0.0.1:$(PORT)/v1/$(ROUTE) -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"$(NAME)\", \"max_tokens\": 60, \"temperature\": 0, $(ASK)}'"
 	@echo
 	$(VENV)/bin/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_DEFAULTS) $(ARGS)
 

@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
     echo "llmdrop: error: $("$python" --version) found, Python 3.11 or later needed; set PYTHON=/path/to/python3.11" >&2
     exit 1
 }
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 if [ -z "${ENGINE:-}" ]; then
     if nvidia-smi -L >/dev/null 2>&1; then ENGINE=cuda; else ENGINE=cpu; fi
 fi
@@ -22,11 +22,20 @@ echo "llmdrop: setting up $venv with llmdrop-vllm[$extras]"
 # configuration, and an unreachable index would only make it retry for minutes.
 index=()
 pytorch_cpu=https://download.pytorch.org/whl/cpu
-reachable() { "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$1" >/dev/null 2>&1; }
+reachable() (
+    cert=${PIP_CERT:-$("$venv/bin/python" -m pip config get global.cert 2>/dev/null || true)}
+    [ -z "$cert" ] || export SSL_CERT_FILE="$cert"
+    "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$1" >/dev/null 2>&1
+)
 if [ "$ENGINE" = cpu ] && reachable "$pytorch_cpu/torch/"; then
     index=(--extra-index-url "$pytorch_cpu")
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${index[@]}" -e ".[$extras]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${index[@]}" -e ".[$extras]" || {
+    echo "llmdrop: error: pip could not install llmdrop-vllm[$extras]" >&2
+    [ "$ENGINE" = cuda ] || [ -n "${index[*]}" ] ||
+        echo "llmdrop: $pytorch_cpu was not reachable; PIP_FIND_LINKS=/a/directory/with/torch+cpu.whl works without it" >&2
+    exit 1
+}
 
 if [ "$ENGINE" = cpu ]; then
     # From PyPI these come as CUDA builds, which raise at import and take Transformers down with them. vLLM serves text

@@ -4,8 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from llmdrop_vllm.dialects import MaskError
 from llmdrop_vllm.families import family_of
-from llmdrop_vllm.mask import DropMask, MaskError
+from llmdrop_vllm.mask import DropMask
 
 __version__ = "0.1.0"
 __all__ = ["DropMask", "MaskError", "__version__", "family_of", "register"]

@@ -1,15 +1,12 @@
-"""DropMask: which attention and MLP sublayers a model goes without, and the dialects in which a config says so."""
+"""DropMask: which attention and MLP sublayers a model goes without."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeGuard
+from typing import Any, Self
+
+from llmdrop_vllm.dialects import DIALECTS, WRITERS, MaskError, check_indices, is_int
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
-
-
-class MaskError(ValueError):
-    """A drop mask that cannot be read or served; the message names the key, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,10 @@ class DropMask:
 
     def __post_init__(self) -> None:
         _check_count("num_hidden_layers", self.num_hidden_layers)
-        _check_indices("attention", self.attention, self.num_hidden_layers)
-        _check_indices("mlp", self.mlp, self.num_hidden_layers)
+        for key in ("attention", "mlp"):
+            # Lists are accepted, and made tuples: a mask is a value that can be hashed.
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+            check_indices(key, getattr(self, key), self.num_hidden_layers)
 
     @classmethod
     def from_config(cls, config: object) -> Self:
@@ -38,7 +37,7 @@ class DropMask:
         """
         entries = config_dict(config)
         num_layers = layer_count(config)
-        masks = {name: cls(num_layers, *read(entries, num_layers)) for name, read in _present(entries).items()}
+        masks = {name: cls(num_layers, *DIALECTS[name].read(entries, num_layers)) for name in cls.dialects(entries)}
         if not masks:
             return cls(num_layers)
         (first, mask), *others = masks.items()
@@ -53,7 +52,14 @@ class DropMask:
     @staticmethod
     def dialects(config: object) -> tuple[str, ...]:
         """Names of the dialects that the config speaks, whether or not they drop anything."""
-        return tuple(_present(config_dict(config)))
+        entries = config_dict(config)
+        return tuple(name for name, dialect in DIALECTS.items() if any(key in entries for key in dialect.keys))
+
+    @staticmethod
+    def dialects_that_drop(config: object) -> tuple[str, ...]:
+        """Names of the dialects in which any config asks to drop something, without judging what else it says."""
+        entries = config_dict(config)
+        return tuple(name for name, dialect in DIALECTS.items() if dialect.asks(entries))
 
     @property
     def dropped(self) -> tuple[frozenset[int], frozenset[int]]:
@@ -79,7 +85,7 @@ class DropMask:
         """
         if dialect not in WRITERS:
             raise MaskError(f"unknown mask dialect {dialect!r}; known: {', '.join(WRITERS)}")
-        return WRITERS[dialect](self)
+        return WRITERS[dialect](self.num_hidden_layers, self.attention, self.mlp)
 
     def summary(self) -> str:
         """For people: `attention dropped in 8 of 32 layers [21-28], MLP in 0`."""
@@ -108,25 +114,8 @@ def layer_count(config: object) -> int:
 
 
 def _check_count(key: str, value: object) -> None:
-    if not _is_int(value) or value < 1:
+    if not is_int(value) or value < 1:
         raise MaskError(f"{key} is {value!r}; expected a positive integer")
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    # bool is a subclass of int: without this, [False, True] would read as layers 0 and 1.
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_indices(key: str, indices: Iterable[object], num_layers: int) -> None:
-    seen = set()
-    for index in indices:
-        if not _is_int(index):
-            raise MaskError(f"{key} holds {index!r}; expected layer indices or one boolean per layer")
-        if not 0 <= index < num_layers:
-            raise MaskError(f"{key} names layer {index}; the model's {num_layers} layers are 0 to {num_layers - 1}")
-        if index in seen:
-            raise MaskError(f"{key} names layer {index} twice; expected each layer once")
-        seen.add(index)
 
 
 def _ranges(indices: Iterable[int]) -> str:
@@ -139,133 +128,3 @@ def _ranges(indices: Iterable[int]) -> str:
             runs.append([index])
     spans = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f" [{','.join(spans)}]" if runs else ""
-
-
-# What each dialect means. A reader gives (attention, mlp) layer indices; a writer gives config entries.
-
-Indices = tuple[tuple[int, ...], tuple[int, ...]]
-Reader = Callable[[Mapping[str, Any], int], Indices]
-
-
-def _read_llm_drop(config: Mapping[str, Any], num_layers: int) -> Indices:
-    attention, mlp = (
-        _read_index_or_boolean_list(key, config.get(key, []), num_layers) for key in ("drop_attn_list", "drop_mlp_list")
-    )
-    return attention, mlp
-
-
-def _read_index_or_boolean_list(key: str, value: object, num_layers: int) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise MaskError(f"{key} is {value!r}; expected a list of layer indices or of one boolean per layer")
-    booleans = [entry for entry in value if isinstance(entry, bool)]
-    if not booleans:
-        _check_indices(key, value, num_layers)
-        return tuple(value)
-    if len(booleans) != len(value):
-        odd = next(entry for entry in value if not isinstance(entry, bool))
-        raise MaskError(f"{key} mixes booleans with {odd!r}; expected only indices or only booleans")
-    if len(booleans) != num_layers:
-        raise MaskError(f"{key} holds {len(booleans)} booleans; expected one for each of the {num_layers} layers")
-    return tuple(layer for layer, gone in enumerate(booleans) if gone)
-
-
-def _read_transformers(config: Mapping[str, Any], num_layers: int) -> Indices:
-    layers = config["per_layer_config"]
-    if not isinstance(layers, Mapping):
-        raise MaskError(f"per_layer_config is {layers!r}; expected an object keyed by layer index")
-    skipped: dict[str, list[int]] = {"attention": [], "mlp": []}
-    for key, overrides in layers.items():
-        where = f"per_layer_config[{key!r}]"
-        if not (_is_int(key) or (isinstance(key, str) and key.isdecimal())):
-            raise MaskError(f"per_layer_config has the key {key!r}; expected layer indices")
-        if not isinstance(overrides, Mapping):
-            raise MaskError(f"{where} is {overrides!r}; expected an object")
-        if extra := sorted(set(overrides) - {"skip"}):
-            raise MaskError(f"{where} overrides {', '.join(extra)}; only 'skip' is supported")
-        names = overrides.get("skip", [])
-        if not isinstance(names, list | tuple | set):
-            raise MaskError(f"{where}.skip is {names!r}; expected a list of 'attention' and 'mlp'")
-        for name in names:
-            if name not in skipped:
-                raise MaskError(f"{where}.skip holds {name!r}; expected 'attention' or 'mlp'")
-            skipped[name].append(int(key))
-    for name, indices in skipped.items():
-        _check_indices(f"per_layer_config (skip {name})", indices, num_layers)
-    return tuple(sorted(skipped["attention"])), tuple(sorted(skipped["mlp"]))
-
-
-def _read_nemotron(config: Mapping[str, Any], num_layers: int) -> Indices:
-    blocks = config["block_configs"]
-    if not isinstance(blocks, Sequence) or isinstance(blocks, str):
-        raise MaskError(f"block_configs is {blocks!r}; expected a list of one object per layer")
-    if len(blocks) != num_layers:
-        raise MaskError(f"block_configs describes {len(blocks)} layers; the model has {num_layers}")
-    gone: dict[str, list[int]] = {"attention": [], "mlp": []}
-    for layer, block in enumerate(blocks):
-        for key, sublayer in NEMOTRON_NO_OP:
-            where = f"block_configs[{layer}].{key}"
-            settings = block_entry(block, key)
-            if settings is None:
-                raise MaskError(f"{where} is missing; expected an object with 'no_op'")
-            if block_entry(settings, "replace_with_linear"):
-                raise MaskError(f"{where}.replace_with_linear is set; only kept and no_op sublayers are supported")
-            no_op = block_entry(settings, "no_op")
-            if not isinstance(no_op, bool | None):
-                raise MaskError(f"{where}.no_op is {no_op!r}; expected true or false")
-            if no_op:
-                gone[sublayer].append(layer)
-    return tuple(gone["attention"]), tuple(gone["mlp"])
-
-
-def block_entry(block: object, key: str) -> Any:
-    """A field of a Nemotron-NAS block config, which is a dict on disk and an object in that family's config class."""
-    return block.get(key) if isinstance(block, Mapping) else getattr(block, key, None)
-
-
-def _write_llm_drop(mask: DropMask) -> dict[str, Any]:
-    return {"drop_attn_list": list(mask.attention), "drop_mlp_list": list(mask.mlp)}
-
-
-def _write_llm_drop_booleans(mask: DropMask) -> dict[str, Any]:
-    layers = range(mask.num_hidden_layers)
-    return {
-        "drop_attn_list": [layer in mask.attention for layer in layers],
-        "drop_mlp_list": [layer in mask.mlp for layer in layers],
-    }
-
-
-def _write_transformers(mask: DropMask) -> dict[str, Any]:
-    layers = {}
-    for layer in range(mask.num_hidden_layers):
-        skip = [name for name in ("attention", "mlp") if layer in getattr(mask, name)]
-        if skip:
-            layers[str(layer)] = {"skip": skip}
-    return {"per_layer_config": layers}
-
-
-def _write_nemotron(mask: DropMask) -> dict[str, Any]:
-    blocks = [
-        {key: {"no_op": layer in getattr(mask, sublayer)} for key, sublayer in NEMOTRON_NO_OP}
-        for layer in range(mask.num_hidden_layers)
-    ]
-    return {"block_configs": blocks}
-
-
-# The first that is present decides the rank order, so the only dialect that has one comes first. "runtime" is read as
-# LLM-Drop: vLLM merges --hf-overrides into the config before anyone sees it.
-READERS: dict[str, tuple[tuple[str, ...], Reader]] = {
-    "llm-drop": (("drop_attn_list", "drop_mlp_list"), _read_llm_drop),
-    "transformers": (("per_layer_config",), _read_transformers),
-    "nemotron-nas": (("block_configs",), _read_nemotron),
-}
-WRITERS: dict[str, Callable[[DropMask], dict[str, Any]]] = {
-    "llm-drop": _write_llm_drop,
-    "llm-drop-booleans": _write_llm_drop_booleans,
-    "transformers": _write_transformers,
-    "nemotron-nas": _write_nemotron,
-    "runtime": _write_llm_drop,
-}
-
-
-def _present(config: Mapping[str, Any]) -> dict[str, Reader]:
-    return {name: read for name, (keys, read) in READERS.items() if any(key in config for key in keys)}

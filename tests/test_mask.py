@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdrop_vllm.mask import WRITERS, DropMask, MaskError
+from llmdrop_vllm.dialects import WRITERS, MaskError
+from llmdrop_vllm.mask import DropMask
 
 # From the literature: (layers, attention in rank order, MLP in rank order).
 PUBLISHED = {
@@ -67,6 +68,23 @@ def test_a_config_without_a_mask_drops_nothing():
     assert not DropMask.from_config({"num_hidden_layers": 3})
     assert DropMask.dialects({"num_hidden_layers": 3}) == ()
     assert DropMask.dialects({"num_hidden_layers": 3, "drop_mlp_list": []}) == ("llm-drop",)
+
+
+@given(masks())
+def test_a_mask_is_asked_for_in_every_dialect_that_drops_something(mask):
+    for dialect in WRITERS:
+        asked = DropMask.dialects_that_drop(mask.to_config(dialect))
+        assert bool(asked) == bool(mask), dialect
+
+
+def test_other_uses_of_the_same_keys_ask_for_nothing():
+    """Gemma 4 says its head widths in per_layer_config, and other models have block configs of another schema."""
+    assert DropMask.dialects_that_drop({"per_layer_config": {"05": {"head_dim": 512}}}) == ()
+    assert DropMask.dialects_that_drop({"block_configs": [{"block_type": "moe"}], "drop_attn_list": []}) == ()
+
+
+def test_a_mask_of_lists_is_a_value_too():
+    assert hash(DropMask(4, attention=[2, 1])) == hash(DropMask(4, attention=(2, 1)))
 
 
 def test_reads_a_transformers_config_object_in_every_dialect():

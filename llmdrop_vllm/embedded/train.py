@@ -25,12 +25,12 @@ BATCH_TOKENS = 8192
 # (sequence length, share of the time)
 PHASES = ((256, 0.6), (SEQ_LEN, 0.4))
 PEAK_LR, FINAL_LR, WARMUP_SHARE = 4e-3, 1e-4, 0.02
-# What `User: ...` looks like in the corpus; a conversation is just its last question, the model knows no dialogue.
+# The form of the corpus, question and answer; the model has seen no longer dialogue.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ '<|assistant|>' + message.content + '<|end|>' }}"
-    "{% else %}{{ '<|user|>' + message.content }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    f"{{% if message.role == 'assistant' %}}{{{{ '{ASSISTANT}' + message.content + '{END}' }}}}"
+    f"{{% else %}}{{{{ '{USER}' + message.content }}}}{{% endif %}}"
+    f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}' }}}}{{% endif %}}"
 )
 
 

@@ -1,5 +1,6 @@
 """What happens when vLLM reads a config, before any worker starts: a mask is checked and planned for."""
 
+import json
 import math
 import os
 import sys
@@ -8,18 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmdrop_vllm.checkpoint import CheckpointError, missing_tensors, tensor_names
+from llmdrop_vllm.checkpoint import CheckpointError, check_complete
+from llmdrop_vllm.dialects import MaskError, block_entry
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, family_of
-from llmdrop_vllm.mask import DropMask, MaskError, block_entry
+from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+MODELS_MODULE = "llmdrop_vllm.serving.models"
 # vLLM's way to set the stages, and our note of what we put there: a partition of ours must not outlive its engine.
 PARTITION, OUR_PARTITION = "VLLM_PP_LAYER_PARTITION", "LLMDROP_PP_LAYER_PARTITION"
 # Architectures that read `block_configs` by themselves; a no-op there is served dropped by stock vLLM.
 READS_BLOCK_CONFIGS = frozenset({"DeciLMForCausalLM"})
+SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
 
 
 class _VerifyAndUpdateConfig(Protocol):
@@ -45,8 +49,11 @@ class ConfigHook:
         """For the engine as a whole."""
         with _clear_errors():
             mask = checked_mask(self.architecture, vllm_config.model_config)
-            _check_checkpoint(self.architecture, mask, vllm_config)
             _set_partition(mask, vllm_config)
+            draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+            for model_config in (vllm_config.model_config, draft):
+                if model_config is not None:
+                    _prepare_model(model_config, vllm_config)
         if self.inner is not None:
             self.inner.verify_and_update_config(vllm_config)
 
@@ -69,18 +76,19 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
     Raises MaskError for a mask that cannot be served.
     """
     config = model_config.hf_config
-    family = family_of(architecture)
-    if family is None:
-        _refuse_unsupported(architecture, config)
-        if model_config.hf_text_config is not config:
-            _refuse_unsupported(architecture, model_config.hf_text_config)
+    if family_of(architecture) is None:
+        for each in (config, model_config.hf_text_config):
+            _refuse_unsupported(architecture, each)
         return None
+    _check_config_file(model_config)
     dialects = DropMask.dialects(config)
     if not dialects:
         if architecture.startswith(EXPLICIT_PREFIX):
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
     mask = DropMask.from_config(config)
+    if mask:
+        _check_registered(architecture)
     if "nemotron-nas" in dialects:
         _check_uniform(config)
     if not mask.kept_attention:
@@ -92,17 +100,36 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
 
 
 def _refuse_unsupported(architecture: str, config: object) -> None:
-    dialects = DropMask.dialects(config)
-    try:
-        dropped = bool(dialects) and bool(DropMask.from_config(config))
-    except MaskError:
-        if dialects == ("nemotron-nas",):  # another schema under the same key, vLLM's own to read
-            return
-        raise
-    if dropped and not (architecture in READS_BLOCK_CONFIGS and dialects == ("nemotron-nas",)):
+    dialects = DropMask.dialects_that_drop(config)
+    if dialects and not (architecture in READS_BLOCK_CONFIGS and dialects == ("nemotron-nas",)):
         raise MaskError(
             f"the config has a drop mask ({', '.join(dialects)}), but {architecture} has no row in the family table "
             f"and would be served undropped; supported: {', '.join(sorted(BY_ARCHITECTURE))}"
+        )
+
+
+def _check_config_file(model_config: "ModelConfig") -> None:
+    """Refuse a mask in config.json that did not reach vLLM's config: null, or another file was read instead."""
+    path = Path(model_config.model) / "config.json"
+    if model_config.hf_config_path is not None or not path.is_file():
+        return
+    entries = json.loads(path.read_bytes())
+    unseen = set(DropMask.dialects(entries)).difference(DropMask.dialects(model_config.hf_config))
+    if unseen and DropMask.from_config(entries):
+        raise MaskError(
+            f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
+            "another file; use --config-format hf --load-format hf"
+        )
+
+
+def _check_registered(architecture: str) -> None:
+    """Refuse to go on where another plugin or an option has taken the architecture: its class knows no masks."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    entry = ModelRegistry.models[architecture]
+    if getattr(entry, "module_name", None) != MODELS_MODULE:
+        raise MaskError(
+            f"the config has a drop mask, but {architecture} is registered as {entry}, which would ignore it"
         )
 
 
@@ -124,16 +151,22 @@ def _check_uniform(config: object) -> None:
                 )
 
 
-def _check_checkpoint(architecture: str, mask: DropMask | None, vllm_config: "VllmConfig") -> None:
-    """Look at the shards' headers: a damaged shard or a missing weight costs seconds here and minutes in a worker."""
-    directory = Path(vllm_config.model_config.model)
-    family = family_of(architecture)
-    by_headers = vllm_config.load_config.load_format in ("auto", "hf", "safetensors")
-    if not mask or family is None or not by_headers or not directory.is_dir():
+def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> None:
+    """For each model with a mask: look at its shards' headers, and keep its compiled code apart from the full model's.
+
+    A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM
+    compiled before this package was installed has the same cache key, and would be loaded.
+    """
+    family, mask = family_of(model_config.architecture), None
+    if family is not None and DropMask.dialects(model_config.hf_config):
+        mask = DropMask.from_config(model_config.hf_config)
+    if family is None or not mask:
         return
-    missing = missing_tensors(set(tensor_names(directory)), family, mask)
-    if missing:
-        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {', '.join(missing)}")
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config.setdefault("llmdrop", []).append(mask.summary())
+    directory = Path(model_config.model)
+    if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
+        check_complete(directory, family, mask)
 
 
 def _set_partition(mask: DropMask | None, vllm_config: "VllmConfig") -> None:

@@ -36,7 +36,7 @@ class Dropping:
     kv_bytes: KVBytes = field(default_factory=KVBytes)
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
-    doomed: dict[nn.Module, dict[str, type[nn.Module]]] = field(default_factory=dict)
+    substitutes: dict[nn.Module, dict[str, type[nn.Module]]] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
@@ -48,11 +48,11 @@ class Dropping:
                 self.layer_index[parent] = index
                 if index in dropped:
                     norm = sublayer.pre_norm
-                    self.doomed.setdefault(parent, {}).update({name: DroppedSublayer, norm: DroppedNorm})
-                    # Most layers assign their norms after the sublayers; for one that did before, assign again.
-                    if norm in parent._modules:
-                        setattr(parent, norm, parent._modules[norm])
-        substitute = self.doomed.get(parent, {}).get(name)
+                    self.substitutes.setdefault(parent, {}).update({name: DroppedSublayer, norm: DroppedNorm})
+                    # Most layers assign their norms after the sublayers; where it was before, assign it again.
+                    if (assigned := getattr(parent, norm, None)) is not None:
+                        setattr(parent, norm, assigned)
+        substitute = self.substitutes.get(parent, {}).get(name)
         if substitute is None:
             return None
         self.replaced.add((self.layer_index[parent], name))

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from llmdrop_vllm.families import family_of
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import VllmConfig
+
+# With these, vLLM's loader hands over a checkpoint in one call.
+WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
 
 # Under vLLM's logger, so that the line looks like the others; at WARNING, because without vLLM's logging set-up
 # anything lower is hidden by default.
@@ -50,13 +54,15 @@ class Droppable(nn.Module):
         dropped.finish(self)
         self.drop_mask = mask
         self.quantized = vllm_config.quant_config is not None
+        self.expects_whole_checkpoint = vllm_config.load_config.load_format in WHOLE_CHECKPOINT_FORMATS
         self.hf_to_vllm_mapper = RefuseDroppedAdapters.around(self)
         _log(dropped)
 
     def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
-        """As the stock class, but a kept sublayer without its weights is an error whatever the quantization."""
-        if not self.drop_mask:
+        """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error."""
+        if not self.drop_mask or not self.expects_whole_checkpoint:
             return super().load_weights(weights)
+        self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do
         seen: set[str] = set()
         loaded: set[str] = super().load_weights(_recorded(weights, seen))
         check_all_loaded(self, loaded, seen, quantized=self.quantized)

@@ -4,9 +4,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
-from llmdrop_vllm.serving import config_hook
-
-MODELS_MODULE = "llmdrop_vllm.serving.models"
+from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
 
 
 def register_with_vllm() -> None:
@@ -24,5 +22,5 @@ def register_with_vllm() -> None:
         ModelRegistry.register_model(EXPLICIT_PREFIX + architecture, target)
     for architecture in [*ModelRegistry.get_supported_archs()]:
         inner = MODELS_CONFIG_MAP.get(architecture)
-        if not isinstance(inner, config_hook.ConfigHook):
-            MODELS_CONFIG_MAP[architecture] = config_hook.ConfigHook(architecture, inner)
+        if not isinstance(inner, ConfigHook):
+            MODELS_CONFIG_MAP[architecture] = ConfigHook(architecture, inner)

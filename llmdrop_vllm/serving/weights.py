@@ -1,5 +1,6 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -7,6 +8,8 @@ from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper
 
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+
+IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
@@ -16,7 +19,10 @@ def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quan
     check exempts linear layers, and counts a merged parameter (q, k and v in one) as loaded once one part was there.
     A quantized model's parameters are not its checkpoint's tensors, so only the merged ones are checked there.
     """
-    missing = set() if quantized else {name for name, _ in model.named_parameters()} - loaded
+    missing: set[str] = set()
+    if not quantized:
+        # Outside the decoder layers, a head may be made by vLLM itself after loading.
+        missing |= {name for name, _ in model.named_parameters() if IN_A_LAYER.search(name)} - loaded
     merged: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     for name in loaded:
         for part, sources in merged.items():

@@ -6,12 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.plugins import load_general_plugins
 
-from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from llmdrop_vllm import DropMask, family_of
+from llmdrop_vllm.checkpoint import CheckpointError, check_complete
+from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_mask
+from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint
 
 load_general_plugins()
 
@@ -86,6 +92,45 @@ def test_a_model_that_vllm_would_run_through_transformers_is_refused(checkpoint)
         engine_config(checkpoint, hf_overrides={"drop_attn_list": [1]}, model_impl="transformers")
 
 
+def test_a_mask_that_another_config_file_hides_is_refused(tmp_path):
+    """vLLM prefers params.json where the weights are in Mistral's own format."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"drop_attn_list": [1]}))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(TINY_LLAMA))
+    model_config = engine_config(other).model_config
+    model_config.model = str(tmp_path)
+    with pytest.raises(ValueError, match=r"config.json has a drop mask \(llm-drop\) that vLLM does not see"):
+        checked_mask("LlamaForCausalLM", model_config)
+
+
+def test_null_in_the_transformers_dialect_is_refused(tmp_path):
+    """Transformers reads it as no entry at all."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"per_layer_config": None}))
+    with pytest.raises(ValueError, match="per_layer_config is None; expected an object"):
+        engine_config(tmp_path)
+
+
+def test_an_architecture_that_another_plugin_took_is_refused(checkpoint, monkeypatch):
+    entry = ModelRegistry.models["Qwen2ForCausalLM"]
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", entry)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is registered as .*qwen2.*, which would ignore it"):
+        engine_config(checkpoint, hf_overrides={"drop_attn_list": [1]})
+
+
+def test_a_mask_changes_the_key_of_compiled_code_beyond_the_config(checkpoint, monkeypatch):
+    """Code compiled by stock vLLM from the same config.json, before this package was installed, is never loaded."""
+    options = {"hf_overrides": {"drop_attn_list": [1]}}
+    ours = engine_config(checkpoint, **options).compute_hash()
+    assert engine_config(checkpoint, **options).compute_hash() == ours
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "LlamaForCausalLM")
+    assert engine_config(checkpoint, **options).compute_hash() != ours
+
+
+def test_a_config_without_a_mask_is_left_as_it_is(checkpoint):
+    assert engine_config(checkpoint).additional_config == {}
+
+
 def test_a_draft_model_is_checked_like_any_other(checkpoint, tmp_path):
     draft = write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [77]})
     speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
@@ -94,8 +139,6 @@ def test_a_draft_model_is_checked_like_any_other(checkpoint, tmp_path):
 
 
 def test_block_configs_of_an_architecture_that_reads_them_itself_are_left_alone():
-    from llmdrop_vllm.serving.config_hook import checked_mask
-
     class ModelConfig:
         hf_config = hf_text_config = {"num_hidden_layers": 1, "block_configs": [NO_BLOCK]}
 
@@ -132,12 +175,37 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing; .*index.json names it"):
             engine_config(tmp_path)
 
-    def test_index_that_disagrees_with_the_shards(self, tmp_path):
+    def test_index_that_names_what_no_shard_holds(self, tmp_path):
         write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
         index = {"weight_map": {"model.nrom.weight": "model.safetensors"}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=r"says that model.nrom.weight is in model.safetensors; it is in no shard"):
+        with pytest.raises(ValueError, match=r"lacks weights .* keeps: model.nrom.weight"):
             engine_config(tmp_path)
+
+    def test_index_may_still_name_what_was_dropped(self, tmp_path):
+        write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]}, strip=True)
+        names = dict.fromkeys(shapes(TINY_LLAMA), "model.safetensors")
+        names["model.layers.3.self_attn.o_proj.weight"] = "model-of-dropped.safetensors"
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        assert engine_config(tmp_path).model_config.architecture == "LlamaForCausalLM"
+
+    def test_draft_model(self, checkpoint, tmp_path):
+        draft = write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]}, without=("model.layers.2.mlp.",))
+        speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+        with pytest.raises(ValueError, match=r"lacks weights .* keeps: model.layers.2.mlp.down_proj.weight"):
+            engine_config(checkpoint, speculative_config=speculative)
+
+    def test_layers_that_were_left_unquantized_lack_no_scales(self, tmp_path):
+        names = [
+            f"model.layers.{layer}.mlp.up_proj.{name}" for layer in range(3) for name in ("weight", "weight_scale")
+        ]
+        names.remove("model.layers.1.mlp.up_proj.weight_scale")
+        save_file({name: np.zeros(1) for name in names}, tmp_path / "model.safetensors")
+        family, mask = family_of("LlamaForCausalLM"), DropMask(3, attention=(0, 1, 2))
+        check_complete(tmp_path, family, mask)
+        save_file({name: np.zeros(1) for name in names[1:]}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="model.layers.0.mlp.up_proj.weight"):
+            check_complete(tmp_path, family, mask)
 
     def test_index_that_is_none(self, tmp_path):
         write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [3]})
@@ -178,12 +246,19 @@ class TestPipeline:
 
 
 @pytest.mark.processes
-def test_the_vllm_command_ends_with_one_line_and_not_zero(checkpoint):
-    command = [Path(sys.executable).with_name("vllm"), "serve", checkpoint, "--skip-tokenizer-init"]
-    overrides = ["--hf-overrides", '{"drop_attn_list": [99]}']
+@pytest.mark.parametrize(
+    ("mask", "without", "error"),
+    [
+        ("[99]", (), "drop_attn_list names layer 99; the model's 8 layers are 0 to 7"),
+        ("[3]", ("model.layers.2.self_attn.v",), "that the mask keeps: model.layers.2.self_attn.v_proj.weight"),
+    ],
+)
+def test_the_vllm_command_ends_with_one_line_and_not_zero(mask, without, error, tmp_path):
+    write_checkpoint(tmp_path, TINY_LLAMA, without=without)
+    command = [Path(sys.executable).with_name("vllm"), "serve", tmp_path, "--skip-tokenizer-init"]
+    overrides = ["--hf-overrides", f'{{"drop_attn_list": {mask}}}', "--gpu-memory-utilization", "0.3"]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.rstrip().endswith(
-        "llmdrop: error: drop_attn_list names layer 99; the model's 8 layers are 0 to 7"
-    )
+    assert done.stderr.splitlines()[-1].startswith("llmdrop: error: ")
+    assert done.stderr.rstrip().endswith(error)
     assert "Traceback" not in done.stdout + done.stderr

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -78,6 +79,30 @@ def test_dropped_checkpoint_as_draft_model_of_its_own_full_model(full, dropped):
         }
     assert_same(ours, expected)
     assert len(layers) == len(MASK.kept_attention)
+
+
+def test_weights_of_a_running_model_can_be_updated_in_parts(dropped, eager):
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = torch.from_numpy(load_file(dropped / "model.safetensors")[name])
+    with engine(dropped, enable_prefix_caching=False) as llm:
+        (loaded,) = llm.apply_model(lambda model: model.load_weights([(name, weight)]))
+        assert loaded == {name}
+        assert_same(greedy(llm, PROMPT), eager)
+        llm.apply_model(lambda model: model.load_weights([(name, 2 * weight)]))
+        changed = greedy(llm, PROMPT)
+    assert max(abs(a - b) for a, b in zip(changed[2], eager[2], strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("missing", ["self_attn.v_proj", "mlp.down_proj", "input_layernorm"])
+def test_weights_missing_from_a_pickled_checkpoint_are_found_after_loading(missing, dropped, tmp_path):
+    """Its tensors' names cannot be read beforehand, and vLLM's own check exempts linear layers."""
+    weights = {name: torch.from_numpy(tensor) for name, tensor in load_file(dropped / "model.safetensors").items()}
+    name = f"model.layers.1.{missing}.weight"
+    del weights[name]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((dropped / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"that the mask keeps: {name}"), engine(tmp_path):
+        pass
 
 
 class TestLoRA:

@@ -1,0 +1,179 @@
+"""The dialects in which a config says what is dropped: what each means, read strictly and written."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
+
+Entries = Mapping[str, Any]
+Indices = tuple[tuple[int, ...], tuple[int, ...]]  # attention layers, MLP layers
+
+
+class MaskError(ValueError):
+    """A drop mask that cannot be read or served; the message names the key, the value and what is allowed."""
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """An integer that is not a boolean."""
+    # bool is a subclass of int: without this, [False, True] would read as layers 0 and 1.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_indices(key: str, indices: Iterable[object], num_layers: int) -> None:
+    """Raise MaskError unless these are layers of the model, each named once."""
+    seen = set()
+    for index in indices:
+        if not is_int(index):
+            raise MaskError(f"{key} holds {index!r}; expected layer indices or one boolean per layer")
+        if not 0 <= index < num_layers:
+            raise MaskError(f"{key} names layer {index}; the model's {num_layers} layers are 0 to {num_layers - 1}")
+        if index in seen:
+            raise MaskError(f"{key} names layer {index} twice; expected each layer once")
+        seen.add(index)
+
+
+def _read_llm_drop(config: Entries, num_layers: int) -> Indices:
+    attention, mlp = (
+        _read_index_or_boolean_list(key, config.get(key, []), num_layers) for key in ("drop_attn_list", "drop_mlp_list")
+    )
+    return attention, mlp
+
+
+def _read_index_or_boolean_list(key: str, value: object, num_layers: int) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise MaskError(f"{key} is {value!r}; expected a list of layer indices or of one boolean per layer")
+    booleans = [entry for entry in value if isinstance(entry, bool)]
+    if not booleans:
+        check_indices(key, value, num_layers)
+        return tuple(value)
+    if len(booleans) != len(value):
+        odd = next(entry for entry in value if not isinstance(entry, bool))
+        raise MaskError(f"{key} mixes booleans with {odd!r}; expected only indices or only booleans")
+    if len(booleans) != num_layers:
+        raise MaskError(f"{key} holds {len(booleans)} booleans; expected one for each of the {num_layers} layers")
+    return tuple(layer for layer, gone in enumerate(booleans) if gone)
+
+
+def _read_transformers(config: Entries, num_layers: int) -> Indices:
+    layers = config["per_layer_config"]
+    if not isinstance(layers, Mapping):
+        raise MaskError(f"per_layer_config is {layers!r}; expected an object keyed by layer index")
+    skipped: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for key, overrides in layers.items():
+        where = f"per_layer_config[{key!r}]"
+        if not (is_int(key) or (isinstance(key, str) and key.isdecimal())):
+            raise MaskError(f"per_layer_config has the key {key!r}; expected layer indices")
+        if not isinstance(overrides, Mapping):
+            raise MaskError(f"{where} is {overrides!r}; expected an object")
+        if extra := sorted(set(overrides) - {"skip"}):
+            raise MaskError(f"{where} overrides {', '.join(extra)}; only 'skip' is supported")
+        names = overrides.get("skip", [])
+        if not isinstance(names, list | tuple | set):
+            raise MaskError(f"{where}.skip is {names!r}; expected a list of 'attention' and 'mlp'")
+        for name in names:
+            if name not in skipped:
+                raise MaskError(f"{where}.skip holds {name!r}; expected 'attention' or 'mlp'")
+            skipped[name].append(int(key))
+    for name, indices in skipped.items():
+        check_indices(f"per_layer_config (skip {name})", indices, num_layers)
+    return tuple(sorted(skipped["attention"])), tuple(sorted(skipped["mlp"]))
+
+
+def _read_nemotron(config: Entries, num_layers: int) -> Indices:
+    blocks = config["block_configs"]
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+        raise MaskError(f"block_configs is {blocks!r}; expected a list of one object per layer")
+    if len(blocks) != num_layers:
+        raise MaskError(f"block_configs describes {len(blocks)} layers; the model has {num_layers}")
+    gone: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for layer, block in enumerate(blocks):
+        for key, sublayer in NEMOTRON_NO_OP:
+            where = f"block_configs[{layer}].{key}"
+            settings = block_entry(block, key)
+            if settings is None:
+                raise MaskError(f"{where} is missing; expected an object with 'no_op'")
+            if block_entry(settings, "replace_with_linear"):
+                raise MaskError(f"{where}.replace_with_linear is set; only kept and no_op sublayers are supported")
+            no_op = block_entry(settings, "no_op")
+            if not isinstance(no_op, bool | None):
+                raise MaskError(f"{where}.no_op is {no_op!r}; expected true or false")
+            if no_op:
+                gone[sublayer].append(layer)
+    return tuple(gone["attention"]), tuple(gone["mlp"])
+
+
+def block_entry(block: object, key: str) -> Any:
+    """A field of a Nemotron-NAS block config, which is a dict on disk and an object in that family's config class."""
+    return block.get(key) if isinstance(block, Mapping) else getattr(block, key, None)
+
+
+def _asks_llm_drop(config: Entries) -> bool:
+    values = (config.get(key) for key in ("drop_attn_list", "drop_mlp_list"))
+    return any(any(entry is not False for entry in value) if isinstance(value, list) else value for value in values)
+
+
+def _asks_transformers(config: Entries) -> bool:
+    layers = config.get("per_layer_config")
+    overrides = layers.values() if isinstance(layers, Mapping) else ()
+    return any(isinstance(entry, Mapping) and bool(entry.get("skip")) for entry in overrides)
+
+
+def _asks_nemotron(config: Entries) -> bool:
+    blocks = config.get("block_configs")
+    settings = (block_entry(block, key) for block in blocks or () for key, _ in NEMOTRON_NO_OP)
+    return any(block_entry(each, "no_op") is True for each in settings)
+
+
+def _write_llm_drop(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    return {"drop_attn_list": list(attention), "drop_mlp_list": list(mlp)}
+
+
+def _write_llm_drop_booleans(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    layers = range(num_layers)
+    return {
+        "drop_attn_list": [layer in attention for layer in layers],
+        "drop_mlp_list": [layer in mlp for layer in layers],
+    }
+
+
+def _write_transformers(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    layers = {}
+    for layer in sorted({*attention, *mlp}):
+        skip = [name for name, dropped in (("attention", attention), ("mlp", mlp)) if layer in dropped]
+        layers[str(layer)] = {"skip": skip}
+    return {"per_layer_config": layers}
+
+
+def _write_nemotron(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    dropped = {"attention": attention, "ffn": mlp}
+    blocks = [{key: {"no_op": layer in gone} for key, gone in dropped.items()} for layer in range(num_layers)]
+    return {"block_configs": blocks}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to say a mask: the config keys it uses, how to read them, and whether they ask to drop anything at all.
+
+    `asks` is for configs that are not ours to judge: other architectures use the same keys for other things.
+    """
+
+    keys: tuple[str, ...]
+    read: Callable[[Entries, int], Indices]
+    asks: Callable[[Entries], bool]
+
+
+# The first that is present decides the rank order, so the only dialect that has one comes first. "runtime" is read as
+# LLM-Drop: vLLM merges --hf-overrides into the config before anyone sees it.
+DIALECTS = {
+    "llm-drop": Dialect(("drop_attn_list", "drop_mlp_list"), _read_llm_drop, _asks_llm_drop),
+    "transformers": Dialect(("per_layer_config",), _read_transformers, _asks_transformers),
+    "nemotron-nas": Dialect(("block_configs",), _read_nemotron, _asks_nemotron),
+}
+WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
+    "llm-drop": _write_llm_drop,
+    "llm-drop-booleans": _write_llm_drop_booleans,
+    "transformers": _write_transformers,
+    "nemotron-nas": _write_nemotron,
+    "runtime": _write_llm_drop,
+}

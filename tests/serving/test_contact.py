@@ -1,0 +1,107 @@
+"""Every vLLM internal that this package touches, one test each: what fails here is what a new vLLM changed."""
+
+import inspect
+
+import pytest
+import torch
+from vllm.config import CompilationConfig, ModelConfig, VllmConfig
+from vllm.distributed.utils import get_pp_indices
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, is_pp_missing_parameter
+from vllm.plugins import load_general_plugins
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from llmdrop_vllm.families import BY_ARCHITECTURE
+from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
+from llmdrop_vllm.serving.models import Droppable
+from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.serving.plugin import register_with_vllm
+
+load_general_plugins()
+
+
+def test_general_plugins_have_registered_every_architecture_of_the_table():
+    for architecture in BY_ARCHITECTURE:
+        for name in (architecture, f"Dropped{architecture}"):
+            model = ModelRegistry.models[name].load_model_cls()
+            assert issubclass(model, Droppable)
+            assert issubclass(model, LlamaForCausalLM)
+
+
+def test_registering_again_changes_nothing():
+    models, hooks = dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)
+    register_with_vllm()
+    assert (ModelRegistry.models, MODELS_CONFIG_MAP) == (models, hooks)
+
+
+def test_registry_entries_name_module_and_class():
+    entry = ModelRegistry.models["Qwen2ForCausalLM"]
+    assert (entry.module_name, entry.class_name) == ("vllm.model_executor.models.qwen2", "Qwen2ForCausalLM")
+
+
+def test_every_architecture_has_our_config_hook_before_its_own():
+    assert all(isinstance(MODELS_CONFIG_MAP[name], ConfigHook) for name in ModelRegistry.get_supported_archs())
+    assert issubclass(MODELS_CONFIG_MAP["Gemma3TextModel"].inner, VerifyAndUpdateConfig)
+
+
+@pytest.mark.parametrize("hook", ["verify_and_update_config", "verify_and_update_model_config"])
+def test_config_hooks_are_called_by_their_names(hook):
+    assert hasattr(VerifyAndUpdateConfig, hook)
+    caller = VllmConfig if hook == "verify_and_update_config" else ModelConfig
+    assert f".{hook}(self)" in inspect.getsource(caller)
+
+
+def test_attention_registers_itself_for_kv_cache_in_the_static_forward_context():
+    assert CompilationConfig().static_forward_context == {}
+    source = inspect.getsource(Attention.__init__)
+    assert "static_forward_context[prefix] = self" in source
+    assert "self.layer_name = prefix" in source
+
+
+def test_linear_layers_carry_their_dotted_name():
+    assert "self.prefix = prefix" in inspect.getsource(LinearBase.__init__)
+
+
+def test_kv_cache_specs_tell_bytes_and_tokens_of_a_page():
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    assert spec.page_size_bytes // spec.block_size == 2 * 2 * 32 * 4
+
+
+def test_pipeline_stages_follow_the_environment(monkeypatch):
+    monkeypatch.setenv(PARTITION, "2,6")
+    assert [get_pp_indices(8, rank, 2) for rank in range(2)] == [(0, 2), (2, 8)]
+
+
+def test_weight_loaders_skip_what_subclasses_ppmissinglayer():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn, self.input_layernorm, self.mlp = DroppedSublayer(), DroppedNorm(), torch.nn.Linear(2, 2)
+
+    assert issubclass(DroppedSublayer, PPMissingLayer)
+    assert issubclass(DroppedNorm, PPMissingLayer)
+    layer = Layer()
+    weights = {"self_attn.qkv_proj.weight": torch.ones(1), "input_layernorm.weight": torch.ones(1)}
+    weights["mlp.weight"] = torch.full((2, 2), 3.0)
+    assert AutoWeightsLoader(layer).load_weights(weights.items()) == {"mlp.weight"}
+    assert layer.mlp.weight.sum() == 12
+    assert is_pp_missing_parameter("self_attn.o_proj.weight", layer)
+
+
+def test_lora_loading_asks_the_models_mapper_for_every_name():
+    asked = []
+
+    class Mapper(WeightsMapper):
+        def map_name(self, key):
+            asked.append(key)
+            return super().map_name(key)
+
+    mapper = Mapper().get_rename_mapper()
+    assert isinstance(mapper, Mapper)
+    parse_fine_tuned_lora_name("base_model.model.model.layers.1.mlp.up_proj.lora_A.weight", mapper)
+    assert asked == ["model.layers.1.mlp.up_proj.lora_A.weight"]
