@@ -3,13 +3,24 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmdrop_vllm.dialects import MaskError
-from llmdrop_vllm.families import family_of
-from llmdrop_vllm.mask import DropMask
+if TYPE_CHECKING:
+    from llmdrop_vllm.dialects import MaskError
+    from llmdrop_vllm.families import family_of
+    from llmdrop_vllm.mask import DropMask
 
 __version__ = "0.1.0"
 __all__ = ["DropMask", "MaskError", "__version__", "family_of", "register"]
+
+# Imported when they are asked for: every process of vLLM imports this package, served model or not.
+EXPORTS = {"DropMask": "mask", "MaskError": "dialects", "family_of": "families"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)
 
 
 def register() -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 # Before vLLM is imported: no engine process (seconds instead of half a minute), and little memory for the KV cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# Test processes that run side by side get a core each: OpenMP threads of two engines on one core wait for each other.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1)))
 
 import torch
 from vllm import LLM, SamplingParams

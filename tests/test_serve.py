@@ -26,7 +26,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, "--port", str(port), "--host", "127.0.0.1"]
     options = ["--served-model-name", "embedded", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
-    mask = ["--hf-overrides", '{"drop_attn_list": [9, 8, 7, 6]}']
+    mask = ["--hf-overrides", '{"drop_attn_list": [11, 7, 8, 10]}']
     with log.open("w") as stdout:
         process = subprocess.Popen([*command, *options, *mask], stdout=stdout, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
@@ -75,7 +75,9 @@ def test_structured_output(client):
 
 
 def test_what_was_dropped_stands_in_the_log_once(server):
-    line = "attention dropped in 4 of 12 layers [6-9], MLP in 0; KV cache 2,048 bytes/token, 67% of the full model"
+    line = (
+        "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0; KV cache 2,048 bytes/token, 67% of the full model"
+    )
     assert server[1].read_text().count(line) == 1
 
 

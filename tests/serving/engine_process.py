@@ -73,6 +73,7 @@ def main() -> None:
 
     job = json.loads(sys.argv[1])
     model, prompt, tokens = job.pop("model"), job.pop("prompt"), job.pop("tokens", 12)
+    tell_class = job.pop("tell_class", False)
     llm = LLM(
         model,
         **(
@@ -89,7 +90,7 @@ def main() -> None:
     entries = [*filter(None, request.prompt_logprobs), *output.logprobs]
     result["peak_bytes"] = memory.peak_bytes
     result["logprobs"] = [[value.logprob for value in entry.values()] for entry in entries]
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+    if tell_class:
         result["model_class"] = llm.apply_model(lambda model: str(type(model)))[0]
     print(MARK + json.dumps(result), flush=True)
 

@@ -79,11 +79,12 @@ class TestWeights:
 
         def __init__(self):
             super().__init__()
-            self.attn = nn.ModuleDict({"qkv_proj": nn.Linear(2, 2, bias=False)})
-            self.norm = nn.LayerNorm(2, bias=False)
+            layer = {"qkv_proj": nn.Linear(2, 2, bias=False), "norm": nn.LayerNorm(2, bias=False)}
+            self.layers = nn.ModuleList([nn.ModuleDict(layer)])
+            self.score = nn.Linear(2, 1)  # made by vLLM after loading
 
-    SEEN = {f"attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj")} | {"norm.weight"}
-    LOADED = {"attn.qkv_proj.weight", "norm.weight"}
+    SEEN = {f"layers.0.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "norm")}
+    LOADED = {"layers.0.qkv_proj.weight", "layers.0.norm.weight"}
 
     def test_complete(self):
         check_all_loaded(self.Model(), self.LOADED, self.SEEN, quantized=False)
@@ -92,9 +93,9 @@ class TestWeights:
         check_all_loaded(self.Model(), self.LOADED, self.LOADED, quantized=False)
 
     def test_one_part_of_a_merged_parameter_is_missing(self):
-        with pytest.raises(ValueError, match="keeps: attn.k_proj.weight$"):
-            check_all_loaded(self.Model(), self.LOADED, self.SEEN - {"attn.k_proj.weight"}, quantized=True)
+        with pytest.raises(ValueError, match="keeps: layers.0.k_proj.weight$"):
+            check_all_loaded(self.Model(), self.LOADED, self.SEEN - {"layers.0.k_proj.weight"}, quantized=True)
 
     def test_a_whole_parameter_is_missing(self):
-        with pytest.raises(ValueError, match="keeps: norm.weight$"):
-            check_all_loaded(self.Model(), self.LOADED - {"norm.weight"}, self.SEEN, quantized=False)
+        with pytest.raises(ValueError, match="keeps: layers.0.norm.weight$"):
+            check_all_loaded(self.Model(), self.LOADED - {"layers.0.norm.weight"}, self.SEEN, quantized=False)

@@ -17,9 +17,9 @@ WIDE = TINY_LLAMA | {
 
 @pytest.mark.processes
 def test_peak_is_that_of_the_kept_layers_alone(tmp_path):
-    """24 layers with 22 dropped, every weight in the file, against a model that only ever had the two."""
-    dropped = [*range(1, 23)]
-    deep = WIDE | {"num_hidden_layers": 24, "drop_attn_list": dropped, "drop_mlp_list": dropped}
+    """16 layers with 14 dropped, every weight in the file, against a model that only ever had the two."""
+    dropped = [*range(1, 15)]
+    deep = WIDE | {"num_hidden_layers": 16, "drop_attn_list": dropped, "drop_mlp_list": dropped}
     peaks = []
     for name, config in (("dropped", deep), ("two layers", WIDE | {"num_hidden_layers": 2})):
         path = write_checkpoint(tmp_path / name, config)
@@ -27,5 +27,5 @@ def test_peak_is_that_of_the_kept_layers_alone(tmp_path):
         peaks.append(run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, model=path, **job)["peak_bytes"])
     sizes = {name: 4 * shape[0] * (shape[1:] or (1,))[0] for name, shape in shapes(deep).items()}
     total_dropped = sum(size for name, size in sizes.items() if any(f".layers.{layer}." in name for layer in dropped))
-    assert total_dropped > 10 * 2 * MLP_BYTES  # what the test could see, were nothing freed
+    assert total_dropped > 9 * 2 * MLP_BYTES  # what the test could see, were nothing freed
     assert peaks[0] - peaks[1] < 2 * MLP_BYTES, f"{peaks[0]:,} bytes with a mask, {peaks[1]:,} without those layers"

@@ -37,7 +37,7 @@ def dropped_outputs(tmp_path_factory):
 @pytest.mark.processes
 def test_a_checkpoint_without_a_mask_is_served_as_stock_vllm_serves_it(full):
     """Bit for bit, with the plugin and without it."""
-    job = {"model": full, "prompt": PROMPT, "enforce_eager": True}
+    job = {"model": full, "prompt": PROMPT, "enforce_eager": True, "tell_class": True}
     ours = run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, **job)
     stock = run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": ""}, **job)
     assert "llmdrop_vllm" in ours["model_class"]
@@ -90,12 +90,10 @@ def test_a_published_checkpoint_runs_none_of_its_remote_code(tmp_path):
 def test_what_was_dropped_is_logged_in_one_line(tmp_path):
     config = TINY_LLAMA | MASK.to_config()
     write_checkpoint(tmp_path, config, strip=True)
-    # Whatever the logging of the process is set to: vLLM's own configuration, or none at all.
-    for env in ({}, {"VLLM_CONFIGURE_LOGGING": "0"}, {"VLLM_LOGGING_LEVEL": "WARNING"}):
-        log = run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | env, model=tmp_path, prompt=PROMPT, enforce_eager=True)[
-            "log"
-        ]
-        assert log.count(DROPPED_LINE) == 1, env
+    # Where vLLM does not set up logging, Python's default hides everything below a warning.
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CONFIGURE_LOGGING": "0"}
+    log = run_job(env, model=tmp_path, prompt=PROMPT, enforce_eager=True)["log"]
+    assert log.count(DROPPED_LINE) == 1
 
 
 def test_registering_is_light_and_can_be_repeated():
