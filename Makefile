@@ -4,9 +4,10 @@ VENV := .venv
 MODEL ?= llmdrop_vllm/embedded/model
 PORT ?= 8000
 # What the embedded model loses least by (benchmarks/results/embedded_perplexity.json); another MODEL brings its own mask.
+# Eager, for compiling takes longer than a model of this size can win back.
 EMBEDDED_MASK := {"drop_attn_list": [11, 7, 8, 10]}
 ifeq ($(MODEL),llmdrop_vllm/embedded/model)
-SERVE_DEFAULTS := --served-model-name embedded --hf-overrides '$(EMBEDDED_MASK)' --gpu-memory-utilization 0.3
+SERVE_DEFAULTS := --served-model-name embedded --hf-overrides '$(EMBEDDED_MASK)' --gpu-memory-utilization 0.3 --enforce-eager
 NAME := embedded
 ROUTE := chat/completions
 ASK := \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]

@@ -27,5 +27,5 @@ def test_peak_is_that_of_the_kept_layers_alone(tmp_path):
         peaks.append(run_job({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, model=path, **job)["peak_bytes"])
     sizes = {name: 4 * shape[0] * (shape[1:] or (1,))[0] for name, shape in shapes(deep).items()}
     total_dropped = sum(size for name, size in sizes.items() if any(f".layers.{layer}." in name for layer in dropped))
-    assert total_dropped > 9 * 2 * MLP_BYTES  # what the test could see, were nothing freed
+    assert total_dropped > 8 * 2 * MLP_BYTES  # what the test could see, were nothing freed
     assert peaks[0] - peaks[1] < 2 * MLP_BYTES, f"{peaks[0]:,} bytes with a mask, {peaks[1]:,} without those layers"
