@@ -60,9 +60,10 @@ class Dropping:
         return substitute()
 
     def _forget(self, module: nn.Module) -> None:
-        """Take a dropped module's attention out of the static forward context, every entry of which gets KV cache.
+        """Give back a dropped module's KV cache entry and its weights.
 
-        That entry is also the last reference to the module but the caller's: its weights are freed with it.
+        vLLM gives KV cache to every layer in the static forward context. The storage is freed by hand because modules
+        with reference cycles would otherwise hold it until the garbage collector runs.
         """
         context = self.vllm_config.compilation_config.static_forward_context
         for child in module.modules():
@@ -70,6 +71,8 @@ class Dropping:
             if context.get(layer_name) is child:
                 self.kv_bytes.add_dropped(child, self.vllm_config)
                 del context[layer_name]
+        for parameter in module.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     def finish(self, model: nn.Module) -> None:
         """Raise SubstitutionError unless this rank built its layers and replaced all that the mask asks for there."""
