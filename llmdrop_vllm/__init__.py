@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmdrop_vllm.dialects import MaskError
+    from llmdrop_vllm.errors import InputError, MaskError
     from llmdrop_vllm.families import family_of
     from llmdrop_vllm.mask import DropMask
 
 __version__ = "0.1.0"
-__all__ = ["DropMask", "MaskError", "__version__", "family_of", "register"]
+__all__ = ["DropMask", "InputError", "MaskError", "__version__", "family_of", "register"]
 
 # Imported when they are asked for: every process of vLLM imports this package, served model or not.
-EXPORTS = {"DropMask": "mask", "MaskError": "dialects", "family_of": "families"}
+EXPORTS = {"DropMask": "mask", "InputError": "errors", "MaskError": "errors", "family_of": "families"}
 
 
 def __getattr__(name: str) -> Any:

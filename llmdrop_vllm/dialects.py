@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from llmdrop_vllm.errors import MaskError
+
 NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
+# Where the rank order is kept in dialects that have no place for it.
+RANK_ORDER = "llmdrop_rank_order"
 
 Entries = Mapping[str, Any]
 Indices = tuple[tuple[int, ...], tuple[int, ...]]  # attention layers, MLP layers
-
-
-class MaskError(ValueError):
-    """A drop mask that cannot be read or served; the message names the key, the value and what is allowed."""
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -125,16 +125,41 @@ def _asks_nemotron(config: Entries) -> bool:
     return any(block_entry(each, "no_op") is True for each in settings)
 
 
+def rank_order(config: Entries, indices: Indices, num_layers: int) -> Indices:
+    """The same layers in the order that the config keeps beside its mask, if any. Raises MaskError for other layers."""
+    if RANK_ORDER not in config:
+        return indices
+    order = config[RANK_ORDER]
+    if not isinstance(order, Mapping) or set(order) != {"attention", "mlp"}:
+        raise MaskError(f"{RANK_ORDER} is {order!r}; expected an object with 'attention' and 'mlp'")
+    attention, mlp = (
+        _read_index_or_boolean_list(f"{RANK_ORDER}.{key}", order[key], num_layers) for key in ("attention", "mlp")
+    )
+    if (set(attention), set(mlp)) != (set(indices[0]), set(indices[1])):
+        raise MaskError(
+            f"{RANK_ORDER} names other layers than the mask: attention {sorted(attention)} and MLP {sorted(mlp)}, "
+            f"the mask drops {sorted(indices[0])} and {sorted(indices[1])}; remove {RANK_ORDER}"
+        )
+    return attention, mlp
+
+
+def _with_rank_order(entries: dict[str, Any], attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+    if all(list(indices) == sorted(indices) for indices in (attention, mlp)):
+        return entries
+    return entries | {RANK_ORDER: {"attention": list(attention), "mlp": list(mlp)}}
+
+
 def _write_llm_drop(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
     return {"drop_attn_list": list(attention), "drop_mlp_list": list(mlp)}
 
 
 def _write_llm_drop_booleans(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
     layers = range(num_layers)
-    return {
+    entries = {
         "drop_attn_list": [layer in attention for layer in layers],
         "drop_mlp_list": [layer in mlp for layer in layers],
     }
+    return _with_rank_order(entries, attention, mlp)
 
 
 def _write_transformers(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
@@ -142,13 +167,13 @@ def _write_transformers(num_layers: int, attention: tuple[int, ...], mlp: tuple[
     for layer in sorted({*attention, *mlp}):
         skip = [name for name, dropped in (("attention", attention), ("mlp", mlp)) if layer in dropped]
         layers[str(layer)] = {"skip": skip}
-    return {"per_layer_config": layers}
+    return _with_rank_order({"per_layer_config": layers}, attention, mlp)
 
 
 def _write_nemotron(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
     dropped = {"attention": attention, "ffn": mlp}
     blocks = [{key: {"no_op": layer in gone} for key, gone in dropped.items()} for layer in range(num_layers)]
-    return {"block_configs": blocks}
+    return _with_rank_order({"block_configs": blocks}, attention, mlp)
 
 
 @dataclass(frozen=True)
@@ -177,3 +202,9 @@ WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, A
     "nemotron-nas": _write_nemotron,
     "runtime": _write_llm_drop,
 }
+
+
+def without_mask(config: Entries) -> dict[str, Any]:
+    """The config's entries without any that say a mask, in whatever dialect."""
+    keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER}
+    return {key: value for key, value in config.items() if key not in keys}

@@ -4,16 +4,25 @@ The names are the same in vLLM, in Transformers and in the checkpoint's tensor n
 Supporting a new architecture is one more row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmdrop_vllm.mask import DropMask
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Attribute names inside the decoder layer: `x + module(pre_norm(x))`."""
+    """Attribute names inside the decoder layer: `x + module(pre_norm(x))`.
+
+    `output` is the module's last projection: with its weights zeroed the sublayer adds nothing.
+    """
 
     module: str
     pre_norm: str
+    output: str
 
     @property
     def names(self) -> tuple[str, str]:
@@ -30,8 +39,13 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    attention: Sublayer = Sublayer("self_attn", "input_layernorm")
-    mlp: Sublayer = Sublayer("mlp", "post_attention_layernorm")
+    attention: Sublayer = Sublayer("self_attn", "input_layernorm", "o_proj")
+    mlp: Sublayer = Sublayer("mlp", "post_attention_layernorm", "down_proj")
+
+    def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
+        """Each sublayer with the layers that go without it."""
+        yield self.attention, mask.attention
+        yield self.mlp, mask.mlp
 
 
 FAMILIES = (

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from llmdrop_vllm.dialects import DIALECTS, WRITERS, MaskError, check_indices, is_int
+from llmdrop_vllm.dialects import DIALECTS, WRITERS, check_indices, is_int, rank_order
+from llmdrop_vllm.errors import MaskError
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -37,7 +38,10 @@ class DropMask:
         """
         entries = config_dict(config)
         num_layers = layer_count(config)
-        masks = {name: cls(num_layers, *DIALECTS[name].read(entries, num_layers)) for name in cls.dialects(entries)}
+        masks = {
+            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers))
+            for name in cls.dialects(entries)
+        }
         if not masks:
             return cls(num_layers)
         (first, mask), *others = masks.items()
@@ -79,8 +83,9 @@ class DropMask:
     def to_config(self, dialect: str = "llm-drop") -> dict[str, Any]:
         """The config entries that say this mask in a dialect of `WRITERS`.
 
-        The boolean form of LLM-Drop, Transformers and Nemotron-NAS have no place for the rank order. "runtime" is what
-        `vllm serve MODEL --hf-overrides` takes, as JSON. For "nemotron-nas" only the no-op flags are written: head
+        The boolean form of LLM-Drop, Transformers and Nemotron-NAS have no place for the rank order: where it is not
+        ascending, it stands beside the mask in an entry of its own. "runtime" is what `vllm serve MODEL --hf-overrides`
+        takes, as JSON. For "nemotron-nas" only the no-op flags are written: head
         counts and FFN widths of the kept sublayers are the checkpoint's to add.
         """
         if dialect not in WRITERS:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdrop_vllm.dialects import WRITERS, MaskError
+from llmdrop_vllm.dialects import WRITERS
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask import DropMask
 
 # From the literature: (layers, attention in rank order, MLP in rank order).

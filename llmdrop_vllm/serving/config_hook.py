@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmdrop_vllm.checkpoint import CheckpointError, check_complete
-from llmdrop_vllm.dialects import MaskError, block_entry
+from llmdrop_vllm.checkpoint import check_complete
+from llmdrop_vllm.dialects import block_entry
+from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
@@ -63,7 +64,7 @@ def _clear_errors() -> Iterator[None]:
     """Under vLLM's command line an error of the user's ends the process with one line; elsewhere it is raised."""
     try:
         yield
-    except (MaskError, CheckpointError) as error:
+    except InputError as error:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.")):
             raise SystemExit(f"llmdrop: error: {error}") from None

@@ -43,7 +43,7 @@ class Dropping:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""
         if module is None:
             return None
-        for sublayer, dropped in ((self.family.attention, self.mask.attention), (self.family.mlp, self.mask.mlp)):
+        for sublayer, dropped in self.family.sublayers(self.mask):
             if name == sublayer.module and (index := _layer_index(module)) is not None:
                 self.layer_index[parent] = index
                 if index in dropped:
@@ -81,7 +81,7 @@ class Dropping:
         built = set(self.layer_index.values())
         expected = {
             (layer, name)
-            for sublayer, dropped in ((self.family.attention, self.mask.attention), (self.family.mlp, self.mask.mlp))
+            for sublayer, dropped in self.family.sublayers(self.mask)
             for layer in dropped
             if start <= layer < end
             for name in sublayer.names

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmdrop_vllm.dialects import MaskError
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask import DropMask
 
 StageCost = Callable[[int, int], float]

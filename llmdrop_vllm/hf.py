@@ -1,0 +1,154 @@
+"""A dropped checkpoint as a Transformers model: the dropped sublayers are not built, load nothing and cache nothing.
+
+    model = llmdrop_vllm.hf.from_pretrained("path/to/dropped")
+
+is a PreTrainedModel like any other: it generates, trains, takes adapters, and can be handed to lm-eval's `hf` backend.
+"""
+
+import copy
+import logging
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+
+from llmdrop_vllm.checkpoint import VARIANT, Checkpoint
+from llmdrop_vllm.dialects import without_mask
+from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
+from llmdrop_vllm.mask import DropMask
+
+logger = logging.getLogger("llmdrop_vllm")
+
+
+def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint without the sublayers that its config's mask drops; one without a mask is loaded in full.
+
+    `kwargs` go to Transformers' from_pretrained (dtype, device_map, attn_implementation, ...). Raises MaskError and
+    CheckpointError for what cannot be loaded faithfully: a weight that a kept sublayer lacks is never invented.
+    """
+    checkpoint = Checkpoint.open(model)
+    config = transformers_config(checkpoint)
+    if is_variant(checkpoint):
+        kwargs["variant"] = VARIANT
+    kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+    loaded, info = model_class(config).from_pretrained(checkpoint.directory, **kwargs)
+    if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        raise CheckpointError(f"{checkpoint.directory} lacks weights that the mask keeps: {', '.join(wrong)}")
+    if checkpoint.mask:
+        logger.warning("%s: %s", checkpoint.directory, checkpoint.mask.summary())
+    return loaded
+
+
+def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) -> PretrainedConfig:
+    """The checkpoint's Transformers config with a mask, by default its own, in one dialect."""
+    mask = checkpoint.mask if mask is None else mask
+    if not mask.kept_attention:
+        raise MaskError(f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; one must remain")
+    entries = without_mask(checkpoint.config) | {"architectures": [checkpoint.architecture]}
+    model_type = entries.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"{checkpoint.directory}/config.json has model_type {model_type!r}, unknown to Transformers")
+    stock = CONFIG_MAPPING[model_type]
+    config = stock.from_dict(entries | (mask.to_config() if mask else {}))
+    if mask:
+        config.__class__ = _dropped_config(stock)
+    return config
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The Transformers class for a config from `transformers_config`, made able to drop where it has a mask."""
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).stock if isinstance(config, DroppedConfig) else type(config)]
+    return _dropped_model(stock) if isinstance(config, DroppedConfig) else stock
+
+
+def is_variant(checkpoint: Checkpoint) -> bool:
+    """Whether the weights lie under the names of stripped checkpoints."""
+    return any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata)
+
+
+class DroppedAttention(nn.Module):
+    """Stands where attention was: adds nothing to the residual stream, and has no keys and values."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """Zeros of the input's shape, [batch, tokens, hidden], and no attention weights."""
+        return torch.zeros_like(hidden_states), None
+
+
+class DroppedMLP(nn.Module):
+    """Stands where an MLP was: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros of the input's shape, [batch, tokens, hidden]."""
+        return torch.zeros_like(hidden_states)
+
+
+def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
+    """Put pass-throughs in place of what the mask drops, and number the remaining attention by its place in the cache."""
+    layers = model.get_decoder().layers
+    for sublayer, dropped, stand_in in (
+        (family.attention, mask.attention, DroppedAttention),
+        (family.mlp, mask.mlp, DroppedMLP),
+    ):
+        for index in dropped:
+            setattr(layers[index], sublayer.module, stand_in())
+            setattr(layers[index], sublayer.pre_norm, nn.Identity())
+    # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
+    for entry, index in enumerate(mask.kept_attention):
+        getattr(layers[index], family.attention.module).layer_idx = entry
+
+
+class DroppedConfig(PretrainedConfig):
+    """Mixed in before a stock config class: caches made from it have entries for the remaining attention only."""
+
+    stock: ClassVar[type[PretrainedConfig]]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """As the stock config, but its decoder, which Transformers asks for to build a cache, has fewer layers."""
+        config = super().get_text_config(decoder=decoder, encoder=encoder)
+        if not decoder or encoder:
+            return config
+        kept = DropMask.from_config(self).kept_attention
+        cached = copy.copy(config)
+        cached.__class__ = self.stock
+        cached.num_hidden_layers = len(kept)
+        if (layer_types := getattr(config, "layer_types", None)) is not None:
+            cached.layer_types = [layer_types[index] for index in kept]
+        return cached
+
+
+class DroppedModel(PreTrainedModel):
+    """Mixed in before a stock model class: goes without what the config's mask drops."""
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        family = family_of(type(self).__name__)
+        assert family is not None, f"{type(self).__name__} was made without a row in the family table"
+        mask = DropMask.from_config(config)
+        drop(self, family, mask)
+        self._keys_to_ignore_on_load_unexpected = {
+            *(self._keys_to_ignore_on_load_unexpected or ()),
+            *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
+        }
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed."""
+        super().save_pretrained(save_directory, **{"variant": VARIANT} | kwargs)
+
+
+def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
+    return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sublayer.names))})\."
+
+
+@cache
+def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedConfig, stock), {"stock": stock})
+
+
+@cache
+def _dropped_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedModel, stock), {})
