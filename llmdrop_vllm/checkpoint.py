@@ -220,7 +220,9 @@ def _local_directory(model: str | Path) -> Path:
     try:
         found = snapshot_download(model, ignore_patterns=[*OTHER_WEIGHTS, "original/*"])
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} is neither a directory nor a hub repository that can be read: {error}") from None
+        raise CheckpointError(
+            f"{model} is neither a directory nor a hub repository that can be read: {error}"
+        ) from None
     return Path(found)
 
 
@@ -244,7 +246,7 @@ def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if others:
         raise CheckpointError(
             f"{directory} has its weights as {min(others)}; only safetensors are read, for pickle files can run code. "
-            f"Convert: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
         )
     raise CheckpointError(f"{directory} has no model.safetensors and no {INDEX_FILE}")

@@ -52,7 +52,9 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) ->
     entries = without_mask(checkpoint.config) | {"architectures": [checkpoint.architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"{checkpoint.directory}/config.json has model_type {model_type!r}, unknown to Transformers")
+        raise CheckpointError(
+            f"{checkpoint.directory}/config.json has model_type {model_type!r}, unknown to Transformers"
+        )
     stock = CONFIG_MAPPING[model_type]
     config = stock.from_dict(entries | (mask.to_config() if mask else {}))
     if mask:
@@ -131,7 +133,7 @@ class DroppedModel(PreTrainedModel):
         mask = DropMask.from_config(config)
         drop(self, family, mask)
         self._keys_to_ignore_on_load_unexpected = {
-            *(self._keys_to_ignore_on_load_unexpected or ()),
+            *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
         }
 

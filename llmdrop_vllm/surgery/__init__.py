@@ -1,0 +1,1 @@
+"""Finding what to drop and writing the smaller checkpoint."""
