@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmdrop_vllm.accounting import kv_kinds
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.mask import DropMask
@@ -128,10 +129,10 @@ class MaskRecord(Record):
 class Scores(Record):
     """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
 
-    `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the model's last hidden state stands
-    for the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries. It is measured on `gap_tokens`
-    of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs: vLLM stores
-    layers of one kind together. `dropped` is the mask that the model had already.
+    `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the last layer's output stands for
+    the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries; gaps above 1 are measured on
+    `gap_tokens` of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs:
+    vLLM stores layers of one kind together. `dropped` is the mask that the model had already.
     """
 
     num_hidden_layers: int
@@ -142,6 +143,30 @@ class Scores(Record):
     kv_groups: tuple[str, ...]
     dropped: MaskRecord
     provenance: Provenance
+
+    @classmethod
+    def unmeasured(cls, checkpoint: Checkpoint) -> Self:
+        """Zeros for every sublayer that is left: enough to ask whether a selection is possible at all."""
+        mask = checkpoint.mask
+        depth = mask.num_hidden_layers
+        attention, mlp = (
+            tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in (mask.attention, mask.mlp)
+        )
+        nothing = (None,) * depth
+        columns = dict.fromkeys(SublayerDiagnostics.model_fields, nothing)
+        return cls(
+            num_hidden_layers=depth,
+            similarity=Similarities(attention=attention, mlp=mlp, block=(0.0,) * depth),
+            block_similarity_by_gap=tuple((0.0,) * (depth - layer) for layer in range(depth)),
+            gap_tokens=0,
+            diagnostics=Diagnostics(
+                attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
+                mlp=SublayerDiagnostics(**columns),
+            ),
+            kv_groups=kv_kinds(checkpoint.config),
+            dropped=MaskRecord.of(mask),
+            provenance=Provenance(model=ModelIdentity.of(checkpoint)),
+        )
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

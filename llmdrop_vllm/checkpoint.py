@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.families import BY_ARCHITECTURE, Family, Sublayer, family_of
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.nemotron import plain
 
 INDEX_FILE = "model.safetensors.index.json"
 # Transformers' name for another set of weights in the same place: `from_pretrained(..., variant="dropped")`. Stripped
@@ -68,6 +70,12 @@ class StoredTensor:
                 done += file.readinto(view[done:]) or _raise_truncated(self.path)
         return buffer
 
+    def read_ahead(self) -> None:
+        """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -99,10 +107,15 @@ class Checkpoint:
         checkpoint._check_index(index)
         return checkpoint
 
+    @cached_property
+    def plain_config(self) -> Mapping[str, Any]:
+        """The config under the model's own architecture, where it was renamed for the dialect nemotron-nas."""
+        return MappingProxyType(plain(self.config))
+
     @property
     def architecture(self) -> str:
         """The config's architecture name, without our prefix for dropped models."""
-        names = self.config.get("architectures")
+        names = self.plain_config.get("architectures")
         if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
             raise CheckpointError(f"{self.directory}/config.json has architectures {names!r}; expected one name")
         return names[0].removeprefix("Dropped")
@@ -184,7 +197,9 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory / file} is missing; {index_file} says that it holds {name}")
     files = sorted(set(index.values())) or sorted(path.name for path in directory.glob("*.safetensors"))
-    found = {name for file in files if (directory / file).is_file() for name in _open_shard(directory / file).keys()}
+    found = {
+        name for file in files if (directory / file).is_file() for name in _open_shard(directory / file).offset_keys()
+    }
     missing = ({*needed} - found) | missing_weights(found, family, mask)
     if missing:
         names = ", ".join(sorted(missing))
@@ -273,7 +288,7 @@ def _open_shard(path: Path) -> Any:
 
 
 def _stored_tensors(path: Path) -> Iterator[StoredTensor]:
-    """A shard's tensors in the order of their bytes; the library, which does not tell offsets, has checked the header."""
+    """A shard's tensors in the order of their bytes; the library has checked the header, but does not tell offsets."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))

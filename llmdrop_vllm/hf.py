@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.checkpoint import VARIANT, Checkpoint
+from llmdrop_vllm.checkpoint import VARIANT, Checkpoint, StoredTensor
 from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
 from llmdrop_vllm.mask import DropMask
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 logger = logging.getLogger("llmdrop_vllm")
 
@@ -49,7 +51,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) ->
     mask = checkpoint.mask if mask is None else mask
     if not mask.kept_attention:
         raise MaskError(f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; one must remain")
-    entries = without_mask(checkpoint.config) | {"architectures": [checkpoint.architecture]}
+    entries = without_mask(checkpoint.plain_config) | {"architectures": [checkpoint.architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
@@ -66,6 +68,37 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The Transformers class for a config from `transformers_config`, made able to drop where it has a mask."""
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).stock if isinstance(config, DroppedConfig) else type(config)]
     return _dropped_model(stock) if isinstance(config, DroppedConfig) else stock
+
+
+def stored_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Where each of the model's parameters is stored, by the parameter's name; `model` may be on the meta device.
+
+    Raises CheckpointError for a parameter that is missing and for one whose shape or dtype the model cannot take. Tied
+    weights may be missing.
+    """
+    prefix = f"{model.base_model_prefix}."
+    bare = not any(name.startswith(prefix) for name in checkpoint.tensors)  # saved from the model without its head
+    tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
+    found = {}
+    for name, parameter in model.state_dict().items():
+        stored = checkpoint.tensors.get(name.removeprefix(prefix) if bare else name)
+        if stored is not None:
+            _check_tensor(stored, tuple(parameter.shape))
+            found[name] = stored
+        elif name not in (tied or ()) and not (bare and not name.startswith(prefix)):
+            raise CheckpointError(f"{checkpoint.directory} lacks {name}, which {checkpoint.architecture} needs")
+    return found
+
+
+def _check_tensor(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{stored.name} in {stored.path} has shape {list(stored.shape)}; the config says {list(expected)}"
+        )
+    if stored.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{stored.name} in {stored.path} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}"
+        )
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:
@@ -90,7 +123,7 @@ class DroppedMLP(nn.Module):
 
 
 def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
-    """Put pass-throughs in place of what the mask drops, and number the remaining attention by its place in the cache."""
+    """Put pass-throughs in place of what the mask drops, and number the kept attention by its place in the cache."""
     layers = model.get_decoder().layers
     for sublayer, dropped, stand_in in (
         (family.attention, mask.attention, DroppedAttention),

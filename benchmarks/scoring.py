@@ -1,0 +1,194 @@
+"""Time and memory of scoring, against three plain passes over the same model and data.
+
+    python benchmarks/scoring.py [--repeats 3] [--out benchmarks/results/scoring.json]
+
+The contender is written as the method reads (arXiv 2406.15786): the whole model in memory, one pass for attention, one
+for MLPs and one for blocks, each keeping every layer's hidden states to compare them at the end. It exists twice:
+`three passes` compares each block with its own input only, `three passes, all gaps` compares all pairs of depths, as
+choosing a run of blocks needs; `llmdrop score` always does (on a sample of tokens), and measures the diagnostics too.
+Every measurement is a process of its own, contenders in turn; peak memory is the process's resident set.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llmdrop_vllm.artifacts import versions
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.surgery.calibration import load_calibration
+from llmdrop_vllm.surgery.scoring import score
+
+CONTENDERS = ("llmdrop", "three passes", "three passes, all gaps")
+WIDTH = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+VOCAB_SIZE = 8192
+
+
+def make_model(directory: Path, num_layers: int) -> Path:
+    """A randomly initialised bf16 Llama: speed and memory do not depend on the values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **WIDTH, num_hidden_layers=num_layers, vocab_size=VOCAB_SIZE, max_position_embeddings=4096, dtype="bfloat16"
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def make_data(path: Path, samples: int, seq_len: int) -> Path:
+    path.write_text(json.dumps(np.random.default_rng(0).integers(0, VOCAB_SIZE, (samples, seq_len)).tolist()))
+    return path
+
+
+def three_passes(model_path: Path, data: Path, *, all_gaps: bool) -> dict[str, list[float]]:
+    """Mean cosine similarities per layer, of attention, MLPs and blocks."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    sequences = torch.tensor(json.loads(data.read_text()))
+    layers = model.model.layers
+    return {
+        "attention": sublayer_pass(model, sequences, [(layer.input_layernorm, layer.self_attn) for layer in layers]),
+        "mlp": sublayer_pass(model, sequences, [(layer.post_attention_layernorm, layer.mlp) for layer in layers]),
+        **block_pass(model, sequences, len(layers) if all_gaps else 1),
+    }
+
+
+def sublayer_pass(
+    model: nn.Module, sequences: torch.Tensor, sublayers: list[tuple[nn.Module, nn.Module]]
+) -> list[float]:
+    inputs, outputs = defaultdict(list), defaultdict(list)
+    handles = []
+    for index, (norm, module) in enumerate(sublayers):
+        handles.append(norm.register_forward_pre_hook(lambda _m, args, i=index: inputs[i].append(args[0])))
+        handles.append(
+            module.register_forward_hook(
+                lambda _m, _a, out, i=index: outputs[i].append(out[0] if isinstance(out, tuple) else out)
+            )
+        )
+    forward_all(model, sequences, handles)
+    found = []
+    for index in range(len(sublayers)):
+        x, out = torch.cat(inputs.pop(index)), torch.cat(outputs.pop(index))
+        found.append(similarity(x, x + out))
+    return found
+
+
+def block_pass(model: nn.Module, sequences: torch.Tensor, max_gap: int) -> dict[str, list[float]]:
+    layers = model.model.layers
+    states = defaultdict(list)
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args, i=index: states[i].append(args[0]))
+        for index, layer in enumerate(layers)
+    ]
+    handles.append(layers[-1].register_forward_hook(lambda _m, _a, out: states[len(layers)].append(out)))
+    forward_all(model, sequences, handles)
+    depths = [torch.cat(states.pop(depth)) for depth in range(len(layers) + 1)]
+    return {
+        f"gap {gap}": [similarity(depths[i], depths[i + gap]) for i in range(len(layers) - gap + 1)]
+        for gap in range(1, max_gap + 1)
+    }
+
+
+@torch.no_grad()
+def forward_all(model: nn.Module, sequences: torch.Tensor, handles: list) -> None:
+    for sequence in sequences:
+        model(sequence[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+
+def similarity(x: torch.Tensor, y: torch.Tensor) -> float:
+    return torch.cosine_similarity(x.float(), y.float(), dim=-1).mean().item()
+
+
+def measure(contender: str, model: Path, data: Path) -> dict:
+    """Run in this process; seconds do not count the imports, which are the same."""
+    start = time.perf_counter()
+    if contender == "llmdrop":
+        checkpoint = Checkpoint.open(model)
+        scores = score(checkpoint, load_calibration(checkpoint, str(data)))
+        attention = list(scores.similarity.attention)
+    else:
+        attention = three_passes(model, data, all_gaps="gaps" in contender)["attention"]
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak_rss_bytes": peak, "attention": attention}
+
+
+def in_process(contender: str, model: Path, data: Path) -> dict:
+    command = [sys.executable, __file__, "--measure", contender, str(model), str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed(directory: Path, repeats: int) -> dict:
+    model, data = make_model(directory / "speed", 16), make_data(directory / "speed.json", 16, 1024)
+    runs = defaultdict(list)
+    for _ in range(repeats):
+        for contender in CONTENDERS:
+            runs[contender].append(in_process(contender, model, data))
+            print(f"{contender:24} {runs[contender][-1]['seconds']:7.2f} s", flush=True)
+    seconds = {name: statistics.median(run["seconds"] for run in results) for name, results in runs.items()}
+    ours, theirs = runs["llmdrop"][0]["attention"], runs["three passes"][0]["attention"]
+    return {
+        "model": WIDTH | {"num_hidden_layers": 16, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
+        "samples": 16,
+        "seq_len": 1024,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "speedup": {name: round(seconds[name] / seconds["llmdrop"], 2) for name in CONTENDERS[1:]},
+        "peak_rss_mib": {name: results[0]["peak_rss_bytes"] >> 20 for name, results in runs.items()},
+        "max_similarity_difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
+    }
+
+
+def memory(directory: Path) -> dict:
+    """Peak resident set in MiB; the contender keeps what grows."""
+    found: dict = {"by_samples": {}, "by_depth": {}}
+    model = make_model(directory / "depth-8", 8)
+    for samples in (16, 64, 256):
+        data = make_data(directory / f"samples-{samples}.json", samples, 256)
+        found["by_samples"][samples] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
+        print(samples, "samples", found["by_samples"][samples], flush=True)
+    data = make_data(directory / "depth.json", 16, 256)
+    for num_layers in (8, 16, 32):
+        model = make_model(directory / f"depth-{num_layers}", num_layers)
+        found["by_depth"][num_layers] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
+        print(num_layers, "layers", found["by_depth"][num_layers], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
+    parser.add_argument("--measure", nargs=3, metavar=("CONTENDER", "MODEL", "DATA"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        contender, model, data = args.measure
+        print(json.dumps(measure(contender, Path(model), Path(data))))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        result = {
+            "speed": speed(Path(directory), args.repeats),
+            "peak_rss_mib": memory(Path(directory)),
+            "command": " ".join(["python", *sys.argv]),
+            "versions": versions(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        }
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What a token costs in KV cache, from a config alone, as vLLM stores it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.kv_groups import KVLayout, kv_layout
+from llmdrop_vllm.mask import DropMask, layer_count
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+
+def kv_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Per layer, the kind of KV cache that its attention needs: `full`, or `sliding 4096` for a window in tokens."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    types = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layer_count(config)
+    return tuple(f"sliding {window}" if kind == "sliding_attention" else "full" for kind in types)
+
+
+def kept_layout(config: Mapping[str, Any], mask: DropMask) -> KVLayout:
+    """How vLLM groups the KV cache of the attention that a mask keeps."""
+    kinds = kv_kinds(config)
+    return kv_layout(kinds[layer] for layer in mask.kept_attention)
+
+
+def kv_bytes_per_layer_token(config: Mapping[str, Any], dtype: str) -> int:
+    """Bytes of one token's keys and values in one layer: 2 x KV heads x head size x bytes per value."""
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"KV cache dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    heads = config.get("num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or (heads and config.get("hidden_size", 0) // heads)
+    if not kv_heads or not head_dim:
+        raise CheckpointError("the config lacks num_attention_heads or hidden_size, so the KV cache cannot be counted")
+    return int(2 * kv_heads * head_dim * DTYPE_BYTES[dtype])

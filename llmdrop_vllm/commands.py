@@ -1,0 +1,258 @@
+"""The commands of `llmdrop`: each makes values of its arguments, calls the library and prints."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from llmdrop_vllm.artifacts import MaskFile, Provenance, Record, Scores, read_record, write_record
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
+from llmdrop_vllm.surgery.orders import Deepest, MostImportant, Random
+from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
+from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
+from llmdrop_vllm.surgery.selection import select as select_mask
+from llmdrop_vllm.surgery.staging import check_free
+from llmdrop_vllm.surgery.write import write_checkpoint
+
+SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
+
+
+def score(args: Namespace) -> None:
+    """`llmdrop score`."""
+    _check_new(args.out, args.overwrite)
+    checkpoint = Checkpoint.open(args.model)
+    scores = _score(checkpoint, _calibration(checkpoint, args), args, args.out)
+    write_record(scores, args.out)
+    _print_scores(scores)
+    print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
+
+
+def select(args: Namespace) -> None:
+    """`llmdrop select`."""
+    _check_new(args.out, args.overwrite)
+    scores = read_record(Scores, args.scores)
+    chosen = _select(scores, args)
+    write_record(_mask_file(chosen, scores), args.out)
+    _print_selection(chosen)
+    print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
+
+
+def apply(args: Namespace) -> None:
+    """`llmdrop apply`."""
+    check_free(args.out, overwrite=args.overwrite)
+    mask = None
+    if args.mask is not None:
+        if args.attention or args.mlp:
+            raise InputError("--mask and --attention/--mlp exclude each other")
+        file = read_record(MaskFile, args.mask)
+        if not args.other_model:
+            _check_same_model(file, Checkpoint.open(args.model), args.mask)
+        mask = file.mask
+    elif args.attention or args.mlp:
+        mask = DropMask(Checkpoint.open(args.model).mask.num_hidden_layers, args.attention, args.mlp)
+    _write(_plan(args, mask), args)
+
+
+def drop(args: Namespace) -> None:
+    """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
+    check_free(args.out, overwrite=args.overwrite)
+    checkpoint = Checkpoint.open(args.model)
+    # What cannot be chosen or written is refused before the scores, which may take hours.
+    _plan(args, select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask)
+    calibration = _calibration(checkpoint, args)
+    kept = args.out.absolute().with_name(f"{args.out.name}.scores.json")
+    scores = _kept_scores(kept, checkpoint, calibration)
+    if scores is None:
+        scores = _score(checkpoint, calibration, args, args.out)
+        write_record(scores, kept)
+    chosen = _select(scores, args, checkpoint, calibration)
+    _print_selection(chosen)
+    _write(_plan(args, chosen.mask), args, {SCORES_FILE: scores, MASK_FILE: _mask_file(chosen, scores)})
+    kept.unlink()
+
+
+def convert(args: Namespace) -> None:
+    """`llmdrop convert`."""
+    check_free(args.out, overwrite=args.overwrite)
+    _write(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
+
+
+def inspect(args: Namespace) -> None:
+    """`llmdrop inspect`."""
+    from llmdrop_vllm.surgery.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype)
+    if args.json:
+        print(found.model_dump_json(indent=2))
+        return
+    weights = "stripped" if found.stripped else "all in the files"
+    print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
+    table = Table("", "full", "dropped", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in found.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _calibration(checkpoint: Checkpoint, args: Namespace) -> Calibration:
+    return load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
+
+
+def _score(checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path) -> Scores:
+    from llmdrop_vllm.surgery.scoring import score as score_checkpoint
+
+    scratch = out.absolute().with_name(f".{out.name}.llmdrop-scratch")
+    return score_checkpoint(
+        checkpoint, calibration, device=args.device, dtype=args.dtype, scratch=scratch, progress=True
+    )
+
+
+def _kept_scores(path: Path, checkpoint: Checkpoint, calibration: Calibration) -> Scores | None:
+    """Scores that an earlier run of the same command left when it could not write the checkpoint."""
+    if not path.exists():
+        return None
+    scores = read_record(Scores, path)
+    where = scores.provenance
+    if (where.model.fingerprint, where.data) != (checkpoint.fingerprint, calibration.identity):
+        raise OutputError(f"{path} holds scores of another model or other data; move it away")
+    return scores
+
+
+def _methods(args: Namespace) -> list[Method]:
+    """The methods that the command line asks for, in the order of its help."""
+    padding = not args.allow_padding
+    found: list[Method] = []
+    for kind in ("attention", "mlp", "blocks"):
+        if (count := getattr(args, kind)) is not None:
+            found.append(Ranked(kind, count, avoid_padding=padding))
+    if args.consecutive is not None:
+        found.append(Consecutive(args.consecutive))
+    if args.joint is not None:
+        found.append(Ranked("joint", args.joint))
+    for count, order in (
+        (args.last, Deepest(args.keep_last_layer)),
+        (args.random, Random(args.seed)),
+        (args.least, MostImportant()),
+    ):
+        if count is not None:
+            found.append(Ranked(args.kind, count, order))
+    if args.kv_budget is not None:
+        found.append(KVBudget.parse(args.kv_budget, padding))
+    return found
+
+
+def _select(
+    scores: Scores, args: Namespace, checkpoint: Checkpoint | None = None, calibration: Calibration | None = None
+) -> Selection:
+    methods = _methods(args)
+    if not args.iterative:
+        return select_mask(scores, *methods, protect=args.protect)
+    ranked = [method for method in methods if isinstance(method, Ranked)]
+    if len(ranked) < len(methods):
+        raise MaskError("--iterative drops one at a time; --consecutive and --kv-budget cannot")
+    select_mask(scores, *methods, protect=args.protect)  # refused before the model is opened
+    checkpoint = checkpoint or _scored_checkpoint(scores, args.model)
+    calibration = calibration or _scored_data(scores, checkpoint)
+
+    def rescore(mask: DropMask) -> Scores:
+        from llmdrop_vllm.surgery.scoring import score as score_checkpoint
+
+        where = scores.provenance
+        return score_checkpoint(
+            checkpoint, calibration, mask=mask, device=where.device, dtype=where.dtype, progress=True
+        )
+
+    return iterative(scores, rescore, *ranked, protect=args.protect)
+
+
+def _scored_checkpoint(scores: Scores, model: str | None) -> Checkpoint:
+    where = scores.provenance.model
+    checkpoint = Checkpoint.open(model or where.path)
+    if checkpoint.fingerprint != where.fingerprint:
+        raise MaskError(
+            f"{checkpoint.directory} has the weights {checkpoint.fingerprint}; the scores are of {where.fingerprint}"
+        )
+    return checkpoint
+
+
+def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
+    data = scores.provenance.data
+    if data is None:
+        raise MaskError("the scores do not say which data they were measured on, so they cannot be measured again")
+    again = load_calibration(checkpoint, data.source, samples=data.sequences, seq_len=data.seq_len, seed=data.seed)
+    if again.identity.sha256 != data.sha256:
+        raise MaskError(f"{data.source} gives other tokens than when the scores were measured")
+    return again
+
+
+def _mask_file(chosen: Selection, scores: Scores) -> MaskFile:
+    mask = chosen.mask
+    provenance = Provenance(model=scores.provenance.model, data=scores.provenance.data)
+    return MaskFile(
+        num_hidden_layers=mask.num_hidden_layers,
+        attention=mask.attention,
+        mlp=mask.mlp,
+        method=chosen.method,
+        provenance=provenance,
+    )
+
+
+def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:
+    if file.provenance is not None and file.provenance.model.fingerprint != checkpoint.fingerprint:
+        chosen_for = file.provenance.model
+        raise MaskError(
+            f"{path} was chosen for {chosen_for.path} (weights {chosen_for.fingerprint}), and {checkpoint.directory} "
+            f"has other weights ({checkpoint.fingerprint}); --other-model takes it all the same"
+        )
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another name, or replace it with --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path.parent} is not a directory")
+
+
+def _plan(args: Namespace, mask: DropMask | None) -> SurgeryPlan:
+    return plan_surgery(args.model, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
+
+
+def _write(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:
+    for warning in plan.warnings:
+        print(f"llmdrop: warning: {warning}", file=sys.stderr)
+    if plan.left_out:
+        print(f"left out, other copies of the weights: {', '.join(plan.left_out)}")
+    with tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing") as bar:
+        write_checkpoint(plan, args.out, overwrite=args.overwrite, records=records, progress=bar.update)
+    gone = sum(tensor.num_bytes for tensor in plan.dropped)
+    print(f"{args.out}: {plan.mask.summary()}; {gone:,} bytes of weights left out, {plan.weight_bytes:,} written")
+
+
+def _print_scores(scores: Scores) -> None:
+    table = Table(title="importance (1 - cosine similarity); x: dropped already")
+    for column in ("layer", "attention", "MLP", "block", "attention / stream", "concentration", "token cosine"):
+        table.add_column(column, justify="right")
+    similarity, attention = scores.similarity, scores.diagnostics.attention
+    rows = zip(similarity.attention, similarity.mlp, similarity.block, strict=True)
+    for layer, values in enumerate(rows):
+        importance = ["x" if value is None else f"{1 - value:.4f}" for value in values]
+        extra = (attention.magnitude_ratio, attention.concentration, attention.token_cosine_after)
+        shown = ["x" if column[layer] is None else f"{column[layer]:.3f}" for column in extra]
+        table.add_row(str(layer), *importance, *shown)
+    Console().print(table)
+
+
+def _print_selection(chosen: Selection) -> None:
+    print(f"{chosen.method}: {chosen.mask.summary()}")
+    print(f"rank order: attention {list(chosen.mask.attention)}, MLP {list(chosen.mask.mlp)}")
+    for note in chosen.notes:
+        print(f"note: {note}")

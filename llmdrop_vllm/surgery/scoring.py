@@ -1,0 +1,222 @@
+"""Importance of every sublayer and block, in one pass over the calibration data.
+
+Importance is 1 - mean over tokens of cos(X, Y): X the residual stream before the sublayer's norm, Y after its output
+was added (arXiv 2406.15786). One decoder layer is in memory at a time; all sequences go through it before the next.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from llmdrop_vllm.accounting import kv_kinds
+from llmdrop_vllm.artifacts import (
+    AttentionDiagnostics,
+    Diagnostics,
+    MaskRecord,
+    ModelIdentity,
+    Provenance,
+    Scores,
+    Similarities,
+    SublayerDiagnostics,
+    sha256,
+)
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import CheckpointError, InputError
+from llmdrop_vllm.hf import TORCH_DTYPES
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
+from llmdrop_vllm.surgery.calibration import Calibration
+from llmdrop_vllm.surgery.layers import LayerStream
+from llmdrop_vllm.surgery.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
+from llmdrop_vllm.surgery.similarity import ResidualSums
+
+# Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
+# depths stays below this size on disk.
+MAX_GAP_TOKENS, MAX_GAP_HISTORY_BYTES = 4096, 2**31
+TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 16384}
+
+
+def score(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    mask: DropMask | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    scratch: Path | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Score a checkpoint without the sublayers of a mask, by default those that its config drops.
+
+    `device` is a CUDA GPU where there is one, `dtype` the checkpoint's. With `scratch`, a directory for the hidden
+    states, an interrupted run goes on at the layer that it reached when the same is asked again. Raises CheckpointError
+    for weights that cannot be computed with.
+    """
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
+    mask = checkpoint.mask if mask is None else mask
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    what = _dtype(dtype, checkpoint, where)
+    with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
+        run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
+        layers = run.layers(progress)
+        scores = _scores(layers, run)
+        run.scratch.remove()
+    return scores
+
+
+class _Run:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        mask: DropMask,
+        device: torch.device,
+        dtype: torch.dtype,
+        directory: Path,
+    ) -> None:
+        self.checkpoint, self.calibration, self.mask = checkpoint, calibration, mask
+        self.stream = LayerStream(checkpoint, mask, device=device, dtype=dtype, attention=PROBED_ATTENTION)
+        lengths = [len(sequence) for sequence in calibration.sequences]
+        self.chunks = list(chunks(lengths, TOKENS_PER_CHUNK[device.type]))
+        hidden_size, depth = self.stream.hidden_size, mask.num_hidden_layers
+        history_tokens = MAX_GAP_HISTORY_BYTES // ((depth + 1) * hidden_size * 4)
+        count = min(sum(lengths), MAX_GAP_TOKENS, history_tokens)
+        self.gap_tokens = np.linspace(0, sum(lengths) - 1, count).round().astype(np.int64)
+        self.hidden = HiddenStates(directory, hidden_size, dtype)
+        self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
+        needed_bytes = 2 * sum(lengths) * self.hidden.token_bytes + (depth + 1) * count * hidden_size * 4
+        asked = [checkpoint.fingerprint, calibration.identity.sha256, asdict(mask), str(device), str(dtype)]
+        self.scratch = Scratch(directory, sha256(asked), needed_bytes)
+
+    def layers(self, progress: bool) -> list[dict[str, Any]]:
+        """One result per layer; those that the scratch directory has already are not computed again."""
+        done = len(self.scratch.progress.layers)
+        num_layers = self.mask.num_hidden_layers
+        total = num_layers * len(self.chunks)
+        with (
+            tqdm(total=total, initial=done * len(self.chunks), unit="chunk", disable=not progress) as bar,
+            torch.inference_mode(),
+        ):
+            bar.set_description("embedding")
+            self._embed(write=done == 0)
+            for index in range(done, num_layers):
+                bar.set_description(f"layer {index} of {num_layers}")
+                self.scratch.save(self._layer(index, bar))
+        return list(self.scratch.progress.layers)
+
+    def _embed(self, *, write: bool) -> None:
+        """The first layer's input; a run that goes on only needs what the layers get beside it."""
+        with self.stream.embedding() as begin:
+            for chunk in self.chunks:
+                if write or chunk.shape not in self.stream.calls:
+                    hidden = begin(self._token_ids(chunk))
+                    if write:
+                        self.hidden.write(0, chunk, hidden)
+
+    def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
+        sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1
+        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._mlp_input(layer) as inputs:
+            for chunk in self.chunks:
+                x = self.hidden.read(index, chunk).to(self.stream.device)
+                call = self.stream.call(index, chunk.shape)
+                output = layer(x, *call.args, **call.kwargs)
+                z = output[0] if isinstance(output, tuple) else output
+                sums.add(x, inputs.pop(), z)
+                self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
+                if last:
+                    self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
+                else:
+                    self.hidden.write(index + 1, chunk, z)
+                bar.update()
+        means = sums.means()
+        if not all(map(math.isfinite, means.values())):
+            raise CheckpointError(
+                f"layer {index} of {self.checkpoint.directory} gives hidden states that are not finite in "
+                f"{self.stream.dtype}; its weights are damaged or need a wider dtype"
+            )
+        # The similarity to depths before this one; the last layer also stands for the depth after it.
+        history = [self.gaps.similarities(depth) for depth in (index, index + 1)[: 1 + last]]
+        return {"means": means, "probe": probe.means(), "history": history}
+
+    @contextmanager
+    def _mlp_input(self, layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+        """Within this context, the residual stream between attention and MLP is appended to the list given."""
+        seen: list[torch.Tensor] = []
+        norm = getattr(layer, self.checkpoint.family.mlp.pre_norm)
+        handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _token_ids(self, chunk: Chunk) -> torch.Tensor:
+        sequences = self.calibration.sequences[chunk.first_sequence : chunk.first_sequence + chunk.batch]
+        return torch.from_numpy(np.stack(sequences))
+
+
+def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if name is not None:
+        dtype = getattr(torch, name, None)
+        if dtype not in TORCH_DTYPES.values():
+            raise InputError(f"dtype is {name!r}; expected float32, bfloat16 or float16")
+        return dtype
+    stored = TORCH_DTYPES[max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype]
+    # CPUs compute float16 no faster than float32.
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
+    mask, num_layers = run.mask, run.mask.num_hidden_layers
+
+    def column(name: str, dropped: tuple[int, ...] = ()) -> tuple[float | None, ...]:
+        return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
+
+    def probed(entry: int) -> tuple[float | None, ...]:
+        return tuple(layer["probe"] and layer["probe"][entry] for layer in layers)
+
+    by_depth = [history for layer in layers for history in layer["history"]]
+    block = [layer["means"]["block"] for layer in layers]
+    by_gap = tuple(
+        tuple(block[i] if gap == 1 else by_depth[i + gap][i] for gap in range(1, num_layers - i + 1))
+        for i in range(num_layers)
+    )
+    return Scores(
+        num_hidden_layers=num_layers,
+        similarity=Similarities(
+            attention=column("attention", mask.attention), mlp=column("mlp", mask.mlp), block=tuple(block)
+        ),
+        block_similarity_by_gap=by_gap,
+        gap_tokens=len(run.gap_tokens),
+        diagnostics=Diagnostics(
+            attention=AttentionDiagnostics(
+                magnitude_ratio=column("attention_ratio", mask.attention),
+                token_cosine_before=column("pair_x", mask.attention),
+                token_cosine_after=column("pair_y", mask.attention),
+                concentration=probed(0),
+                first_token=probed(1),
+            ),
+            mlp=SublayerDiagnostics(
+                magnitude_ratio=column("mlp_ratio", mask.mlp),
+                token_cosine_before=column("pair_y", mask.mlp),
+                token_cosine_after=column("pair_z", mask.mlp),
+            ),
+        ),
+        kv_groups=kv_kinds(run.checkpoint.config),
+        dropped=MaskRecord.of(mask),
+        provenance=Provenance(
+            model=ModelIdentity.of(run.checkpoint),
+            data=run.calibration.identity,
+            dtype=str(run.stream.dtype).removeprefix("torch."),
+            device=str(run.stream.device),
+        ),
+    )

@@ -1,0 +1,169 @@
+"""What a scoring run keeps on disk: the hidden states between two layers, and how far it has come.
+
+Memory then depends neither on the number of samples nor on the depth, and an interrupted run goes on where it was. The
+system's page cache holds the files as far as memory is free.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmdrop_vllm.artifacts import Record, read_record, write_record
+from llmdrop_vllm.errors import InputError, OutputError
+
+
+class Progress(Record):
+    """A run's results so far; `run` identifies what was asked, so that another run's are never taken up."""
+
+    run: str
+    layers: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive sequences of one length that go through a layer together."""
+
+    first_sequence: int
+    first_token: int
+    batch: int
+    tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[batch, tokens]."""
+        return self.batch, self.tokens
+
+
+def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[Chunk]:
+    """Cut sequences of these lengths into chunks of at most so many tokens, and at least one sequence."""
+    first, position = 0, 0
+    while first < len(lengths):
+        tokens = lengths[first]
+        batch = 1
+        while (
+            first + batch < len(lengths)
+            and lengths[first + batch] == tokens
+            and (batch + 1) * tokens <= tokens_per_chunk
+        ):
+            batch += 1
+        yield Chunk(first, position, batch, tokens)
+        first, position = first + batch, position + batch * tokens
+
+
+class HiddenStates:
+    """The residual stream of all calibration tokens at one depth, on disk: [tokens, hidden] in the model's dtype.
+
+    A layer reads one file and writes the other, so a layer that is interrupted has lost nothing.
+    """
+
+    def __init__(self, directory: Path, hidden_size: int, dtype: torch.dtype) -> None:
+        self.directory, self.hidden_size, self.dtype = directory, hidden_size, dtype
+        self.token_bytes = hidden_size * dtype.itemsize
+
+    def path(self, depth: int) -> Path:
+        """The file for the input of layer `depth`."""
+        return self.directory / f"hidden-{depth % 2}.bin"
+
+    def read(self, depth: int, chunk: Chunk) -> torch.Tensor:
+        """A chunk of layer `depth`'s input, [batch, tokens, hidden]."""
+        hidden = torch.empty(*chunk.shape, self.hidden_size, dtype=self.dtype)
+        with self.path(depth).open("rb", buffering=0) as file:
+            file.seek(chunk.first_token * self.token_bytes)
+            read_fully(file, _bytes(hidden))
+        return hidden
+
+    def write(self, depth: int, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """Store a chunk of layer `depth`'s input."""
+        with self.path(depth).open("r+b" if self.path(depth).exists() else "wb", buffering=0) as file:
+            file.seek(chunk.first_token * self.token_bytes)
+            write_fully(file, _bytes(hidden.to("cpu", self.dtype).contiguous()))
+
+
+class GapHistory:
+    """Unit vectors of some tokens at every depth, on disk, to compare any depth with all before: float32."""
+
+    def __init__(self, path: Path, tokens: np.ndarray, hidden_size: int) -> None:
+        self.path, self.tokens, self.hidden_size = path, tokens, hidden_size
+
+    def put(self, depth: int, first_token: int, hidden: torch.Tensor) -> None:
+        """Store what is sampled of consecutive tokens' hidden states [tokens, hidden] at a depth."""
+        start, stop = np.searchsorted(self.tokens, [first_token, first_token + len(hidden)])
+        if start == stop:
+            return
+        rows = torch.from_numpy(self.tokens[start:stop] - first_token).to(hidden.device)
+        units = torch.nn.functional.normalize(hidden[rows].float(), dim=-1).cpu()
+        with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as file:
+            file.seek((depth * len(self.tokens) + int(start)) * self.hidden_size * 4)
+            write_fully(file, _bytes(units))
+
+    def similarities(self, depth: int) -> list[float]:
+        """Mean cosine similarity between a depth and each depth before it."""
+        totals = [0.0] * depth
+        step = max(1, 2**20 // self.hidden_size)
+        with self.path.open("rb", buffering=0) as file:
+            for first in range(0, len(self.tokens), step):
+                count = min(step, len(self.tokens) - first)
+                ours, other = (torch.empty(count, self.hidden_size) for _ in range(2))
+                for before, tile in [(depth, ours), *((before, other) for before in range(depth))]:
+                    file.seek((before * len(self.tokens) + first) * self.hidden_size * 4)
+                    read_fully(file, _bytes(tile))
+                    if tile is other:
+                        totals[before] += torch.dot(ours.view(-1), other.view(-1)).item()
+        return [total / len(self.tokens) for total in totals]
+
+
+class Scratch:
+    """A run's directory: made, taken up again or thrown away."""
+
+    def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
+        self.directory, self.state = directory, directory / "progress.json"
+        self.progress = self._found(run)
+        if not self.progress.layers:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            free_bytes = shutil.disk_usage(directory).free
+            if free_bytes < needed_bytes:
+                self.remove()
+                raise OutputError(
+                    f"{directory.parent} has {free_bytes:,} bytes free; the hidden states need {needed_bytes:,}"
+                )
+
+    def save(self, layer: dict[str, Any]) -> None:
+        """Record that a layer is done; its output must be on disk by now."""
+        self.progress = Progress(run=self.progress.run, layers=(*self.progress.layers, layer))
+        write_record(self.progress, self.state)
+
+    def remove(self) -> None:
+        """The run is over."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _found(self, run: str) -> Progress:
+        try:
+            found = read_record(Progress, self.state)
+        except InputError:
+            found = None
+        return found if found is not None and found.run == run else Progress(run=run)
+
+
+def read_fully(file: Any, buffer: memoryview) -> None:
+    """Fill the buffer; one call may read less."""
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError(f"{file.name} ended early")
+        buffer = buffer[count:]
+
+
+def write_fully(file: Any, buffer: memoryview) -> None:
+    """Write the whole buffer; one call may write less."""
+    while buffer:
+        buffer = buffer[file.write(buffer) :]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
