@@ -68,9 +68,11 @@ def score(
     what = _dtype(dtype, checkpoint, where)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
-        layers = run.layers(progress)
-        scores = _scores(layers, run)
-        run.scratch.remove()
+        try:
+            scores = _scores(run.layers(progress), run)
+            run.scratch.remove()
+        finally:
+            run.scratch.release()
     return scores
 
 

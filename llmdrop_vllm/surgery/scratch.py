@@ -4,6 +4,8 @@ Memory then depends neither on the number of samples nor on the depth, and an in
 system's page cache holds the files as far as memory is free.
 """
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -122,10 +124,17 @@ class Scratch:
 
     def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
         self.directory, self.state = directory, directory / "progress.json"
+        directory.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise OutputError(f"{directory} is in use: another process is scoring with it") from None
         self.progress = self._found(run)
         if not self.progress.layers:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            for path in directory.iterdir():
+                path.unlink()
             free_bytes = shutil.disk_usage(directory).free
             if free_bytes < needed_bytes:
                 self.remove()
@@ -141,6 +150,13 @@ class Scratch:
     def remove(self) -> None:
         """The run is over."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let another process, or a later run of this one, have the directory."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
 
     def _found(self, run: str) -> Progress:
         try:

@@ -1,0 +1,139 @@
+"""Score and strip a 13 GB checkpoint under 4 GiB of memory: Llama-2-7B's shapes in real shards, random bf16 weights.
+
+    python benchmarks/seven_billion.py [--limit-gib 4] [--directory /tmp] [--out benchmarks/results/seven_billion.json]
+
+Each command of `llmdrop` is a process of its own. Where the system lets us make a control group (Linux, root) the limit
+is enforced on everything that the command uses, the page cache included; the peak resident set is reported anyway.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmdrop_vllm.artifacts import versions
+
+CONFIG = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    vocab_size=32000,
+    max_position_embeddings=4096,
+    dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+)
+SHARD_BYTES = 5 * 10**9
+SAMPLES, SEQ_LEN, ATTENTION = 4, 128, 8
+
+
+def generate(directory: Path) -> Path:
+    """Every tensor is cut from one block of random numbers: their values do not matter, their size does."""
+    directory.mkdir()
+    CONFIG.save_pretrained(directory)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(CONFIG).state_dict().items()}
+    block = (0.02 * torch.randn(max(shape.numel() for shape in shapes.values()))).to(torch.bfloat16)
+    shards: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        if sum(shapes[each].numel() * 2 for each in shards[-1]) + shape.numel() * 2 > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: block[: shapes[name].numel()].view(shapes[name]).clone() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+@contextmanager
+def memory_limit(limit_bytes: int) -> Iterator[Path | None]:
+    """A control group that holds its processes to this much memory; None where none can be made."""
+    for root, file in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        group = root / f"llmdrop-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / file).write_text(str(limit_bytes))
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    yield None
+
+
+def run(group: Path | None, *arguments: str) -> dict:
+    """Run one command in the group; its seconds and peak memory."""
+
+    def enter() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "llmdrop_vllm.cli", *arguments]
+    process = subprocess.Popen(command, preexec_fn=enter)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} ended with status {status}")
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_rss_mib": usage.ru_maxrss >> 10}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit-gib", type=float, default=4)
+    parser.add_argument("--directory", type=Path, help="where 27 GB are free")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "seven_billion.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.directory) as name, memory_limit(int(args.limit_gib * 2**30)) as group:
+        here = Path(name)
+        model, data, scores, mask = here / "model", here / "data.json", here / "scores.json", here / "mask.json"
+        # In a process of its own: memory that it leaves behind would count against nobody, but hide the peaks.
+        if os.fork() == 0:
+            generate(model)
+            os._exit(0)
+        if os.wait()[1]:
+            raise SystemExit("the checkpoint could not be generated")
+        tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (SAMPLES, SEQ_LEN))
+        data.write_text(json.dumps(tokens.tolist()))
+        result = {
+            "checkpoint_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+            "samples": SAMPLES,
+            "seq_len": SEQ_LEN,
+            "memory_limit_gib": args.limit_gib,
+            "limit_enforced": group is not None,
+            "score": run(group, "score", str(model), "--data", str(data), "--out", str(scores)),
+            "select": run(group, "select", str(scores), "--attention", str(ATTENTION), "--out", str(mask)),
+            "apply": run(group, "apply", str(model), str(here / "out"), "--mask", str(mask)),
+            "written_bytes": sum(path.stat().st_size for path in (here / "out").glob("*.safetensors")),
+            "command": " ".join(["python", *sys.argv]),
+            "versions": versions(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        }
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What may still be dropped, and what would be left."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.dialects import is_int
+from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_groups import KVLayout, kv_layout
+from llmdrop_vllm.mask import DropMask
+
+Kind = Literal["attention", "mlp", "blocks", "joint"]
+NOUNS = {
+    "attention": "attention sublayers",
+    "mlp": "MLP sublayers",
+    "blocks": "blocks",
+    "joint": "sublayers",
+    "consecutive": "blocks in a row",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What goes together: an attention sublayer, an MLP sublayer, or what a block still has of both."""
+
+    layer: int
+    attention: bool
+    mlp: bool
+    similarity: float
+
+    @property
+    def importance(self) -> float:
+        """1 - cosine similarity (arXiv 2406.15786)."""
+        return 1 - self.similarity
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a method picks from: the scores, the mask so far, and the layers that must stay as they are."""
+
+    scores: Scores
+    mask: DropMask
+    protect: frozenset[int] = frozenset()
+
+    def units(self, kind: Kind) -> list[Unit]:
+        """All that may go, attention before MLP, each in layer order."""
+        similarity = self.scores.similarity
+        attention = {unit.layer: unit for unit in self._sublayers(similarity.attention, attention=True)}
+        mlp = {unit.layer: unit for unit in self._sublayers(similarity.mlp, attention=False)}
+        if kind == "blocks":
+            return [
+                Unit(layer, layer in attention, layer in mlp, similarity.block[layer])
+                for layer in sorted(attention.keys() | mlp.keys())
+            ]
+        return [*(attention.values() if kind != "mlp" else ()), *(mlp.values() if kind != "attention" else ())]
+
+    def _sublayers(self, similarities: Sequence[float | None], attention: bool) -> list[Unit]:
+        gone = self.protect.union(self.mask.attention if attention else self.mask.mlp)
+        return [
+            Unit(layer, attention, not attention, value)
+            for layer, value in enumerate(similarities)
+            if value is not None and layer not in gone
+        ]
+
+    def without(self, units: Iterable[Unit]) -> Self:
+        """What is left after these went, in this order."""
+        units = tuple(units)
+        attention = (*self.mask.attention, *(unit.layer for unit in units if unit.attention))
+        mlp = (*self.mask.mlp, *(unit.layer for unit in units if unit.mlp))
+        return replace(self, mask=DropMask(self.mask.num_hidden_layers, attention, mlp))
+
+    def take(self, units: Iterable[Unit], count: int) -> list[Unit]:
+        """The first `count` units, passing over one that would take the last attention sublayer: vLLM needs one."""
+        taken: list[Unit] = []
+        attention_left = len(self.mask.kept_attention)
+        for unit in units:
+            if len(taken) == count:
+                break
+            if not unit.attention or attention_left > 1:
+                taken.append(unit)
+                attention_left -= unit.attention
+        return taken
+
+    def available(self, units: Sequence[Unit]) -> int:
+        """How many of these can go, in whatever order."""
+        return len(self.take(units, len(units)))
+
+    @property
+    def kv_kinds(self) -> list[str]:
+        """Kind of KV cache of each attention sublayer that stays, in layer order."""
+        return [self.scores.kv_groups[layer] for layer in self.mask.kept_attention]
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """How vLLM stores the KV cache of what stays."""
+        return kv_layout(self.kv_kinds)
+
+    def check_count(self, key: str, count: object, available: int) -> None:
+        """Raise MaskError unless so many can be dropped."""
+        if not is_int(count) or not 1 <= count <= available:
+            expected = f"expected 1 to {available}" if available else "but there is nothing to drop"
+            raise MaskError(f"{key} is {count!r}; {expected}: {self.limits(key, available)}")
+
+    def limits(self, key: str, available: int) -> str:
+        """How many can be dropped and why: `31 attention sublayers can be dropped (32 layers; one attention stays)`."""
+        already = self.mask.summary() if self.mask else f"{self.mask.num_hidden_layers} layers"
+        protected = f"; protected: {', '.join(map(str, sorted(self.protect)))}" if self.protect else ""
+        return f"{available} {NOUNS[key]} can be dropped ({already}{protected}; vLLM needs one attention sublayer)"

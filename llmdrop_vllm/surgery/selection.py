@@ -1,0 +1,250 @@
+"""Which sublayers to drop: from scores to a mask in rank order.
+
+A method is a value that picks from what may still go; `select` applies one or several in turn. Counts are of *new*
+drops: where the scores come from a model that was dropped already, the mask extends the old one, which comes first.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol, Self
+
+from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.dialects import check_indices
+from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_groups import cheapest_without_padding, kv_layout
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.candidates import Candidates, Kind, Unit
+from llmdrop_vllm.surgery.orders import LeastImportant, Order
+
+SHARE = re.compile(r"(?P<percent>[0-9]+(\.[0-9]+)?) ?%|(?P<decimal>[0-9]*\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A mask, how it was chosen (for `MaskFile.method`) and what its user should know."""
+
+    mask: DropMask
+    method: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a method drops, first to go first, and what to say about it."""
+
+    units: tuple[Unit, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """One way to choose; `str()` of it says which, for people and for the mask file."""
+
+    def pick(self, candidates: Candidates) -> Picked:
+        """Choose. Raises MaskError where there is not enough to choose from."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The first `count` attention sublayers, MLP sublayers, blocks, or sublayers of both kinds in one list ("joint").
+
+    `avoid_padding`: where vLLM would pad the KV cache of what stays, attention by importance is chosen by how many of
+    each kind of KV cache go instead: the choice that is stored in the fewest layers, as long as the summed importance
+    of what goes is at most `padding_tolerance` (a share) above the plain ranking's. Models of one kind never notice.
+    """
+
+    kind: Kind
+    count: int
+    order: Order = LeastImportant()
+    avoid_padding: bool = True
+    padding_tolerance: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.count} {self.order}"
+
+    def pick(self, candidates: Candidates) -> Picked:
+        """The first `count` in order."""
+        units = self.order.arrange(candidates.units(self.kind), candidates.mask.num_hidden_layers)
+        candidates.check_count(self.kind, self.count, candidates.available(units))
+        picked = candidates.take(units, self.count)
+        if self.avoid_padding and self.kind == "attention" and self.order == LeastImportant():
+            return _avoid_padding(candidates, units, picked, self.padding_tolerance)
+        passed_over = [unit.layer for unit in units[: len(picked)] if unit not in picked]
+        notes = (f"attention of layer {layer} stays, though it was its turn: vLLM needs one" for layer in passed_over)
+        return Picked(tuple(picked), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Consecutive:
+    """The `count` blocks in a row over which the residual stream changes least; of equal runs the first one.
+
+    A prefix of the mask is a shorter run from the same start.
+    """
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"consecutive {self.count} by block similarity"
+
+    def pick(self, candidates: Candidates) -> Picked:
+        """Among the runs in which every block has something to drop."""
+        depth = candidates.mask.num_hidden_layers
+        longest = max((count for count in range(1, depth + 1) if _runs(candidates, count)), default=0)
+        candidates.check_count("consecutive", self.count, longest)
+        # Gap g stands in column g - 1: a run of n blocks is the gap n from its first layer.
+        similarity = candidates.scores.block_similarity_by_gap
+        best = max(_runs(candidates, self.count), key=lambda run: similarity[run[0].layer][self.count - 1])
+        return Picked(best)
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """As many attention sublayers, by importance, as it takes for the KV cache to be at most `share` of the full one.
+
+    Sizes are what vLLM stores, padding included, for a token that no sliding window has passed.
+    """
+
+    share: Fraction
+    avoid_padding: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise _share_error(_percent(self.share))
+
+    @classmethod
+    def parse(cls, text: str, avoid_padding: bool = True) -> Self:
+        """From `50%` or `0.5`; a bare `50` or `1` could mean either and is refused."""
+        match = SHARE.fullmatch(text)
+        if match is None:
+            raise _share_error(repr(text))
+        percent, decimal = match["percent"], match["decimal"]
+        share = Fraction(decimal) if percent is None else Fraction(percent) / 100
+        if not 0 < share <= 1:
+            raise _share_error(repr(text))
+        return cls(share, avoid_padding)
+
+    def __str__(self) -> str:
+        return f"attention by importance until the KV cache is {_percent(self.share)}"
+
+    def pick(self, candidates: Candidates) -> Picked:
+        """The smallest number of drops that meets the budget: more of them may be stored in more layers."""
+        full = kv_layout(candidates.scores.kv_groups).stored_layers
+        most = candidates.available(candidates.units("attention"))
+        smallest = full
+        for count in range(most + 1):
+            ranked = Ranked("attention", count, avoid_padding=self.avoid_padding)
+            picked = ranked.pick(candidates) if count else Picked(())
+            stored = candidates.without(picked.units).kv_layout.stored_layers
+            smallest = min(smallest, stored)
+            if stored <= self.share * full:
+                size = f"KV cache stored as {stored} of the full model's {full} layers"
+                return replace(picked, notes=(*picked.notes, f"{size} ({_percent(Fraction(stored, full))})"))
+        # Rounded up, so that the share it names can be met.
+        least = _percent(Fraction(math.ceil(Fraction(10_000 * smallest, full)), 10_000))
+        limits = candidates.limits("attention", most)
+        raise MaskError(f"kv budget is {_percent(self.share)}; expected at least {least}: {limits}")
+
+
+def select(scores: Scores, *methods: Method, protect: Iterable[int] = ()) -> Selection:
+    """Apply the methods in turn, each to what the ones before it left; layers of `protect` keep what they have."""
+    candidates = _candidates(scores, protect)
+    if not methods:
+        raise MaskError("nothing was asked for; expected a number of sublayers or blocks, or a kv budget")
+    notes: list[str] = []
+    for method in methods:
+        picked = method.pick(candidates)
+        candidates = candidates.without(picked.units)
+        notes += picked.notes
+    return _selection(candidates, " + ".join(map(str, methods)), scores.dropped.mask, notes)
+
+
+def iterative(
+    scores: Scores, rescore: Callable[[DropMask], Scores], *methods: Ranked, protect: Iterable[int] = ()
+) -> Selection:
+    """Drop one sublayer or block at a time; `rescore` measures the model under the mask so far between two drops.
+
+    Methods follow one another. KV padding is only reported: one drop at a time cannot choose numbers per kind.
+    """
+    protect = tuple(protect)
+    select(scores, *methods, protect=protect)  # What cannot be done is refused before the first slow pass.
+    candidates = _candidates(scores, protect)
+    notes: list[str] = []
+    steps = [replace(method, count=1, avoid_padding=False) for method in methods for _ in range(method.count)]
+    for number, step in enumerate(steps):
+        if number:
+            candidates = replace(candidates, scores=rescore(candidates.mask))
+        picked = step.pick(candidates)
+        candidates = candidates.without(picked.units)
+        notes += picked.notes
+    method = f"{' + '.join(map(str, methods))}, scored anew after each drop"
+    return _selection(candidates, method, scores.dropped.mask, notes)
+
+
+def _avoid_padding(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Picked:
+    """The plain choice, or one of as many layers that vLLM stores in less, with what it costs."""
+    before = candidates.without(plain).kv_layout
+    if not before.padding_layers:
+        return Picked(tuple(plain))
+    kv_groups = candidates.scores.kv_groups
+    costs: dict[str, list[float]] = defaultdict(list)
+    for unit in ranked:
+        costs[kv_groups[unit.layer]].append(unit.importance)
+    numbers = cheapest_without_padding(costs, Counter(candidates.kv_kinds), len(plain), tolerance)
+    chosen = []
+    for unit in ranked:
+        if numbers[kv_groups[unit.layer]]:
+            numbers[kv_groups[unit.layer]] -= 1
+            chosen.append(unit)
+    after = candidates.without(chosen).kv_layout
+    if after.stored_layers == before.stored_layers:
+        return Picked(tuple(plain))
+    swap = f"attention is dropped in layers [{_layers(chosen, plain)}] instead of [{_layers(plain, chosen)}]"
+    cost = f"importance {_importance(chosen):.4f} instead of {_importance(plain):.4f} in all"
+    stored = f"KV cache stored as {after.stored_layers} layers instead of {before.stored_layers}"
+    return Picked(tuple(chosen), (f"to avoid padding, {swap} ({cost}): {stored}",))
+
+
+def _layers(units: Iterable[Unit], others: Sequence[Unit]) -> str:
+    return ", ".join(str(unit.layer) for unit in units if unit not in others)
+
+
+def _importance(units: Iterable[Unit]) -> float:
+    return sum(unit.importance for unit in units)
+
+
+def _runs(candidates: Candidates, count: int) -> list[tuple[Unit, ...]]:
+    """Every run of `count` blocks that can go together."""
+    blocks = {unit.layer: unit for unit in candidates.units("blocks")}
+    starts = (layer for layer in blocks if all(layer + step in blocks for step in range(count)))
+    runs = (tuple(blocks[layer + step] for step in range(count)) for layer in starts)
+    return [run for run in runs if candidates.available(run) == count]
+
+
+def _candidates(scores: Scores, protect: Iterable[int]) -> Candidates:
+    protect = tuple(protect)
+    check_indices("protect", protect, scores.num_hidden_layers)
+    return Candidates(scores, scores.dropped.mask, frozenset(protect))
+
+
+def _selection(candidates: Candidates, method: str, before: DropMask, notes: Iterable[str]) -> Selection:
+    if candidates.protect:
+        method += f", protecting {', '.join(map(str, sorted(candidates.protect)))}"
+    if before:
+        notes = (f"extends the mask that the scores were measured with: {before.summary()}", *notes)
+    if candidates.kv_layout.padding_layers:
+        notes = (*notes, candidates.kv_layout.describe())
+    return Selection(candidates.mask, method, tuple(dict.fromkeys(notes)))
+
+
+def _percent(share: Fraction) -> str:
+    return f"{float(share * 100):.4g}%"
+
+
+def _share_error(found: str) -> MaskError:
+    return MaskError(
+        f"kv budget is {found}; expected a share of the full model's KV cache, above 0% and at most 100%, "
+        "such as 50% or 0.5"
+    )
