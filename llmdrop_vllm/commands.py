@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import MaskFile, Provenance, Record, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import (
+    MaskFile,
+    MaskRecord,
+    ModelIdentity,
+    Provenance,
+    Record,
+    Scores,
+    read_record,
+    write_record,
+)
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask import DropMask
@@ -40,7 +49,7 @@ def select(args: Namespace) -> None:
     _check_new(args.out, args.overwrite)
     scores = read_record(Scores, args.scores)
     chosen = _select(scores, args)
-    write_record(_mask_file(chosen, scores), args.out)
+    write_record(_chosen_file(chosen, scores), args.out)
     _print_selection(chosen)
     print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
 
@@ -48,17 +57,17 @@ def select(args: Namespace) -> None:
 def apply(args: Namespace) -> None:
     """`llmdrop apply`."""
     check_free(args.out, overwrite=args.overwrite)
-    mask = None
+    checkpoint, file = Checkpoint.open(args.model), None
     if args.mask is not None:
         if args.attention or args.mlp:
             raise InputError("--mask and --attention/--mlp exclude each other")
         file = read_record(MaskFile, args.mask)
         if not args.other_model:
-            _check_same_model(file, Checkpoint.open(args.model), args.mask)
-        mask = file.mask
+            _check_same_model(file, checkpoint, args.mask)
     elif args.attention or args.mlp:
-        mask = DropMask(Checkpoint.open(args.model).mask.num_hidden_layers, args.attention, args.mlp)
-    _write(_plan(args, mask), args)
+        mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
+        file = _mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    _write(_plan(args, None if file is None else file.mask), args, {} if file is None else {MASK_FILE: file})
 
 
 def drop(args: Namespace) -> None:
@@ -75,7 +84,7 @@ def drop(args: Namespace) -> None:
         write_record(scores, kept)
     chosen = _select(scores, args, checkpoint, calibration)
     _print_selection(chosen)
-    _write(_plan(args, chosen.mask), args, {SCORES_FILE: scores, MASK_FILE: _mask_file(chosen, scores)})
+    _write(_plan(args, chosen.mask), args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
     kept.unlink()
 
 
@@ -194,16 +203,13 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
     return again
 
 
-def _mask_file(chosen: Selection, scores: Scores) -> MaskFile:
-    mask = chosen.mask
-    provenance = Provenance(model=scores.provenance.model, data=scores.provenance.data)
-    return MaskFile(
-        num_hidden_layers=mask.num_hidden_layers,
-        attention=mask.attention,
-        mlp=mask.mlp,
-        method=chosen.method,
-        provenance=provenance,
-    )
+def _mask_file(mask: DropMask, method: str, provenance: Provenance) -> MaskFile:
+    return MaskFile(**MaskRecord.of(mask).model_dump(), method=method, provenance=provenance)
+
+
+def _chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
+    measured = scores.provenance
+    return _mask_file(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
 
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:
@@ -239,7 +245,7 @@ def _write(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = M
 
 def _print_scores(scores: Scores) -> None:
     table = Table(title="importance (1 - cosine similarity); x: dropped already")
-    for column in ("layer", "attention", "MLP", "block", "attention / stream", "concentration", "token cosine"):
+    for column in ("layer", "attention", "MLP", "block", "attn out/in", "attn focus", "token cos"):
         table.add_column(column, justify="right")
     similarity, attention = scores.similarity, scores.diagnostics.attention
     rows = zip(similarity.attention, similarity.mlp, similarity.block, strict=True)
