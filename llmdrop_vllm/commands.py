@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import (
@@ -21,6 +19,7 @@ from llmdrop_vllm.artifacts import (
     write_record,
 )
 from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.console import show_inspection, show_scores, show_selection
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
@@ -40,7 +39,7 @@ def score(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     scores = _score(checkpoint, _calibration(checkpoint, args), args, args.out)
     write_record(scores, args.out)
-    _print_scores(scores)
+    show_scores(scores)
     print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
 
 
@@ -50,7 +49,7 @@ def select(args: Namespace) -> None:
     scores = read_record(Scores, args.scores)
     chosen = _select(scores, args)
     write_record(_chosen_file(chosen, scores), args.out)
-    _print_selection(chosen)
+    show_selection(chosen)
     print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
 
 
@@ -83,7 +82,7 @@ def drop(args: Namespace) -> None:
         scores = _score(checkpoint, calibration, args, args.out)
         write_record(scores, kept)
     chosen = _select(scores, args, checkpoint, calibration)
-    _print_selection(chosen)
+    show_selection(chosen)
     _write(_plan(args, chosen.mask), args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
     kept.unlink()
 
@@ -101,15 +100,8 @@ def inspect(args: Namespace) -> None:
     found = inspect_checkpoint(Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype)
     if args.json:
         print(found.model_dump_json(indent=2))
-        return
-    weights = "stripped" if found.stripped else "all in the files"
-    print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
-    table = Table("", "full", "dropped", "share")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in found.rows():
-        table.add_row(*row)
-    Console().print(table)
+    else:
+        show_inspection(found)
 
 
 def _calibration(checkpoint: Checkpoint, args: Namespace) -> Calibration:
@@ -241,24 +233,3 @@ def _write(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = M
         write_checkpoint(plan, args.out, overwrite=args.overwrite, records=records, progress=bar.update)
     gone = sum(tensor.num_bytes for tensor in plan.dropped)
     print(f"{args.out}: {plan.mask.summary()}; {gone:,} bytes of weights left out, {plan.weight_bytes:,} written")
-
-
-def _print_scores(scores: Scores) -> None:
-    table = Table(title="importance (1 - cosine similarity); x: dropped already")
-    for column in ("layer", "attention", "MLP", "block", "attn out/in", "attn focus", "token cos"):
-        table.add_column(column, justify="right")
-    similarity, attention = scores.similarity, scores.diagnostics.attention
-    rows = zip(similarity.attention, similarity.mlp, similarity.block, strict=True)
-    for layer, values in enumerate(rows):
-        importance = ["x" if value is None else f"{1 - value:.4f}" for value in values]
-        extra = (attention.magnitude_ratio, attention.concentration, attention.token_cosine_after)
-        shown = ["x" if column[layer] is None else f"{column[layer]:.3f}" for column in extra]
-        table.add_row(str(layer), *importance, *shown)
-    Console().print(table)
-
-
-def _print_selection(chosen: Selection) -> None:
-    print(f"{chosen.method}: {chosen.mask.summary()}")
-    print(f"rank order: attention {list(chosen.mask.attention)}, MLP {list(chosen.mask.mlp)}")
-    for note in chosen.notes:
-        print(f"note: {note}")

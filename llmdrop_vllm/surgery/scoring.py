@@ -42,7 +42,7 @@ from llmdrop_vllm.surgery.similarity import ResidualSums
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
 # depths stays below this size on disk.
 MAX_GAP_TOKENS, MAX_GAP_HISTORY_BYTES = 4096, 2**31
-TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 16384}  # enough to be bound by compute, at hundreds of MiB per layer
 
 
 def score(
@@ -64,7 +64,7 @@ def score(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
     mask = checkpoint.mask if mask is None else mask
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     what = _dtype(dtype, checkpoint, where)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
@@ -164,6 +164,16 @@ class _Run:
     def _token_ids(self, chunk: Chunk) -> torch.Tensor:
         sequences = self.calibration.sequences[chunk.first_sequence : chunk.first_sequence + chunk.batch]
         return torch.from_numpy(np.stack(sequences))
+
+
+def _device(name: str | None) -> torch.device:
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    kind = name.partition(":")[0] if name else "cuda" if available["cuda"] else "cpu"
+    if not available.get(kind):
+        raise InputError(
+            f"device is {name!r}; here is {' and '.join(each for each, here in available.items() if here)}"
+        )
+    return torch.device(name or kind)
 
 
 def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -262,6 +262,13 @@ def test_an_unknown_dtype_is_refused(tiny):
         scoring.score(*tiny, dtype="int4")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_a_device_that_is_not_here_is_refused(tiny, device):
+    with pytest.raises(InputError, match=f"device is '{device}'; here is cpu"):
+        scoring.score(*tiny, device=device)
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(OutputError, match="100 bytes free; the hidden states need 281,600"):

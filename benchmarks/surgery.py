@@ -1,0 +1,183 @@
+"""Checkpoint surgery against `cp` of the same bytes: time and memory, on a generated checkpoint of Llama-2-7B's shapes.
+
+    python benchmarks/surgery.py [--layers 8] [--rounds 5] [--directory /tmp] [--out benchmarks/results/surgery.json]
+
+Contenders take turns: `cp -r` of the new checkpoint, surgery that writes it, and surgery that does not look for NaN.
+Each is timed until it returns (the bytes are in the page cache) and until a sync after it has returned (they are on the
+disk). The source is in the page cache for all of them if it fits there. Planning, which imports Transformers to know
+every tensor's shape, is timed by itself: it takes as long for any size.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from llmdrop_vllm.artifacts import command_line, versions
+from llmdrop_vllm.checkpoint import StoredTensor
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery import stream
+from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
+from llmdrop_vllm.surgery.write import write_checkpoint
+
+HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
+LAYERS_PER_SHARD = 5  # 2 GB
+LAYER = {
+    "input_layernorm": (HIDDEN,),
+    "post_attention_layernorm": (HIDDEN,),
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+def generate(directory: Path, layers: int) -> None:
+    """A bfloat16 Llama-2-7B with this many layers, in shards; its values are the same 32 MiB of noise over and over."""
+    outside = {"model.embed_tokens": (VOCAB, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (VOCAB, HIDDEN)}
+    named = [{f"model.layers.{layer}.{name}": shape for name, shape in LAYER.items()} for layer in range(layers)]
+    groups = [named[start : start + LAYERS_PER_SHARD] for start in range(0, layers, LAYERS_PER_SHARD)]
+    groups[-1].append(outside)
+    noise = np.random.default_rng(0).integers(0, 0x3F80, 1 << 24, dtype=np.uint16).tobytes()
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        path = directory / f"model-{number:05}-of-{len(groups):05}.safetensors"
+        tensors, end = [], 0
+        for name, shape in ((name, shape) for part in group for name, shape in part.items()):
+            start, end = end, end + 2 * int(np.prod(shape))
+            tensors.append(StoredTensor(f"{name}.weight", "BF16", shape, path, start, end))
+        with path.open("wb") as file:
+            file.write(stream.header(tensors, {"format": "pt"}))
+            for done in range(0, end, len(noise)):
+                file.write(noise[: end - done])
+        weight_map |= {tensor.name: path.name for tensor in tensors}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "torch_dtype": "bfloat16",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def measure(plan: SurgeryPlan, directory: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds until each contender returns and until the sync after it does, by name; one more round comes first."""
+    reference, out = directory / "reference", directory / "out"
+    write_checkpoint(plan, reference)
+    contenders: dict[str, Callable[[], object]] = {
+        "cp": lambda: subprocess.run(["cp", "-r", str(reference), str(out)], check=True),
+        "surgery": lambda: write_checkpoint(plan, out),
+        "surgery_without_nan_check": lambda: without_nan_check(plan, out),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            os.sync()
+            start = time.perf_counter()
+            run()
+            returned_s = time.perf_counter() - start
+            os.sync()
+            synced_s = time.perf_counter() - start
+            shutil.rmtree(out)
+            if number:  # the first is to warm up
+                times[name].append((returned_s, synced_s))
+    return times
+
+
+def without_nan_check(plan: SurgeryPlan, out: Path) -> None:
+    """What the check costs is the difference."""
+    check, stream.holds_nan = stream.holds_nan, lambda *_: False
+    try:
+        write_checkpoint(plan, out)
+    finally:
+        stream.holds_nan = check
+
+
+def peak_memory_bytes(plan: SurgeryPlan, out: Path) -> tuple[int, int]:
+    """(what the process has at most while it writes, of that what it did not have before), resident in memory."""
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begin to look for the peak anew
+    write_checkpoint(plan, out)
+    peak = status_bytes("VmHWM")
+    return peak, peak - before
+
+
+def status_bytes(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="0.4 GB each, and 0.5 GB outside of them; 32 is 13 GB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where to generate; twice the size is needed, and removed again")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "surgery.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(dir=args.directory) as temporary:
+        directory = Path(temporary)
+        (directory / "model").mkdir()
+        generate(directory / "model", args.layers)
+        deep = tuple(range(args.layers - 1, args.layers // 2, -1))
+        start = time.perf_counter()
+        plan = plan_surgery(directory / "model", DropMask(args.layers, attention=deep, mlp=deep[:1]))
+        plan_s = time.perf_counter() - start
+        largest = max(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
+        print(
+            f"{plan.weight_bytes / 1e9:.2f} GB to write, {3 * (args.rounds + 1) + 2} times; expected: at most 1.3 "
+            f"times as long as cp, at most {2 * largest:,} bytes of memory more than before",
+            flush=True,
+        )
+        peak, growth = peak_memory_bytes(plan, directory / "memory")
+        shutil.rmtree(directory / "memory")
+        times = measure(plan, directory, args.rounds)
+    medians = {
+        name: {
+            "returned_s": round(statistics.median(returned for returned, _ in runs), 3),
+            "synced_s": round(statistics.median(synced for _, synced in runs), 3),
+        }
+        for name, runs in times.items()
+    }
+    result = {
+        "weight_bytes": plan.weight_bytes,
+        "largest_tensor_bytes": largest,
+        "plan_s": round(plan_s, 3),
+        "medians": medians,
+        "surgery_over_cp": {
+            key: round(medians["surgery"][key] / medians["cp"][key], 3) for key in ("returned_s", "synced_s")
+        },
+        "peak_rss_bytes": peak,
+        "peak_rss_growth_bytes": growth,
+        "runs": {name: [[round(value, 3) for value in run] for run in runs] for name, runs in times.items()},
+        "layers": args.layers,
+        "command": command_line(),
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, median in medians.items():
+        print(f"{name:28} {median['returned_s']:8.2f} s {median['synced_s']:8.2f} s with sync")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

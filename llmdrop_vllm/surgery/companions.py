@@ -1,0 +1,46 @@
+"""The files that stand beside the weights: which of them belong into a new checkpoint."""
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from llmdrop_vllm.checkpoint import INDEX_FILE, OTHER_WEIGHTS, VARIANT_INDEX_FILE, Checkpoint
+
+# Weights of another form or of the undropped model; next to dropped ones an engine might take them.
+LEFT_OUT = (*OTHER_WEIGHTS, "consolidated*", "*.onnx_data", "*.bin.index*.json", "*.safetensors.index*.json")
+LEFT_OUT_DIRECTORIES = frozenset({"original", ".git", ".cache"})
+
+
+def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names to copy, names to leave out) of what is in the directory beside the weights, their index and `without`.
+
+    Names are relative to the checkpoint; a directory that is left out as a whole ends in a slash.
+    """
+    known = {*without, *(path.name for path in checkpoint.metadata), *(path.name for path in index_files(checkpoint))}
+    names = [name for name in _names(checkpoint.directory) if name not in known]
+    left_out = [name for name in names if _is_left_out(checkpoint.directory, name)]
+    return tuple(name for name in names if name not in left_out), tuple(left_out)
+
+
+def index_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The index that lists the checkpoint's weights, if it has one."""
+    paths = (checkpoint.directory / name for name in (INDEX_FILE, VARIANT_INDEX_FILE))
+    return tuple(path for path in paths if path.is_file())[:1]
+
+
+def _names(directory: Path) -> Iterator[str]:
+    for parent, directories, files in os.walk(directory):
+        where = Path(parent).relative_to(directory)
+        # Links to directories are not followed: they may lead back here.
+        closed = [name for name in directories if name in LEFT_OUT_DIRECTORIES or (Path(parent) / name).is_symlink()]
+        directories[:] = sorted(set(directories) - set(closed))
+        yield from (f"{(where / name).as_posix()}/" for name in sorted(closed))
+        yield from ((where / name).as_posix() for name in sorted(files))
+
+
+def _is_left_out(directory: Path, name: str) -> bool:
+    path = directory / name
+    # vLLM reads every *.safetensors file at the top, listed or not.
+    other_weights = path.parent == directory and path.suffix == ".safetensors"
+    return other_weights or not path.is_file() or any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)

@@ -1,0 +1,182 @@
+"""What checkpoint surgery will write: decided and checked in full before anything is written."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm import nemotron
+from llmdrop_vllm.checkpoint import (
+    INDEX_FILE,
+    VARIANT,
+    VARIANT_INDEX_FILE,
+    Checkpoint,
+    StoredTensor,
+    in_dropped_sublayer,
+)
+from llmdrop_vllm.dialects import without_mask
+from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.families import EXPLICIT_PREFIX
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.companions import companions, index_files
+from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
+
+ON_DISK = ("llm-drop", "llm-drop-booleans", "transformers", "nemotron-nas")
+NEMOTRON_CODE = Path(__file__).with_name("configuration_nemotron_nas.py")
+NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """A weight file to write, with tensors of one of the checkpoint's."""
+
+    name: str
+    source: Path
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """Everything that will be in the new checkpoint.
+
+    `zeroed` names tensors whose values become zeros; `links` are files to link to in place of `shards` and `index`;
+    `copies` and `left_out` are names in the checkpoint's directory; `code` are files of ours that come along;
+    `warnings` are for the user to read.
+    """
+
+    checkpoint: Checkpoint
+    mask: DropMask
+    config: Mapping[str, Any]
+    shards: tuple[OutputShard, ...]
+    index: str | None
+    zeroed: frozenset[str]
+    links: tuple[Path, ...]
+    copies: tuple[str, ...]
+    code: tuple[Path, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the tensors to write; what `write_checkpoint` reports as progress adds up to it."""
+        return sum(tensor.num_bytes for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files to write, without the few that are made from this plan."""
+        sizes = ((self.checkpoint.directory / name).stat().st_size for name in self.copies)
+        return self.weight_bytes + sum(sizes)
+
+    @property
+    def dropped(self) -> tuple[StoredTensor, ...]:
+        """The tensors that the checkpoint has and the new one will not have."""
+        if self.links:
+            return ()
+        kept = {tensor.name for shard in self.shards for tensor in shard.tensors}
+        return tuple(tensor for name, tensor in self.checkpoint.tensors.items() if name not in kept)
+
+
+def plan_surgery(
+    model: str | Path,
+    mask: DropMask | None = None,
+    *,
+    dialect: str = "llm-drop",
+    portable: bool = False,
+    config_only: bool = False,
+    keep_dropped: bool = False,
+) -> SurgeryPlan:
+    """Plan a checkpoint of `model` with a mask, by default its own, and check all that can be known beforehand.
+
+    The tensors of dropped sublayers go, unless: `portable` keeps them with their output projections zeroed, for engines
+    that know no masks; `config_only` links to the weights as they are; `keep_dropped` only says the mask in another
+    dialect. Raises InputError for what cannot be done; nothing is written here.
+    """
+    for_nemotron = dialect == "nemotron-nas"
+    _check_options(dialect, portable, config_only, keep_dropped)
+    checkpoint = Checkpoint.open(model)
+    mask = checked_mask(checkpoint, mask, may_be_empty=keep_dropped)
+    full = DropMask(mask.num_hidden_layers)
+    # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
+    kept = _kept(checkpoint, full if portable or config_only or (keep_dropped and not for_nemotron) else mask)
+    if config_only and for_nemotron and len(_kept(checkpoint, mask)) < len(kept):
+        raise InputError(
+            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
+        )
+    whole = is_whole(kept, checkpoint.family, mask.num_hidden_layers)
+    reference = transformers_config(checkpoint, full if whole else mask)
+    shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
+    copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
+    return SurgeryPlan(
+        checkpoint=checkpoint,
+        mask=mask,
+        config=_config(checkpoint, mask, dialect, reference, explicit=bool(mask) and not portable),
+        shards=shards,
+        index=_index_name(shards),
+        zeroed=output_projections(checkpoint, mask) if portable else frozenset(),
+        links=(*checkpoint.metadata, *index_files(checkpoint)) if config_only else (),
+        copies=copies,
+        code=(NEMOTRON_CODE,) if for_nemotron else (),
+        left_out=left_out,
+        warnings=tuple(_warnings(checkpoint, mask, dialect, reference)),
+    )
+
+
+def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool) -> None:
+    if dialect not in ON_DISK:
+        raise MaskError(f"{dialect!r} is not a dialect for checkpoints; expected one of {', '.join(ON_DISK)}")
+    if portable + config_only + keep_dropped > 1:
+        raise InputError("portable, config_only and keep_dropped exclude each other")
+    if portable and dialect == "nemotron-nas":
+        raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
+
+
+def _kept(checkpoint: Checkpoint, mask: DropMask) -> dict[str, StoredTensor]:
+    tensors = checkpoint.tensors.items()
+    return {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, checkpoint.family, mask)}
+
+
+def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: str | None) -> tuple[OutputShard, ...]:
+    """One for each weight file that keeps anything, numbered as Transformers does."""
+    sources: dict[Path, list[StoredTensor]] = {}
+    for tensor in kept.values():
+        sources.setdefault(tensor.path, []).append(tensor)
+    prefix, shards = f"model.{variant}" if variant else "model", []
+    for number, (path, tensors) in enumerate(sources.items(), start=1):
+        numbers = f"-{number:05}-of-{len(sources):05}" if len(sources) > 1 else ""
+        shards.append(OutputShard(f"{prefix}{numbers}.safetensors", path, tuple(tensors), checkpoint.metadata[path]))
+    return tuple(shards)
+
+
+def _index_name(shards: Collection[OutputShard]) -> str | None:
+    if len(shards) < 2:
+        return None
+    return VARIANT_INDEX_FILE if all(shard.name.startswith(f"model.{VARIANT}") for shard in shards) else INDEX_FILE
+
+
+def _config(
+    checkpoint: Checkpoint, mask: DropMask, dialect: str, reference: Any, *, explicit: bool
+) -> Mapping[str, Any]:
+    """config.json of the new checkpoint, its keys in the order of the old one's."""
+    entries = without_mask(checkpoint.plain_config)
+    if dialect == "nemotron-nas":
+        # The architecture without our prefix is what the model is called when it gets its name back.
+        entries |= {"architectures": [checkpoint.architecture]}
+        entries = nemotron.renamed(entries, mask, reference, NEMOTRON_CLASS)
+    else:
+        # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
+        name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
+        entries |= {"architectures": [name]} | mask.to_config(dialect)
+    return {key: entries[key] for key in checkpoint.config if key in entries} | entries
+
+
+def _warnings(checkpoint: Checkpoint, mask: DropMask, dialect: str, reference: Any) -> list[str]:
+    found = []
+    if reference is None:
+        found.append(
+            f"Transformers does not know model_type {checkpoint.plain_config.get('model_type')!r}: "
+            "names and shapes of the tensors were not compared with the architecture"
+        )
+    if dialect == "nemotron-nas":
+        found += nemotron.warnings(mask, reference)
+    return found

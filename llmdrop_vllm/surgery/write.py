@@ -1,0 +1,84 @@
+"""Checkpoint surgery's second half: what was planned, written beside OUT and renamed into place."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from llmdrop_vllm.artifacts import Record, write_record
+from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.surgery.plan import SurgeryPlan
+from llmdrop_vllm.surgery.staging import check_free, staged
+from llmdrop_vllm.surgery.stream import Progress, write_shard
+
+MARGIN_BYTES = 1 << 20  # for headers, JSON and the file system's own
+
+
+def write_checkpoint(
+    plan: SurgeryPlan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    records: Mapping[str, Record] = MappingProxyType({}),
+    progress: Progress | None = None,
+) -> None:
+    """Write the planned checkpoint to the directory `out`, which appears when it is whole.
+
+    `records`, such as the mask with its provenance, are written into it under their file names, in place of the
+    model's. `progress` is called with numbers of bytes that add up to `plan.weight_bytes`. Raises OutputError for a
+    place that cannot be written to and CheckpointError for weights with NaN; nothing is left behind then, and an `out`
+    that was there is as it was. Killed at any moment, the process leaves a hidden directory that the next run removes.
+    """
+    out = Path(out).absolute()
+    try:
+        _check_place(plan, out)
+        check_free(out, overwrite=overwrite)
+        with staged(out, overwrite=overwrite) as partial:
+            _check_space(plan, partial, out)
+            _write_weights(plan, partial, progress or (lambda _: None))
+            _write_others(plan, partial, records)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror} ({error.filename or out})") from error
+
+
+def _check_place(plan: SurgeryPlan, out: Path) -> None:
+    target, model = out.resolve(), plan.checkpoint.directory.resolve()
+    if target == model or model in target.parents or target in model.parents:
+        raise OutputError(f"{out} is, contains or lies inside the model {plan.checkpoint.directory}; choose another")
+    for path in plan.checkpoint.metadata:
+        if target in path.resolve().parents:
+            raise OutputError(f"{path} is a link into {out}, which must not be overwritten while it is read")
+
+
+def _check_space(plan: SurgeryPlan, partial: Path, out: Path) -> None:
+    needed, free = plan.num_bytes + MARGIN_BYTES, shutil.disk_usage(partial).free
+    if needed > free:
+        raise OutputError(f"{out} needs {needed:,} bytes, and {free:,} are free there")
+
+
+def _write_weights(plan: SurgeryPlan, directory: Path, progress: Progress) -> None:
+    for shard in plan.shards:
+        write_shard(shard, directory / shard.name, plan.zeroed, progress)
+    for path in plan.links:
+        (directory / path.name).symlink_to(path.resolve())
+
+
+def _write_others(plan: SurgeryPlan, directory: Path, records: Mapping[str, Record]) -> None:
+    for name in plan.copies:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.directory / name, directory / name)
+    for path in plan.code:
+        shutil.copyfile(path, directory / path.name)
+    for name, record in records.items():
+        write_record(record, directory / name)
+    _write_json(directory / "config.json", plan.config)
+    if plan.index:
+        weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
+        index = {"metadata": {"total_size": plan.weight_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / plan.index, index)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

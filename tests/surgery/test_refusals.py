@@ -1,0 +1,122 @@
+"""Bad models and bad places: a clear error, and everything is as it was."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
+from llmdrop_vllm.surgery.plan import plan_surgery
+from llmdrop_vllm.surgery.write import write_checkpoint as write
+from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from tests.surgery.files import (
+    MASK,
+    SMALL,
+    content,
+    model_alone,
+    put_nan,
+    truncate,
+)
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A directory with nothing but a small `model` in it."""
+    return model_alone(tmp_path)
+
+
+def unlist(directory):
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"].pop("model.norm.weight")
+    path.write_text(json.dumps(index))
+
+
+def extra_shard(directory):
+    shutil.copyfile(directory / "model-00001-of-00002.safetensors", directory / "model-00003-of-00003.safetensors")
+
+
+def only_pickle(directory):
+    for path in directory.glob("model*"):
+        path.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def unsupported(directory):
+    (directory / "config.json").write_text(json.dumps(TINY_LLAMA | {"architectures": ["BloomForCausalLM"]}))
+
+
+BAD_MODELS = {
+    "NaN": (put_nan, r"1\.mlp\.up_proj\.weight in .*00001-of-00002\.safetensors holds NaN"),
+    "negative NaN": (lambda model: put_nan(model, value=-np.float32(np.nan)), "holds NaN"),
+    "missing shard": (lambda model: (model / "model-00002-of-00002.safetensors").unlink(), "00002.* is missing"),
+    "extra shard": (extra_shard, r"00003-of-00003\.safetensors is not listed"),
+    "disagreeing index": (unlist, r"model\.norm\.weight, which the index does not list"),
+    "truncated shard": (truncate, "truncated or damaged"),
+    "pickle": (only_pickle, r"only safetensors are read.*\n?.*Convert: python -c"),
+    "unsupported architecture": (unsupported, "BloomForCausalLM has no row in the family table"),
+    "no config": (lambda model: (model / "config.json").unlink(), r"has no config\.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_bad_model_leaves_nothing_behind(case, parent):
+    spoil, message = BAD_MODELS[case]
+    spoil(parent / "model")
+    before = content(parent)
+    with pytest.raises(InputError, match=message):
+        write(plan_surgery(parent / "model", MASK), parent / "new" / "out")
+    assert content(parent) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("model", {"overwrite": True}, "is, contains or lies inside the model"),
+        ("model/out", {}, "is, contains or lies inside the model"),
+        (".", {"overwrite": True}, "is, contains or lies inside the model"),
+        ("old", {}, "old exists; .*--overwrite"),
+        ("other", {"overwrite": True}, r"other is not a directory with a config\.json"),
+        ("file", {"overwrite": True}, r"file is not a directory with a config\.json"),
+        ("link", {"overwrite": True}, r"link is not a directory with a config\.json"),
+        ("file/out", {}, "cannot be written: .*/file is not a directory"),
+        ("linked", {"overwrite": True}, "which must not be overwritten while it is read"),
+    ],
+)
+def test_a_bad_place_is_left_as_it_is(out, options, message, parent):
+    write_checkpoint(parent / "old", SMALL)
+    (parent / "other").mkdir()
+    (parent / "other" / "precious").write_text("mine")
+    (parent / "file").write_text("")
+    (parent / "link").symlink_to(parent / "old")
+    model = parent / "model"
+    if out == "linked":  # the weights of the model are links into the place
+        write(plan_surgery(parent / "model", MASK, keep_dropped=True), parent / "linked")
+        write(plan_surgery(parent / "linked", config_only=True), parent / "links")
+        model = parent / "links"
+    before = content(parent)
+    with pytest.raises(OutputError, match=message):
+        write(plan_surgery(model, MASK), parent / out, **options)
+    assert content(parent) == before
+
+
+def test_too_little_disk_is_told_with_both_numbers(parent, monkeypatch):
+    plan = plan_surgery(parent / "model", MASK)
+    needed, before = plan.num_bytes + (1 << 20), content(parent)
+    usage = shutil.disk_usage(parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=f"needs {needed:,} bytes, and {needed - 1:,} are free"):
+        write(plan, parent / "out")
+    assert content(parent) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    write(plan, parent / "out")
+
+
+def test_a_shard_that_is_cut_after_planning_leaves_nothing_behind(parent):
+    plan = plan_surgery(parent / "model", MASK)
+    truncate(parent / "model")
+    before = content(parent)
+    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors ended early"):
+        write(plan, parent / "out")
+    assert content(parent) == before
