@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from llmdrop_vllm.artifacts import command_line, versions
-from llmdrop_vllm.checkpoint import StoredTensor
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.shards import StoredTensor
 from llmdrop_vllm.surgery import stream
 from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint

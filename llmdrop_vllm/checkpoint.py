@@ -2,79 +2,23 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
-
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.families import BY_ARCHITECTURE, Family, Sublayer, family_of
+from llmdrop_vllm.families import BY_ARCHITECTURE, Family, family_of
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import plain
+from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
+from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 
-INDEX_FILE = "model.safetensors.index.json"
-# Transformers' name for another set of weights in the same place: `from_pretrained(..., variant="dropped")`. Stripped
-# weights are kept under it, so that a plain from_pretrained finds no weights instead of inventing the dropped ones.
-VARIANT = "dropped"
-VARIANT_INDEX_FILE = f"model.safetensors.index.{VARIANT}.json"
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
-# A module has its weight under one of these names, quantized or not; scales and zero points it may have or not.
-WEIGHT_NAMES = "weight|qweight|weight_packed"
-
-
-class ShardIndex(BaseModel):
-    """model.safetensors.index.json: tensor name to the file that holds it."""
-
-    weight_map: dict[str, str]
-
-
-class TensorHeader(BaseModel):
-    """One tensor's entry in a shard's header; `data_offsets` are bytes from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes are; `start` and `stop` are offsets in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return self.stop - self.start
-
-    def read(self) -> bytearray:
-        """The tensor's bytes, little endian as on disk."""
-        buffer = bytearray(self.num_bytes)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):
-                done += file.readinto(view[done:]) or _raise_truncated(self.path)
-        return buffer
-
-    def read_ahead(self) -> None:
-        """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)
@@ -98,8 +42,8 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         metadata = {}
         for path in paths:
-            metadata[path] = dict(_open_shard(path).metadata() or {})
-            for tensor in _stored_tensors(path):
+            metadata[path] = dict(open_shard(path).metadata() or {})
+            for tensor in stored_tensors(path):
                 if (first := tensors.get(tensor.name)) is not None:
                     raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
                 tensors[tensor.name] = tensor
@@ -191,37 +135,19 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
 
     What the mask drops may be there or not, in the shards and in the index. A directory without safetensors passes.
     """
-    index_file, index = _read_index(directory)
+    index_file, index = read_index(directory)
     needed = {name: file for name, file in index.items() if not in_dropped_sublayer(name, family, mask)}
     for name, file in needed.items():
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory / file} is missing; {index_file} says that it holds {name}")
     files = sorted(set(index.values())) or sorted(path.name for path in directory.glob("*.safetensors"))
     found = {
-        name for file in files if (directory / file).is_file() for name in _open_shard(directory / file).offset_keys()
+        name for file in files if (directory / file).is_file() for name in open_shard(directory / file).offset_keys()
     }
     missing = ({*needed} - found) | missing_weights(found, family, mask)
     if missing:
         names = ", ".join(sorted(missing))
         raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {names}")
-
-
-def in_dropped_sublayer(name: str, family: Family, mask: DropMask) -> bool:
-    """Whether a tensor belongs to a sublayer that the mask drops."""
-    return any(
-        (match := _in_sublayer(sublayer).match(name)) and int(match[2]) in dropped
-        for sublayer, dropped in family.sublayers(mask)
-    )
-
-
-def missing_weights(names: Iterable[str], family: Family, mask: DropMask) -> set[str]:
-    """Weights of kept sublayers that are not among these tensor names, judged by what the other layers have."""
-    layers = set(range(mask.num_hidden_layers))
-    names = set(names)
-    missing = (
-        _missing_modules(names, sublayer, layers.difference(dropped)) for sublayer, dropped in family.sublayers(mask)
-    )
-    return set().union(*missing)
 
 
 def _local_directory(model: str | Path) -> Path:
@@ -243,7 +169,7 @@ def _local_directory(model: str | Path) -> Path:
 
 def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
-    index_file, index = _read_index(directory)
+    index_file, index = read_index(directory)
     numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
     if index:
         for file in sorted(set(index.values())):
@@ -265,63 +191,3 @@ def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
             f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
         )
     raise CheckpointError(f"{directory} has no model.safetensors and no {INDEX_FILE}")
-
-
-def _read_index(directory: Path) -> tuple[str, dict[str, str]]:
-    """(name of the index file, its weight map), empty where there is none."""
-    for name in (INDEX_FILE, VARIANT_INDEX_FILE):
-        path = directory / name
-        if path.is_file():
-            try:
-                return name, ShardIndex.model_validate_json(path.read_bytes()).weight_map
-            except ValidationError as error:
-                raise CheckpointError(f"{path} is not a safetensors index: {error}") from error
-    return INDEX_FILE, {}
-
-
-def _open_shard(path: Path) -> Any:
-    """Open with the safetensors library, which checks the header against itself and the file's size."""
-    try:
-        return safe_open(path, framework="numpy").__enter__()  # type: ignore[no-untyped-call]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}") from error
-
-
-def _stored_tensors(path: Path) -> Iterator[StoredTensor]:
-    """A shard's tensors in the order of their bytes; the library has checked the header, but does not tell offsets."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    entries = {name: TensorHeader.model_validate(entry) for name, entry in header.items()}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        start, stop = (8 + header_bytes + offset for offset in entry.data_offsets)
-        yield StoredTensor(name, entry.dtype, entry.shape, path, start, stop)
-
-
-def _raise_truncated(path: Path) -> int:
-    raise CheckpointError(f"{path} ended early: it has been cut while it was read")
-
-
-def _in_sublayer(sublayer: Sublayer) -> re.Pattern[str]:
-    """Matches a tensor's name as (everything up to the layer index, the index, the rest)."""
-    return re.compile(rf"^(.*?)(\d+)\.((?:{'|'.join(sublayer.names)})\..+)$")
-
-
-def _missing_modules(names: set[str], sublayer: Sublayer, kept: set[int]) -> set[str]:
-    """Weights that one kept layer's sublayer lacks and another layer's sublayer of the same kind has.
-
-    Layers may differ in kind (dense and mixture-of-experts MLPs in one model), so only a layer whose modules are a part
-    of another's counts as incomplete.
-    """
-    modules: dict[int, set[str]] = {layer: set() for layer in kept}
-    pattern, weight, prefix = _in_sublayer(sublayer), re.compile(rf"^(.+)\.(?:{WEIGHT_NAMES})$"), ""
-    for name in names:
-        if (match := pattern.match(name)) and (module := weight.match(match[3])):
-            prefix = match[1]
-            modules.setdefault(int(match[2]), set()).add(module[1])
-    missing = set()
-    for layer in kept:
-        whole = max((its for its in modules.values() if modules[layer] < its), key=len, default=modules[layer])
-        missing |= {f"{prefix}{layer}.{module}.weight" for module in whole - modules[layer]}
-    return missing

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.checkpoint import VARIANT, Checkpoint, StoredTensor
+from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.shards import VARIANT, StoredTensor
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmdrop_vllm.checkpoint import INDEX_FILE, OTHER_WEIGHTS, VARIANT_INDEX_FILE, Checkpoint
+from llmdrop_vllm.checkpoint import OTHER_WEIGHTS, Checkpoint
+from llmdrop_vllm.shards import INDEX_FILE, VARIANT_INDEX_FILE
 
 # Weights of another form or of the undropped model; next to dropped ones an engine might take them.
 LEFT_OUT = (*OTHER_WEIGHTS, "consolidated*", "*.onnx_data", "*.bin.index*.json", "*.safetensors.index*.json")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmdrop_vllm.checkpoint import Checkpoint, StoredTensor
+from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import TORCH_DTYPES, model_class, stored_tensors, transformers_config
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.shards import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm import nemotron
-from llmdrop_vllm.checkpoint import (
-    INDEX_FILE,
-    VARIANT,
-    VARIANT_INDEX_FILE,
-    Checkpoint,
-    StoredTensor,
-    in_dropped_sublayer,
-)
+from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor
+from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.companions import companions, index_files
 from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
 

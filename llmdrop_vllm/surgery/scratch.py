@@ -17,6 +17,7 @@ import torch
 
 from llmdrop_vllm.artifacts import Record, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.raw_io import read_at, write_at
 
 
 class Progress(Record):
@@ -75,15 +76,12 @@ class HiddenStates:
         """A chunk of layer `depth`'s input, [batch, tokens, hidden]."""
         hidden = torch.empty(*chunk.shape, self.hidden_size, dtype=self.dtype)
         with self.path(depth).open("rb", buffering=0) as file:
-            file.seek(chunk.first_token * self.token_bytes)
-            read_fully(file, _bytes(hidden))
+            read_at(file.fileno(), _bytes(hidden), chunk.first_token * self.token_bytes, self.path(depth))
         return hidden
 
     def write(self, depth: int, chunk: Chunk, hidden: torch.Tensor) -> None:
         """Store a chunk of layer `depth`'s input."""
-        with self.path(depth).open("r+b" if self.path(depth).exists() else "wb", buffering=0) as file:
-            file.seek(chunk.first_token * self.token_bytes)
-            write_fully(file, _bytes(hidden.to("cpu", self.dtype).contiguous()))
+        _write(self.path(depth), hidden.to("cpu", self.dtype).contiguous(), chunk.first_token * self.token_bytes)
 
 
 class GapHistory:
@@ -99,9 +97,7 @@ class GapHistory:
             return
         rows = torch.from_numpy(self.tokens[start:stop] - first_token).to(hidden.device)
         units = torch.nn.functional.normalize(hidden[rows].float(), dim=-1).cpu()
-        with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as file:
-            file.seek((depth * len(self.tokens) + int(start)) * self.hidden_size * 4)
-            write_fully(file, _bytes(units))
+        _write(self.path, units, (depth * len(self.tokens) + int(start)) * self.hidden_size * 4)
 
     def similarities(self, depth: int) -> list[float]:
         """Mean cosine similarity between a depth and each depth before it."""
@@ -112,8 +108,8 @@ class GapHistory:
                 count = min(step, len(self.tokens) - first)
                 ours, other = (torch.empty(count, self.hidden_size) for _ in range(2))
                 for before, tile in [(depth, ours), *((before, other) for before in range(depth))]:
-                    file.seek((before * len(self.tokens) + first) * self.hidden_size * 4)
-                    read_fully(file, _bytes(tile))
+                    offset = (before * len(self.tokens) + first) * self.hidden_size * 4
+                    read_at(file.fileno(), _bytes(tile), offset, self.path)
                     if tile is other:
                         totals[before] += torch.dot(ours.view(-1), other.view(-1)).item()
         return [total / len(self.tokens) for total in totals]
@@ -166,19 +162,9 @@ class Scratch:
         return found if found is not None and found.run == run else Progress(run=run)
 
 
-def read_fully(file: Any, buffer: memoryview) -> None:
-    """Fill the buffer; one call may read less."""
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise EOFError(f"{file.name} ended early")
-        buffer = buffer[count:]
-
-
-def write_fully(file: Any, buffer: memoryview) -> None:
-    """Write the whole buffer; one call may write less."""
-    while buffer:
-        buffer = buffer[file.write(buffer) :]
+def _write(path: Path, tensor: torch.Tensor, offset: int) -> None:
+    with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+        write_at(file.fileno(), _bytes(tensor), offset)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

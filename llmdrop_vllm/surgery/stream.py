@@ -1,7 +1,6 @@
 """Weight files written from others', a small buffer at a time, looking for NaN in what passes through."""
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from llmdrop_vllm.checkpoint import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.raw_io import read_at, write_at
+from llmdrop_vllm.shards import StoredTensor
 from llmdrop_vllm.surgery.plan import OutputShard
 
 # Small enough to stay in a processor's cache between reading, looking and writing; enough of them that neither the
@@ -58,9 +58,12 @@ def write_shard(shard: OutputShard, path: Path, zeroed: Collection[str], progres
         path.open("xb", buffering=0) as out,
         ThreadPoolExecutor(max_workers=1) as reader,
     ):
-        _write_all(out, memoryview(header(tensors, shard.metadata)))
+        head = header(tensors, shard.metadata)
+        write_at(out.fileno(), memoryview(head), 0)
+        end = len(head)
         for view in _contents(tensors, zeroed, source.fileno(), reader):
-            _write_all(out, view)
+            write_at(out.fileno(), view, end)
+            end += len(view)
             progress(len(view))
 
 
@@ -135,21 +138,13 @@ def _chunks(run: Iterable[StoredTensor]) -> Iterator[list[Piece]]:
 def _read_checked(source: int, chunk: list[Piece], buffer: bytearray) -> memoryview:
     first, done, _ = chunk[0]
     view = _view(chunk, buffer)
-    _read_all(source, view, first.start + done, first.path)
+    read_at(source, view, first.start + done, first.path)
     start = 0
     for tensor, _, taken in chunk:
         if holds_nan(tensor.dtype, view[start : start + taken]):
             raise CheckpointError(f"{tensor.name} in {tensor.path} holds NaN; the model cannot compute with it")
         start += taken
     return view
-
-
-def _read_all(source: int, view: memoryview, offset: int, path: Path) -> None:
-    while view:
-        count = os.preadv(source, [view], offset)
-        if not count:
-            raise CheckpointError(f"{path} ended early: it has been cut while it was read")
-        view, offset = view[count:], offset + count
 
 
 def _fill_zeros(_: int, chunk: list[Piece], buffer: bytearray) -> memoryview:
@@ -160,8 +155,3 @@ def _fill_zeros(_: int, chunk: list[Piece], buffer: bytearray) -> memoryview:
 
 def _view(chunk: list[Piece], buffer: bytearray) -> memoryview:
     return memoryview(buffer)[: sum(taken for _, _, taken in chunk)]
-
-
-def _write_all(out: Any, view: memoryview) -> None:
-    while view:
-        view = view[out.write(view) :]

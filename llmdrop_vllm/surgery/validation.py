@@ -4,10 +4,11 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from llmdrop_vllm.checkpoint import Checkpoint, in_dropped_sublayer, missing_weights
+from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.families import Family
 from llmdrop_vllm.mask import DropMask, layer_count
+from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 
 
 def checked_mask(checkpoint: Checkpoint, mask: DropMask | None, *, may_be_empty: bool) -> DropMask:

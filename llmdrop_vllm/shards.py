@@ -1,0 +1,96 @@
+"""Safetensors files and their index, read by their headers."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.raw_io import read_at
+
+INDEX_FILE = "model.safetensors.index.json"
+# Transformers' name for another set of weights in the same place: `from_pretrained(..., variant="dropped")`. Stripped
+# weights are kept under it, so that a plain from_pretrained finds no weights instead of inventing the dropped ones.
+VARIANT = "dropped"
+VARIANT_INDEX_FILE = f"model.safetensors.index.{VARIANT}.json"
+
+
+class ShardIndex(BaseModel):
+    """model.safetensors.index.json: tensor name to the file that holds it."""
+
+    weight_map: dict[str, str]
+
+
+class TensorHeader(BaseModel):
+    """One tensor's entry in a shard's header; `data_offsets` are bytes from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are; `start` and `stop` are offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return self.stop - self.start
+
+    def read(self) -> bytearray:
+        """The tensor's bytes, little endian as on disk."""
+        buffer = bytearray(self.num_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            read_at(file.fileno(), memoryview(buffer), self.start, self.path)
+        return buffer
+
+    def read_ahead(self) -> None:
+        """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def read_index(directory: Path) -> tuple[str, dict[str, str]]:
+    """(name of the index file, its weight map), empty where there is none."""
+    for name in (INDEX_FILE, VARIANT_INDEX_FILE):
+        path = directory / name
+        if path.is_file():
+            try:
+                return name, ShardIndex.model_validate_json(path.read_bytes()).weight_map
+            except ValidationError as error:
+                raise CheckpointError(f"{path} is not a safetensors index: {error}") from error
+    return INDEX_FILE, {}
+
+
+def open_shard(path: Path) -> Any:
+    """Open with the safetensors library, which checks the header against itself and the file's size."""
+    try:
+        return safe_open(path, framework="numpy").__enter__()  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}") from error
+
+
+def stored_tensors(path: Path) -> Iterator[StoredTensor]:
+    """A shard's tensors in the order of their bytes; the library has checked the header, but does not tell offsets."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    entries = {name: TensorHeader.model_validate(entry) for name, entry in header.items()}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = (8 + header_bytes + offset for offset in entry.data_offsets)
+        yield StoredTensor(name, entry.dtype, entry.shape, path, start, stop)
