@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -122,8 +121,13 @@ def measure(contender: str, model: Path, data: Path) -> dict:
     else:
         attention = three_passes(model, data, all_gaps="gaps" in contender)["attention"]
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_rss_bytes": peak, "attention": attention}
+    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "attention": attention}
+
+
+def peak_rss_bytes() -> int:
+    """Of this process since it was started; getrusage would count what its parent had."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def in_process(contender: str, model: Path, data: Path) -> dict:
@@ -133,7 +137,7 @@ def in_process(contender: str, model: Path, data: Path) -> dict:
 
 
 def speed(directory: Path, repeats: int) -> dict:
-    model, data = make_model(directory / "speed", 16), make_data(directory / "speed.json", 16, 1024)
+    model, data = make_model(directory / "speed", 12), make_data(directory / "speed.json", 16, 1024)
     runs = defaultdict(list)
     for _ in range(repeats):
         for contender in CONTENDERS:
@@ -142,7 +146,7 @@ def speed(directory: Path, repeats: int) -> dict:
     seconds = {name: statistics.median(run["seconds"] for run in results) for name, results in runs.items()}
     ours, theirs = runs["llmdrop"][0]["attention"], runs["three passes"][0]["attention"]
     return {
-        "model": WIDTH | {"num_hidden_layers": 16, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
+        "model": WIDTH | {"num_hidden_layers": 12, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
         "samples": 16,
         "seq_len": 1024,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -157,10 +161,10 @@ def memory(directory: Path) -> dict:
     found: dict = {"by_samples": {}, "by_depth": {}}
     model = make_model(directory / "depth-8", 8)
     for samples in (16, 64, 256):
-        data = make_data(directory / f"samples-{samples}.json", samples, 256)
+        data = make_data(directory / f"samples-{samples}.json", samples, 128)
         found["by_samples"][samples] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
         print(samples, "samples", found["by_samples"][samples], flush=True)
-    data = make_data(directory / "depth.json", 16, 256)
+    data = make_data(directory / "depth.json", 16, 128)
     for num_layers in (8, 16, 32):
         model = make_model(directory / f"depth-{num_layers}", num_layers)
         found["by_depth"][num_layers] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}

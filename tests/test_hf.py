@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,7 +90,6 @@ def test_gradients_flow_to_every_parameter(model):
 
 
 def test_a_lora_adapter_finds_the_remaining_sublayers_only(model):
-    peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     layers = {
         name.split("layers.")[1].split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name

@@ -87,6 +87,7 @@ class _Run:
         directory: Path,
     ) -> None:
         self.checkpoint, self.calibration, self.mask = checkpoint, calibration, mask
+        self.family = checkpoint.family
         self.stream = LayerStream(checkpoint, mask, device=device, dtype=dtype, attention=PROBED_ATTENTION)
         lengths = [len(sequence) for sequence in calibration.sequences]
         self.chunks = list(chunks(lengths, TOKENS_PER_CHUNK[device.type]))
@@ -154,7 +155,7 @@ class _Run:
     def _mlp_input(self, layer: nn.Module) -> Iterator[list[torch.Tensor]]:
         """Within this context, the residual stream between attention and MLP is appended to the list given."""
         seen: list[torch.Tensor] = []
-        norm = getattr(layer, self.checkpoint.family.mlp.pre_norm)
+        norm = getattr(layer, self.family.mlp.pre_norm)
         handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
             yield seen

@@ -251,6 +251,13 @@ def test_damaged_weights_are_named(tiny, name, change, message, tmp_path):
         scoring.score(Checkpoint.open(directory), tiny[1])
 
 
+def test_an_architecture_without_a_row_is_refused_before_any_weight_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(LayerStream, "_load", lambda *_: pytest.fail("read weights"))
+    config = TINY_LLAMA | {"architectures": ["BloomForCausalLM"]}
+    with pytest.raises(CheckpointError, match="BloomForCausalLM has no row in the family table"):
+        scoring.score(Checkpoint.open(write_checkpoint(tmp_path / "model", config)), tiny[1])
+
+
 def test_a_quantized_model_is_refused(tiny, tmp_path):
     directory = write_checkpoint(tmp_path / "model", TINY_LLAMA | {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(CheckpointError, match="is quantized"):
