@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,24 +64,24 @@ def generate(directory: Path) -> Path:
 @contextmanager
 def memory_limit(limit_bytes: int) -> Iterator[Path | None]:
     """A control group that holds its processes to this much memory; None where none can be made."""
+    group = None
     for root, file in (
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
         (Path("/sys/fs/cgroup"), "memory.max"),
     ):
-        group = root / f"llmdrop-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / file).write_text(str(limit_bytes))
-            yield group
-            return
-        except OSError:
-            continue
-        finally:
+        made = root / f"llmdrop-{os.getpid()}"
+        with suppress(OSError):
+            made.mkdir()
+            if (made / file).exists():
+                (made / file).write_text(str(limit_bytes))
+                group = made
+                break
+            made.rmdir()
+    try:
+        yield group
+    finally:
+        if group is not None:
             group.rmdir()
-    yield None
 
 
 def run(group: Path | None, *arguments: str) -> dict:

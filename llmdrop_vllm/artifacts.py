@@ -25,7 +25,7 @@ Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 class Record(BaseModel):
     """Strict and immutable: an unknown key is an error, for it may be a misspelt one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class ModelIdentity(Record):
@@ -39,7 +39,9 @@ class ModelIdentity(Record):
     def of(cls, checkpoint: Checkpoint) -> Self:
         """The checkpoint's own."""
         return cls(
-            path=str(checkpoint.directory), architecture=checkpoint.architecture, fingerprint=checkpoint.fingerprint
+            path=str(checkpoint.directory.resolve()),
+            architecture=checkpoint.architecture,
+            fingerprint=checkpoint.fingerprint,
         )
 
 
@@ -61,7 +63,6 @@ class Provenance(Record):
     data: DataIdentity | None = None
     dtype: str | None = None
     device: str | None = None
-    mask_sha256: str | None = None
     versions: dict[str, str] = Field(default_factory=lambda: versions())
     command: str = Field(default_factory=lambda: command_line())
 
@@ -163,7 +164,7 @@ class Scores(Record):
                 attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
                 mlp=SublayerDiagnostics(**columns),
             ),
-            kv_groups=kv_kinds(checkpoint.config),
+            kv_groups=kv_kinds(checkpoint.plain_config),
             dropped=MaskRecord.of(mask),
             provenance=Provenance(model=ModelIdentity.of(checkpoint)),
         )
@@ -233,7 +234,7 @@ def read_record(kind: type[R], path: Path) -> R:
 
 def write_record(record: BaseModel, path: Path) -> None:
     """Write all of it or nothing: a reader never sees half a file."""
-    write_atomically(path, record.model_dump_json(indent=2, exclude_none=False) + "\n")
+    write_atomically(path, record.model_dump_json(indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

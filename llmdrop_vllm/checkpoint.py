@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.families import BY_ARCHITECTURE, Family, family_of
+from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, Family, family_of
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
@@ -62,9 +62,9 @@ class Checkpoint:
         names = self.plain_config.get("architectures")
         if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
             raise CheckpointError(f"{self.directory}/config.json has architectures {names!r}; expected one name")
-        return names[0].removeprefix("Dropped")
+        return names[0].removeprefix(EXPLICIT_PREFIX)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """The architecture's row in the family table."""
         family = family_of(self.architecture)
@@ -73,7 +73,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.architecture} has no row in the family table; supported: {known}")
         return family
 
-    @property
+    @cached_property
     def mask(self) -> DropMask:
         """What the config drops."""
         return DropMask.from_config(self.config)
@@ -190,4 +190,6 @@ def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
             f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
         )
-    raise CheckpointError(f"{directory} has no model.safetensors and no {INDEX_FILE}")
+    raise CheckpointError(
+        f"{directory} has no model.safetensors and no {INDEX_FILE}; weights in other formats (.bin, .gguf) are not read"
+    )

@@ -2,16 +2,16 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmdrop_vllm import __version__
-from llmdrop_vllm.dialects import WRITERS
+from llmdrop_vllm.dialects import ON_DISK
 from llmdrop_vllm.errors import InputError
 
-ON_DISK = tuple(name for name in WRITERS if name != "runtime")
-UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+UNITS = ("", "k", "m", "g", "t")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Transformers would draw its own bars and advise on files that are read on purpose.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from llmdrop_vllm import commands
-
     try:
+        from llmdrop_vllm import commands
+
         getattr(commands, args.command)(args)
+    except ModuleNotFoundError as error:
+        print(
+            f"llmdrop: error: {error}; an engine brings it along, or: pip install 'llmdrop-vllm[toolkit]'",
+            file=sys.stderr,
+        )
+        return 1
     except InputError as error:
         print(f"llmdrop: error: {error}", file=sys.stderr)
         return 1
@@ -61,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     select.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the mask goes (JSON)")
     _add_selection(select)
     select.add_argument("--model", help="for --iterative: the scored model, if it has moved")
+    select.add_argument("--device", help="for --iterative: cpu or cuda; default a GPU where there is one")
     select.add_argument("--overwrite", action="store_true", help="replace FILE")
 
     apply = command("apply", "write the checkpoint that a mask leaves", "llmdrop apply MODEL OUT --mask mask.json")
@@ -136,8 +143,7 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kind",
         choices=("attention", "mlp", "blocks", "joint"),
-        default="attention",
-        help="for --last, --random, --least",
+        help="for --last, --random, --least (attention)",
     )
     group.add_argument("--keep-last-layer", action="store_true", help="for --last: spare the very last layer")
     group.add_argument("--seed", type=int, default=0, help="for --random")
@@ -163,11 +169,12 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _memory(text: str) -> int:
-    number = text.lower().removesuffix("ib").removesuffix("b")
-    unit = number[-1:] if number[-1:].isalpha() else ""
+    match = re.fullmatch(r"([0-9.]+)([kmgt]?)(i?b?)", text.lower())
     try:
-        return int(float(number.removesuffix(unit)) * UNITS[unit])
-    except (KeyError, ValueError):
+        # 80GB are 80 * 1000^3 bytes; 80GiB, and 80G as vLLM reads it, 80 * 1024^3.
+        number, unit, suffix = match.groups() if match else ("", "", "")
+        return int(float(number) * (1000 if suffix == "b" and unit else 1024) ** UNITS.index(unit))
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GiB") from None
 
 

@@ -1,5 +1,6 @@
 """The commands of `llmdrop`: each makes values of its arguments, calls the library and prints."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
 from llmdrop_vllm.surgery.selection import select as select_mask
 from llmdrop_vllm.surgery.staging import check_free
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.surgery.write import check_destination, write_checkpoint
 
 SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
 
@@ -66,24 +67,26 @@ def apply(args: Namespace) -> None:
     elif args.attention or args.mlp:
         mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
         file = _mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
-    _write(_plan(args, None if file is None else file.mask), args, {} if file is None else {MASK_FILE: file})
+    plan = _plan(args, checkpoint, None if file is None else file.mask)
+    _write(plan, args, {} if file is None else {MASK_FILE: file})
 
 
 def drop(args: Namespace) -> None:
     """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
-    check_free(args.out, overwrite=args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     # What cannot be chosen or written is refused before the scores, which may take hours.
-    _plan(args, select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask)
+    possible = select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask
+    check_destination(_plan(args, checkpoint, possible), args.out, overwrite=args.overwrite)
     calibration = _calibration(checkpoint, args)
-    kept = args.out.absolute().with_name(f"{args.out.name}.scores.json")
-    scores = _kept_scores(kept, checkpoint, calibration)
+    kept = _beside(args.out, "scores.json")
+    scores = _kept_scores(kept, checkpoint, calibration, args.dtype)
     if scores is None:
         scores = _score(checkpoint, calibration, args, args.out)
         write_record(scores, kept)
     chosen = _select(scores, args, checkpoint, calibration)
     show_selection(chosen)
-    _write(_plan(args, chosen.mask), args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
+    plan = _plan(args, checkpoint, chosen.mask)
+    _write(plan, args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
     kept.unlink()
 
 
@@ -108,24 +111,39 @@ def _calibration(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     return load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
 
 
-def _score(checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path) -> Scores:
+def _score(
+    checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
+) -> Scores:
     from llmdrop_vllm.surgery.scoring import score as score_checkpoint
 
-    scratch = out.absolute().with_name(f".{out.name}.llmdrop-scratch")
     return score_checkpoint(
-        checkpoint, calibration, device=args.device, dtype=args.dtype, scratch=scratch, progress=True
+        checkpoint,
+        calibration,
+        mask=mask,
+        device=args.device,
+        dtype=args.dtype,
+        scratch=_beside(out, "scratch"),
+        progress=True,
     )
 
 
-def _kept_scores(path: Path, checkpoint: Checkpoint, calibration: Calibration) -> Scores | None:
-    """Scores that an earlier run of the same command left when it could not write the checkpoint."""
-    if not path.exists():
+def _beside(out: Path, what: str) -> Path:
+    """A hidden place next to `out` for what an interrupted command has done already."""
+    return out.absolute().with_name(f".{out.name}.llmdrop-{what}")
+
+
+def _kept_scores(
+    path: Path, checkpoint: Checkpoint, calibration: Calibration, dtype: str | None, mask: DropMask | None = None
+) -> Scores | None:
+    """The same scores, from an earlier run of the same command that did not come to its end."""
+    try:
+        scores = read_record(Scores, path)
+    except InputError:
         return None
-    scores = read_record(Scores, path)
     where = scores.provenance
-    if (where.model.fingerprint, where.data) != (checkpoint.fingerprint, calibration.identity):
-        raise OutputError(f"{path} holds scores of another model or other data; move it away")
-    return scores
+    found = (where.model.fingerprint, where.data, scores.dropped.mask)
+    same = found == (checkpoint.fingerprint, calibration.identity, checkpoint.mask if mask is None else mask)
+    return scores if same and dtype in (None, where.dtype) else None
 
 
 def _methods(args: Namespace) -> list[Method]:
@@ -145,9 +163,15 @@ def _methods(args: Namespace) -> list[Method]:
         (args.least, MostImportant()),
     ):
         if count is not None:
-            found.append(Ranked(args.kind, count, order))
+            found.append(Ranked(args.kind or "attention", count, order))
     if args.kv_budget is not None:
         found.append(KVBudget.parse(args.kv_budget, padding))
+    if args.iterative and not all(isinstance(method, Ranked) for method in found):
+        raise MaskError("--iterative drops one at a time; --consecutive and --kv-budget cannot")
+    if args.kind is not None and args.last is args.random is args.least is None:
+        raise MaskError("--kind says what --last, --random or --least drop, and none of them is given")
+    if args.keep_last_layer and args.last is None:
+        raise MaskError("--keep-last-layer belongs to --last, which is not given")
     return found
 
 
@@ -157,22 +181,24 @@ def _select(
     methods = _methods(args)
     if not args.iterative:
         return select_mask(scores, *methods, protect=args.protect)
-    ranked = [method for method in methods if isinstance(method, Ranked)]
-    if len(ranked) < len(methods):
-        raise MaskError("--iterative drops one at a time; --consecutive and --kv-budget cannot")
     select_mask(scores, *methods, protect=args.protect)  # refused before the model is opened
     checkpoint = checkpoint or _scored_checkpoint(scores, args.model)
     calibration = calibration or _scored_data(scores, checkpoint)
+    args.dtype = scores.provenance.dtype
+    passes: list[Path] = []
 
     def rescore(mask: DropMask) -> Scores:
-        from llmdrop_vllm.surgery.scoring import score as score_checkpoint
+        passes.append(_beside(args.out, f"pass-{len(passes)}.json"))
+        again = _kept_scores(passes[-1], checkpoint, calibration, args.dtype, mask)
+        if again is None:
+            again = _score(checkpoint, calibration, args, args.out, mask)
+            write_record(again, passes[-1])
+        return again
 
-        where = scores.provenance
-        return score_checkpoint(
-            checkpoint, calibration, mask=mask, device=where.device, dtype=where.dtype, progress=True
-        )
-
-    return iterative(scores, rescore, *ranked, protect=args.protect)
+    chosen = iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
+    for path in passes:
+        path.unlink()
+    return chosen
 
 
 def _scored_checkpoint(scores: Scores, model: str | None) -> Checkpoint:
@@ -214,14 +240,16 @@ def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> Non
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another name, or replace it with --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path.parent} is not a directory")
+    if path.exists() and (path.is_dir() or not overwrite):
+        hint = "choose another name" if path.is_dir() else "choose another name, or replace it with --overwrite"
+        raise OutputError(f"{path} exists; {hint}")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} is not a directory that can be written to")
 
 
-def _plan(args: Namespace, mask: DropMask | None) -> SurgeryPlan:
-    return plan_surgery(args.model, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
+def _plan(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
+    return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
 
 
 def _write(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:

@@ -202,6 +202,7 @@ WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, A
     "nemotron-nas": _write_nemotron,
     "runtime": _write_llm_drop,
 }
+ON_DISK = tuple(name for name in WRITERS if name != "runtime")
 
 
 def without_mask(config: Entries) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.dialects import without_mask
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.shards import VARIANT, StoredTensor
@@ -34,6 +34,8 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     `kwargs` go to Transformers' from_pretrained (dtype, device_map, attn_implementation, ...). Raises MaskError and
     CheckpointError for what cannot be loaded faithfully: a weight that a kept sublayer lacks is never invented.
     """
+    if refused := sorted(kwargs.keys() & {"cache_dir", "config", "revision", "subfolder", "token"}):
+        raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
     checkpoint = Checkpoint.open(model)
     config = transformers_config(checkpoint)
     if is_variant(checkpoint):

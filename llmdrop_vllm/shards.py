@@ -50,12 +50,10 @@ class StoredTensor:
         """Size on disk."""
         return self.stop - self.start
 
-    def read(self) -> bytearray:
-        """The tensor's bytes, little endian as on disk."""
-        buffer = bytearray(self.num_bytes)
+    def read_into(self, buffer: bytearray) -> None:
+        """Fill a buffer of `num_bytes` with the tensor's bytes, little endian as on disk."""
         with self.path.open("rb", buffering=0) as file:
             read_at(file.fileno(), memoryview(buffer), self.start, self.path)
-        return buffer
 
     def read_ahead(self) -> None:
         """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""

@@ -52,12 +52,14 @@ def test_drop_leaves_a_whole_checkpoint_with_its_scores_and_mask_and_nothing_els
 
 
 def test_drop_does_not_score_twice_when_writing_failed(home, tmp_path, monkeypatch, capsys):
-    out, kept = tmp_path / "out", tmp_path / "out.scores.json"
+    out, kept = tmp_path / "out", tmp_path / ".out.llmdrop-scores.json"
     command = ["drop", f"{home}/model", str(out), "--attention", "3", "--data", f"{home}/data.json"]
     with monkeypatch.context() as patch:
-        patch.setattr("llmdrop_vllm.surgery.write.MARGIN_BYTES", 1 << 60)
+        patch.setattr(
+            "llmdrop_vllm.surgery.write._write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+        )
         assert main(command) == 1
-    assert "bytes, and " in capsys.readouterr().err
+    assert "cannot be written: full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
     monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("scored again"))
     assert main(command) == 0
@@ -71,6 +73,7 @@ def test_drop_refuses_what_cannot_be_chosen_before_it_scores(home, tmp_path, mon
         (["--attention", "8"], "attention is 8; expected 1 to 7"),
         ([], "nothing was asked for"),
         (["--attention", "2", "--protect", "9"], "protect names layer 9"),
+        (["--consecutive", "2", "--iterative"], "--consecutive and --kv-budget cannot"),
         (
             ["--consecutive", "2", "--dialect", "nemotron-nas", "--portable"],
             "portable is for engines that know no masks",
@@ -90,6 +93,29 @@ def test_iterative_selection_measures_again_after_each_drop(home, tmp_path):
     assert len(iterative["attention"]) + len(iterative["mlp"]) == 3
     # The first drop is the same; that the second is chosen by other scores is for the library's tests to show.
     assert {*one_shot["attention"], *one_shot["mlp"]} & {*iterative["attention"], *iterative["mlp"]}
+
+
+def test_an_interrupted_iteration_keeps_the_passes_that_were_done(home, tmp_path, monkeypatch):
+    command = ["select", f"{home}/scores.json", "--mlp", "4", "--iterative", "--out", f"{tmp_path}/mask.json"]
+    asked, original = [], scoring.score
+
+    def counted(*args, mask, **options):
+        asked.append(mask)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return original(*args, mask=mask, **options)
+
+    monkeypatch.setattr(scoring, "score", counted)
+    assert main(command) == 130
+    assert main(command) == 0
+    assert [len(mask.mlp) for mask in asked] == [1, 2, 3, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
+
+
+def test_memory_is_counted_in_the_units_that_are_written(home, capsys):
+    for text, expected in (("2GiB", 2**31), ("2g", 2**31), ("2GB", 2 * 10**9), ("1.5KiB", 1536), ("10", 10)):
+        assert main(["inspect", f"{home}/model", "--memory", text, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory_bytes"] == expected
 
 
 def test_apply_without_a_mask_strips_a_published_checkpoint(tmp_path):
@@ -151,7 +177,10 @@ def test_inspect_counts_exactly(home, tmp_path, capsys):
 ERRORS = {
     "no model": (["score", "nowhere", "--out", "new.json"], "nowhere is not a directory"),
     "scores exist": (["score", "{home}/model", "--out", "{home}/scores.json"], "scores.json exists"),
-    "no directory": (["score", "{home}/model", "--out", "{home}/no/new.json"], "no is not a directory"),
+    "no directory": (
+        ["score", "{home}/model", "--out", "{home}/no/new.json"],
+        "no is not a directory that can be written to",
+    ),
     "no data": (["score", "{home}/model", "--out", "new.json", "--data", "{home}/no.txt"], "no.txt"),
     "too little data": (
         ["score", "{home}/model", "--out", "new.json", "--data", "{home}/data.json", "--samples", "7"],
@@ -167,6 +196,19 @@ ERRORS = {
     ),
     "out exists": (["apply", "{home}/model", "{home}/model", "--mlp", "1"], "exists; choose another place"),
     "no budget": (["select", "{home}/scores.json", "--kv-budget", "50", "--out", "new.json"], "kv budget is '50'"),
+    "scores are a directory": (["score", "{home}/model", "--out", "{home}/model", "--overwrite"], "model exists"),
+    "kind of nothing": (
+        ["select", "{home}/scores.json", "--mlp", "1", "--kind", "mlp", "--out", "new.json"],
+        "--kind says",
+    ),
+    "spared for nothing": (
+        ["select", "{home}/scores.json", "--mlp", "1", "--keep-last-layer", "--out", "new.json"],
+        "--keep-last-layer belongs to --last",
+    ),
+    "inside the model": (
+        ["drop", "{home}/model", "{home}/model/out", "--mlp", "1", "--data", "{home}/data.json"],
+        "lies inside the model",
+    ),
     "iterative run": (
         ["select", "{home}/scores.json", "--consecutive", "2", "--iterative", "--out", "new.json"],
         "--consecutive and --kv-budget cannot",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from tests.checkpoints import PARITY_CASES, TINY_LLAMA, golden, write_checkpoint
 
 MASK = {"drop_attn_list": [6, 0, 3], "drop_mlp_list": [6]}
@@ -128,6 +128,11 @@ def test_a_missing_weight_of_a_kept_sublayer_is_an_error(tmp_path):
     write_checkpoint(tmp_path, TINY_LLAMA | MASK, strip=True, without=("model.layers.5.mlp.up_proj",))
     with pytest.raises(CheckpointError, match=r"lacks .*model\.layers\.5\.mlp\.up_proj\.weight"):
         hf.from_pretrained(tmp_path)
+
+
+def test_another_revision_is_never_read_in_silence(dropped):
+    with pytest.raises(InputError, match="revision cannot be given here"):
+        hf.from_pretrained(dropped, revision="v2")
 
 
 def test_a_model_without_any_attention_is_refused(tmp_path):

@@ -29,7 +29,7 @@ class AttentionProbe:
         rows = torch.linspace(tokens // 2, tokens - 1, min(QUERIES_PER_SEQUENCE, tokens - tokens // 2)).long().unique()
         rows = rows.to(query.device)
         grouped = query[:, :, rows].reshape(batch, key.shape[1], -1, head_dim)  # heads that share keys, together
-        logits = (grouped @ key.transpose(-1, -2)).float().view(batch, heads, len(rows), tokens)
+        logits = (grouped.float() @ key.float().transpose(-1, -2)).view(batch, heads, len(rows), tokens)
         logits *= head_dim**-0.5 if scaling is None else scaling
         visible = _visible(mask, rows, tokens)
         weights = logits.masked_fill_(~visible, -math.inf).softmax(-1)

@@ -57,11 +57,10 @@ class Inspection(Record):
         return table
 
 
-def inspect_checkpoint(
-    checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None, mask: DropMask | None = None
-) -> Inspection:
-    """Account for a checkpoint and its mask, or another; KV values have the weights' dtype unless one is given."""
-    mask = checkpoint.mask if mask is None else mask
+def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None) -> Inspection:
+    """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given."""
+    mask, config = checkpoint.mask, checkpoint.plain_config
+    disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     whole = DropMask(mask.num_hidden_layers)
     kv_dtype = kv_dtype or _weights_dtype(checkpoint)
     kept = sum(
@@ -70,11 +69,10 @@ def inspect_checkpoint(
     parameters = {each: _skeleton(checkpoint, each).num_parameters() for each in (whole, mask)}
 
     def footprint(each: DropMask) -> Footprint:
-        # Exact where all weights have one dtype; what is gone from the files cannot be weighed otherwise.
-        weight_bytes = round(kept * parameters[each] / parameters[mask])
-        per_token = kept_layout(checkpoint.config, each).stored_layers * kv_bytes_per_layer_token(
-            checkpoint.config, kv_dtype
-        )
+        # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
+        whole_bytes = round(kept * parameters[whole] / parameters[mask]) if checkpoint.is_stripped else disk_bytes
+        weight_bytes = kept if each is mask else whole_bytes
+        per_token = kept_layout(config, each).stored_layers * kv_bytes_per_layer_token(config, kv_dtype)
         free_bytes = max(0, memory_bytes - weight_bytes)
         return Footprint(
             parameters=parameters[each],
@@ -91,10 +89,10 @@ def inspect_checkpoint(
         mask=MaskRecord.of(mask),
         summary=mask.summary(),
         stripped=checkpoint.is_stripped,
-        disk_bytes=sum(tensor.num_bytes for tensor in checkpoint.tensors.values()),
+        disk_bytes=disk_bytes,
         memory_bytes=memory_bytes,
         kv_dtype=kv_dtype,
-        kv_layout=kept_layout(checkpoint.config, mask).describe(),
+        kv_layout=kept_layout(config, mask).describe(),
         full=footprint(whole),
         dropped=footprint(mask),
     )

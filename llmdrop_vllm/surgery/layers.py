@@ -1,5 +1,6 @@
 """A model whose decoder layers are in memory one at a time, read from the shards when they are needed."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,12 +37,13 @@ class LayerStream:
         config = transformers_config(checkpoint, mask)
         config._attn_implementation = attention
         with torch.device("meta"):
-            self.model = model_class(config)(config).eval().to(dtype)
+            self.model = model_class(config)(config).eval()  # weights get their dtype as they come; tables keep theirs
         self.decoder: nn.Module = self.model.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
         prefix = next(f"{name}." for name, module in self.model.named_modules() if module is self.decoder)
         stored = stored_tensors(checkpoint, self.model)
         self.tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        self.buffers: dict[tuple[str, int], bytearray] = {}
         self.hidden_size: int = config.get_text_config().hidden_size
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
 
@@ -57,6 +59,7 @@ class LayerStream:
             yield self._begin
         finally:
             self.decoder.to("meta")
+            self.buffers.clear()
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -69,6 +72,7 @@ class LayerStream:
             yield layer
         finally:
             layer.to("meta")
+            _return_free_memory()
 
     def call(self, index: int, shape: tuple[int, int]) -> LayerCall:
         """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
@@ -96,11 +100,14 @@ class LayerStream:
         return recorded[0][0]
 
     def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        state = {name: self._tensor(self.tensors[prefix + name]) for name in names}
+        state = {name: self._tensor(self.tensors[prefix + name], name) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
-    def _tensor(self, stored: StoredTensor) -> torch.Tensor:
-        tensor = torch.frombuffer(stored.read(), dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)
+    def _tensor(self, stored: StoredTensor, name: str) -> torch.Tensor:
+        # Layers alike in shape take turns in the same memory: allocated anew for each, it would not all come back.
+        buffer = self.buffers.setdefault((name, stored.num_bytes), bytearray(stored.num_bytes))
+        stored.read_into(buffer)
+        tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)
         if tensor.max().isnan():
             raise CheckpointError(
                 f"{stored.name} in {stored.path} holds NaN; the model cannot compute anything with it"
@@ -118,3 +125,10 @@ class LayerStream:
         if index < len(self.layers):
             for name in self.layers[index].state_dict():
                 self.tensors[f"layers.{index}.{name}"].read_ahead()
+
+
+def _return_free_memory() -> None:
+    """Give the heap's free pages back to the system: glibc keeps a few MiB more after every layer otherwise."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmdrop_vllm import nemotron
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.dialects import without_mask
+from llmdrop_vllm.dialects import ON_DISK, without_mask
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX
 from llmdrop_vllm.mask import DropMask
@@ -16,7 +16,6 @@ from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.companions import companions, index_files
 from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
 
-ON_DISK = ("llm-drop", "llm-drop-booleans", "transformers", "nemotron-nas")
 NEMOTRON_CODE = Path(__file__).with_name("configuration_nemotron_nas.py")
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
@@ -73,7 +72,7 @@ class SurgeryPlan:
 
 
 def plan_surgery(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     mask: DropMask | None = None,
     *,
     dialect: str = "llm-drop",
@@ -89,7 +88,7 @@ def plan_surgery(
     """
     for_nemotron = dialect == "nemotron-nas"
     _check_options(dialect, portable, config_only, keep_dropped)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     mask = checked_mask(checkpoint, mask, may_be_empty=keep_dropped)
     full = DropMask(mask.num_hidden_layers)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
@@ -101,11 +100,13 @@ def plan_surgery(
     whole = is_whole(kept, checkpoint.family, mask.num_hidden_layers)
     reference = transformers_config(checkpoint, full if whole else mask)
     shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
+    # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
+    explicit = bool(mask) and not portable and not (keep_dropped and whole and _has_plain_name(checkpoint))
     copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
     return SurgeryPlan(
         checkpoint=checkpoint,
         mask=mask,
-        config=_config(checkpoint, mask, dialect, reference, explicit=bool(mask) and not portable),
+        config=_config(checkpoint, mask, dialect, reference, explicit=explicit),
         shards=shards,
         index=_index_name(shards),
         zeroed=output_projections(checkpoint, mask) if portable else frozenset(),
@@ -115,6 +116,10 @@ def plan_surgery(
         left_out=left_out,
         warnings=tuple(_warnings(checkpoint, mask, dialect, reference)),
     )
+
+
+def _has_plain_name(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config["architectures"] == [checkpoint.architecture]
 
 
 def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmdrop_vllm import __version__
 from llmdrop_vllm.accounting import kv_kinds
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
@@ -30,7 +31,7 @@ from llmdrop_vllm.artifacts import (
     sha256,
 )
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.errors import CheckpointError, InputError
+from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.hf import TORCH_DTYPES
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
@@ -71,6 +72,8 @@ def score(
         try:
             scores = _scores(run.layers(progress), run)
             run.scratch.remove()
+        except OSError as error:
+            raise OutputError(f"{run.scratch.directory} cannot be used: {error.strerror or error}") from error
         finally:
             run.scratch.release()
     return scores
@@ -98,7 +101,14 @@ class _Run:
         self.hidden = HiddenStates(directory, hidden_size, dtype)
         self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
         needed_bytes = 2 * sum(lengths) * self.hidden.token_bytes + (depth + 1) * count * hidden_size * 4
-        asked = [checkpoint.fingerprint, calibration.identity.sha256, asdict(mask), str(device), str(dtype)]
+        asked = [
+            __version__,
+            checkpoint.fingerprint,
+            calibration.identity.sha256,
+            asdict(mask),
+            str(device),
+            str(dtype),
+        ]
         self.scratch = Scratch(directory, sha256(asked), needed_bytes)
 
     def layers(self, progress: bool) -> list[dict[str, Any]]:
@@ -183,7 +193,11 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
         if dtype not in TORCH_DTYPES.values():
             raise InputError(f"dtype is {name!r}; expected float32, bfloat16 or float16")
         return dtype
-    stored = TORCH_DTYPES[max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes).dtype]
+    largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes, default=None)
+    if largest is None or largest.dtype not in TORCH_DTYPES:
+        found = f"{largest.name} of dtype {largest.dtype}" if largest else "no tensors"
+        raise CheckpointError(f"{checkpoint.directory} holds {found}; expected {', '.join(TORCH_DTYPES)}")
+    stored = TORCH_DTYPES[largest.dtype]
     # CPUs compute float16 no faster than float32.
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
@@ -224,7 +238,7 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
                 token_cosine_after=column("pair_z", mask.mlp),
             ),
         ),
-        kv_groups=kv_kinds(run.checkpoint.config),
+        kv_groups=kv_kinds(run.checkpoint.plain_config),
         dropped=MaskRecord.of(mask),
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

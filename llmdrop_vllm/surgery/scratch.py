@@ -120,7 +120,10 @@ class Scratch:
 
     def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
         self.directory, self.state = directory, directory / "progress.json"
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{directory} cannot be made: {error.strerror}") from None
         self.lock = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Only one process at a time makes an `out`; what a killed one left behind is removed first. With `overwrite`, `out`
     is replaced in one step, and its content removed after that. Raises OutputError for a place that cannot be used.
     """
-    with _parents(out), _locked(out.with_name(f".{out.name}.llmdrop-partial")) as partial:
+    with _parents(out), _locked(partial_of(out)) as partial:
         replaced = out.with_name(f".{out.name}.llmdrop-replaced")
         try:
             _recover(out, replaced)
@@ -30,9 +30,17 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
             _empty(partial)
             yield partial
             _put_in_place(partial, out, replaced)
-        finally:
+        except BaseException:
+            # Only now: once it is renamed, the directory of this name is another process's.
             _recover(out, replaced)
             _remove(partial)
+            raise
+        _recover(out, replaced)
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is made, and what a killed run leaves behind."""
+    return out.with_name(f".{out.name}.llmdrop-partial")
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:

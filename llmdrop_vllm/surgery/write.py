@@ -10,7 +10,7 @@ from typing import Any
 from llmdrop_vllm.artifacts import Record, write_record
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.surgery.plan import SurgeryPlan
-from llmdrop_vllm.surgery.staging import check_free, staged
+from llmdrop_vllm.surgery.staging import check_free, partial_of, staged
 from llmdrop_vllm.surgery.stream import Progress, write_shard
 
 MARGIN_BYTES = 1 << 20  # for headers, JSON and the file system's own
@@ -33,14 +33,22 @@ def write_checkpoint(
     """
     out = Path(out).absolute()
     try:
-        _check_place(plan, out)
-        check_free(out, overwrite=overwrite)
+        check_destination(plan, out, overwrite=overwrite)
         with staged(out, overwrite=overwrite) as partial:
             _check_space(plan, partial, out)
             _write_weights(plan, partial, progress or (lambda _: None))
             _write_others(plan, partial, records)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror} ({error.filename or out})") from error
+
+
+def check_destination(plan: SurgeryPlan, out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless the planned checkpoint can be written there, as far as can be told beforehand."""
+    out = out.absolute()
+    _check_place(plan, out)
+    check_free(out, overwrite=overwrite)
+    if not partial_of(out).exists():  # what a killed run left there goes before anything is written
+        _check_space(plan, next(parent for parent in out.parents if parent.exists()), out)
 
 
 def _check_place(plan: SurgeryPlan, out: Path) -> None:
@@ -52,8 +60,8 @@ def _check_place(plan: SurgeryPlan, out: Path) -> None:
             raise OutputError(f"{path} is a link into {out}, which must not be overwritten while it is read")
 
 
-def _check_space(plan: SurgeryPlan, partial: Path, out: Path) -> None:
-    needed, free = plan.num_bytes + MARGIN_BYTES, shutil.disk_usage(partial).free
+def _check_space(plan: SurgeryPlan, where: Path, out: Path) -> None:
+    needed, free = plan.num_bytes + MARGIN_BYTES, shutil.disk_usage(where).free
     if needed > free:
         raise OutputError(f"{out} needs {needed:,} bytes, and {free:,} are free there")
 

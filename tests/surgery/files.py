@@ -68,8 +68,11 @@ def add_companions(directory: Path) -> Path:
 
 def stored(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """(dtype, shape, bytes) of every tensor, from the headers."""
-    tensors = Checkpoint.open(directory).tensors
-    return {name: (tensor.dtype, tensor.shape, bytes(tensor.read())) for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in Checkpoint.open(directory).tensors.items():
+        tensor.read_into(content := bytearray(tensor.num_bytes))
+        found[name] = tensor.dtype, tensor.shape, bytes(content)
+    return found
 
 
 def content(directory: Path) -> dict[str, bytes | str | None]:

@@ -1,11 +1,12 @@
 """Scores that say only what selection reads."""
 
+import json
 import re
 
 import pytest
 from hypothesis import strategies as st
 
-from llmdrop_vllm.artifacts import MaskRecord, Provenance, Scores
+from llmdrop_vllm.artifacts import MaskRecord, Scores
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.orders import LeastImportant
@@ -20,20 +21,22 @@ def make_scores(attention, mlp=None, block=None, gaps=None, kv_groups=None, drop
     block = block or [0.5] * depth
     nothing = [None] * depth
     sublayer = {"magnitude_ratio": nothing, "token_cosine_before": nothing, "token_cosine_after": nothing}
-    return Scores.model_validate(
-        {
-            "num_hidden_layers": depth,
-            "similarity": {"attention": attention, "mlp": mlp or [0.5] * depth, "block": block},
-            "block_similarity_by_gap": gaps or [[block[i]] * (depth - i) for i in range(depth)],
-            "gap_tokens": 1,
-            "diagnostics": {
-                "attention": sublayer | {"concentration": nothing, "first_token": nothing},
-                "mlp": sublayer,
-            },
-            "kv_groups": kv_groups or [FULL] * depth,
-            "dropped": MaskRecord.of(dropped or DropMask(depth)),
-            "provenance": Provenance.model_validate({"model": {"path": "m", "architecture": "a", "fingerprint": "f"}}),
-        }
+    return Scores.model_validate_json(
+        json.dumps(
+            {
+                "num_hidden_layers": depth,
+                "similarity": {"attention": attention, "mlp": mlp or [0.5] * depth, "block": block},
+                "block_similarity_by_gap": gaps or [[block[i]] * (depth - i) for i in range(depth)],
+                "gap_tokens": 1,
+                "diagnostics": {
+                    "attention": sublayer | {"concentration": nothing, "first_token": nothing},
+                    "mlp": sublayer,
+                },
+                "kv_groups": kv_groups or [FULL] * depth,
+                "dropped": MaskRecord.of(dropped or DropMask(depth)).model_dump(),
+                "provenance": {"model": {"path": "m", "architecture": "a", "fingerprint": "f"}},
+            }
+        )
     )
 
 

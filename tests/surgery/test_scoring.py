@@ -87,6 +87,22 @@ def test_diagnostics_are_those_of_a_naive_computation(tiny, scores):
     assert scores.diagnostics.mlp.token_cosine_before == attention.token_cosine_after
 
 
+def test_positions_are_those_of_the_model_in_the_checkpoints_dtype(tiny):
+    """Rotary tables were once rounded to bfloat16 with the weights: wrong positions for every real checkpoint."""
+    checkpoint, _ = tiny
+    where = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    stream = LayerStream(checkpoint, DropMask(DEPTH), **where, attention="sdpa")
+    tokens = torch.arange(200)[None] % 256
+    with stream.embedding() as begin, torch.inference_mode():
+        found = begin(tokens)
+    model = hf.from_pretrained(checkpoint.directory, dtype=torch.bfloat16).model
+    assert torch.equal(found, model.embed_tokens(tokens))
+    cos, sin = stream.call(0, (1, 200)).kwargs["position_embeddings"]
+    expected = model.rotary_emb(found, torch.arange(200)[None])
+    assert torch.equal(cos, expected[0])
+    assert torch.equal(sin, expected[1])
+
+
 def test_chunk_size_changes_nothing(tiny, scores, monkeypatch):
     monkeypatch.setitem(scoring.TOKENS_PER_CHUNK, "cpu", 41)
     again = scoring.score(*tiny)

@@ -156,7 +156,8 @@ def test_kill_9_at_any_moment_leaves_no_checkpoint_or_a_whole_one(place, tmp_pat
         moments += 1
     assert content(out) == new
     assert moments > 20
-    expected = {"free": {"none", "new"}, "taken": {"old", "new"}}
+    # Nothing follows the rename to a free place that a process could be killed before.
+    expected = {"free": {"none"}, "taken": {"old", "new"}}
     assert states == expected.get(place, {"old", "none", "new"})
 
 
