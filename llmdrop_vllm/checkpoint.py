@@ -154,7 +154,7 @@ def _local_directory(model: str | Path) -> Path:
     directory = Path(model)
     if directory.is_dir():
         return directory
-    if isinstance(model, Path) or directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if isinstance(model, Path) or directory.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
     from huggingface_hub import snapshot_download
 

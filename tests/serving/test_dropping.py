@@ -12,7 +12,7 @@ from llmdrop_vllm.serving import dropping as module
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
 from llmdrop_vllm.serving.weights import check_all_loaded
 
-FAMILY = Family("toy", ("ToyForCausalLM",), Sublayer("attn", "ln_1"), Sublayer("ffn", "ln_2"))
+FAMILY = Family("toy", ("ToyForCausalLM",), Sublayer("attn", "ln_1", "c_proj"), Sublayer("ffn", "ln_2", "c_proj"))
 CONFIG = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
 
 
