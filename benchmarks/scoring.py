@@ -137,7 +137,7 @@ def in_process(contender: str, model: Path, data: Path) -> dict:
 
 
 def speed(directory: Path, repeats: int) -> dict:
-    model, data = make_model(directory / "speed", 12), make_data(directory / "speed.json", 16, 1024)
+    model, data = make_model(directory / "speed", 12), make_data(directory / "speed.json", 12, 1024)
     runs = defaultdict(list)
     for _ in range(repeats):
         for contender in CONTENDERS:
@@ -147,7 +147,7 @@ def speed(directory: Path, repeats: int) -> dict:
     ours, theirs = runs["llmdrop"][0]["attention"], runs["three passes"][0]["attention"]
     return {
         "model": WIDTH | {"num_hidden_layers": 12, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
-        "samples": 16,
+        "samples": 12,
         "seq_len": 1024,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "speedup": {name: round(seconds[name] / seconds["llmdrop"], 2) for name in CONTENDERS[1:]},
