@@ -24,12 +24,21 @@ def kept_layout(config: Mapping[str, Any], mask: DropMask) -> KVLayout:
 
 
 def kv_bytes_per_layer_token(config: Mapping[str, Any], dtype: str) -> int:
-    """Bytes of one token's keys and values in one layer: 2 x KV heads x head size x bytes per value."""
+    """Bytes of one token in one layer's KV cache: 2 x KV heads x head size x bytes per value.
+
+    With multi-head latent attention one vector stands for all keys and values: its rank and the rotary part.
+    """
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"KV cache dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
-    heads = config.get("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (heads and config.get("hidden_size", 0) // heads)
+    if config.get("kv_lora_rank"):
+        return int((config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)) * DTYPE_BYTES[dtype])
+    heads, hidden = _first(config, "num_attention_heads", "n_head"), _first(config, "hidden_size", "n_embd") or 0
+    kv_heads = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or (heads and hidden // heads)
     if not kv_heads or not head_dim:
         raise CheckpointError("the config lacks num_attention_heads or hidden_size, so the KV cache cannot be counted")
     return int(2 * kv_heads * head_dim * DTYPE_BYTES[dtype])
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key)), None)

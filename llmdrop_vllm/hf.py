@@ -21,9 +21,7 @@ from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
 from llmdrop_vllm.mask import DropMask
-from llmdrop_vllm.shards import VARIANT, StoredTensor
-
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from llmdrop_vllm.shards import VARIANT
 
 logger = logging.getLogger("llmdrop_vllm")
 
@@ -73,71 +71,57 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return _dropped_model(stock) if isinstance(config, DroppedConfig) else stock
 
 
-def stored_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Where each of the model's parameters is stored, by the parameter's name; `model` may be on the meta device.
-
-    Raises CheckpointError for a parameter that is missing and for one whose shape or dtype the model cannot take. Tied
-    weights may be missing.
-    """
-    prefix = f"{model.base_model_prefix}."
-    bare = not any(name.startswith(prefix) for name in checkpoint.tensors)  # saved from the model without its head
-    tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
-    found = {}
-    for name, parameter in model.state_dict().items():
-        stored = checkpoint.tensors.get(name.removeprefix(prefix) if bare else name)
-        if stored is not None:
-            _check_tensor(stored, tuple(parameter.shape))
-            found[name] = stored
-        elif name not in (tied or ()) and not (bare and not name.startswith(prefix)):
-            raise CheckpointError(f"{checkpoint.directory} lacks {name}, which {checkpoint.architecture} needs")
-    return found
-
-
-def _check_tensor(stored: StoredTensor, expected: tuple[int, ...]) -> None:
-    if stored.shape != expected:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has shape {list(stored.shape)}; the config says {list(expected)}"
-        )
-    if stored.dtype not in TORCH_DTYPES:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}"
-        )
-
-
 def is_variant(checkpoint: Checkpoint) -> bool:
     """Whether the weights lie under the names of stripped checkpoints."""
     return any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata)
 
 
-class DroppedAttention(nn.Module):
-    """Stands where attention was: adds nothing to the residual stream, and has no keys and values."""
+class DroppedSublayer(nn.Module):
+    """Stands where attention or an MLP was: adds nothing to the residual stream, and has no keys and values.
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """Zeros of the input's shape, [batch, tokens, hidden], and no attention weights."""
-        return torch.zeros_like(hidden_states), None
+    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
+    """
 
+    def __init__(self, tuple_length: int) -> None:
+        super().__init__()
+        self.tuple_length = tuple_length
 
-class DroppedMLP(nn.Module):
-    """Stands where an MLP was: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the input's shape, [batch, tokens, hidden]."""
-        return torch.zeros_like(hidden_states)
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, *[None] * (self.tuple_length - 1)) if self.tuple_length else zeros
+
+
+def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
+    """The decoder's list of layers, whatever the architecture calls it."""
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise CheckpointError(f"{type(model).__name__} has no list of {num_layers} decoder layers")
 
 
 def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
     """Put pass-throughs in place of what the mask drops, and number the kept attention by its place in the cache."""
-    layers = model.get_decoder().layers
-    for sublayer, dropped, stand_in in (
-        (family.attention, mask.attention, DroppedAttention),
-        (family.mlp, mask.mlp, DroppedMLP),
-    ):
+    layers = decoder_layers(model, mask.num_hidden_layers)
+    for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
-            setattr(layers[index], sublayer.module, stand_in())
-            setattr(layers[index], sublayer.pre_norm, nn.Identity())
+            _drop_sublayer(layers[index], sublayer, index)
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
-        getattr(layers[index], family.attention.module).layer_idx = entry
+        getattr(layers[index], family.attention.transformers_module).layer_idx = entry
+
+
+def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
+    name = sublayer.transformers_module
+    if getattr(layer, name, None) is None:
+        raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
+    setattr(layer, name, DroppedSublayer(sublayer.transformers_tuple))
+    for also in sublayer.also:
+        if getattr(layer, also, None) is not None:
+            setattr(layer, also, DroppedSublayer(0))
+    for norm in sublayer.norms:
+        if getattr(layer, norm, None) is not None:
+            setattr(layer, norm, nn.Identity())
 
 
 class DroppedConfig(PretrainedConfig):
@@ -179,7 +163,9 @@ class DroppedModel(PreTrainedModel):
 
 
 def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
-    return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sublayer.names))})\."
+    # Transformers looks at names after its own renaming.
+    names = {*sublayer.names, sublayer.transformers_module}
+    return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
 
 
 @cache

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.utils import PPMissingLayer
 
-from llmdrop_vllm.families import Family
+from llmdrop_vllm.families import Family, Sublayer
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.serving.kv_cache import KVBytes
-from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,22 +45,26 @@ class Dropping:
         if module is None:
             return None
         for sublayer, dropped in self.family.sublayers(self.mask):
-            if name == sublayer.module and (index := _layer_index(module)) is not None:
+            if name == sublayer.vllm_module and (index := _layer_index(module)) is not None:
                 self.layer_index[parent] = index
                 if index in dropped:
-                    norm = sublayer.pre_norm
-                    self.substitutes.setdefault(parent, {}).update({name: DroppedSublayer, norm: DroppedNorm})
-                    # Most layers assign their norms after the sublayers; where it was before, assign it again.
-                    if (assigned := getattr(parent, norm, None)) is not None:
-                        setattr(parent, norm, assigned)
+                    self._substitute(parent, sublayer)
         substitute = self.substitutes.get(parent, {}).get(name)
-        if substitute is None:
+        if substitute is None or isinstance(module, substitute):
             return None
         self.replaced.add((self.layer_index[parent], name))
-        self._forget(module)
-        return substitute()
+        self.forget(module)
+        return _standing_in(substitute(), module)
 
-    def _forget(self, module: nn.Module) -> None:
+    def _substitute(self, layer: nn.Module, sublayer: Sublayer) -> None:
+        """Note what stands in for the sublayer's parts, and put it where the layer has assigned one already."""
+        parts = self.substitutes_of(sublayer)
+        self.substitutes.setdefault(layer, {}).update(parts)
+        for name in parts:
+            if (assigned := getattr(layer, name, None)) is not None:
+                setattr(layer, name, assigned)
+
+    def forget(self, module: nn.Module) -> None:
         """Give back a dropped module's KV cache entry and its weights.
 
         vLLM gives KV cache to every layer in the static forward context. The storage is freed by hand because modules
@@ -74,22 +79,37 @@ class Dropping:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
+    def stage_layers(self) -> range:
+        """The decoder layers of this rank's pipeline stage."""
+        group = get_pp_group()
+        return range(*get_pp_indices(self.mask.num_hidden_layers, group.rank_in_group, group.world_size))
+
+    def substitutes_of(self, sublayer: Sublayer) -> dict[str, type[nn.Module]]:
+        """What stands in for each part of a dropped sublayer, by its name in vLLM's decoder layer."""
+        module = ZeroSublayer if sublayer.pre_norm is None else DroppedSublayer
+        found: dict[str, type[nn.Module]] = {sublayer.vllm_module: module} | dict.fromkeys(sublayer.also, ZeroSublayer)
+        if sublayer.pre_norm is not None:
+            found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or sublayer.also else DroppedNorm
+        if sublayer.post_norm is not None:
+            found[sublayer.post_norm] = DroppedPostNorm
+        return found
+
     def finish(self, model: nn.Module) -> None:
         """Raise SubstitutionError unless this rank built its layers and replaced all that the mask asks for there."""
-        group = get_pp_group()
-        start, end = get_pp_indices(self.mask.num_hidden_layers, group.rank_in_group, group.world_size)
+        stage = self.stage_layers()
         built = set(self.layer_index.values())
         expected = {
             (layer, name)
             for sublayer, dropped in self.family.sublayers(self.mask)
             for layer in dropped
-            if start <= layer < end
-            for name in sublayer.names
+            if layer in stage
+            for name in self.substitutes_of(sublayer)
+            if name not in sublayer.optional or (layer, name) in self.replaced
         }
-        if built != set(range(start, end)) or self.replaced != expected:
+        if built != set(stage) or self.replaced != expected:
             raise SubstitutionError(
                 f"{type(model).__name__} was not built as the family table's row {self.family.name!r} says: "
-                f"layers {start} to {end - 1} expected, {sorted(built)} seen; "
+                f"layers {stage[0]} to {stage[-1]} expected, {sorted(built)} seen; "
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
@@ -97,14 +117,27 @@ class Dropping:
 
 
 @contextmanager
-def dropping(mask: DropMask, family: Family, vllm_config: "VllmConfig") -> Iterator[Dropping]:
+def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
-    hook = Dropping(mask, family, vllm_config)
     handle = register_module_module_registration_hook(hook)
     try:
         yield hook
     finally:
         handle.remove()
+
+
+def _standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
+    """With the plain attributes and empty parts of what it stands for.
+
+    Constructors look into sublayers: Ernie's into each attention for its rotary embedding, those of mixtures of experts
+    into an MLP for its number of experts.
+    """
+    for name, value in vars(module).items():
+        if isinstance(value, int | float | str) and not hasattr(stand_in, name):
+            setattr(stand_in, name, value)
+    for name, _ in module.named_children():
+        stand_in.add_module(name, PPMissingLayer())
+    return stand_in
 
 
 def _layer_index(module: nn.Module) -> int | None:

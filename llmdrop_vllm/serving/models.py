@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # With these, vLLM's loader hands over a checkpoint in one call.
 WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
 
+BACKEND_MODULE = "vllm.model_executor.models.transformers"
+
 # Under vLLM's logger, so that the line looks like the others; at WARNING, because without vLLM's logging set-up
 # anything lower is hidden by default.
 logger = init_logger("vllm.llmdrop")
@@ -40,6 +42,8 @@ class Droppable(nn.Module):
 
     architecture: str
     drop_mask: DropMask
+    dropping_class: type[Dropping] = Dropping
+    dropping: Dropping | None = None
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
         mask = DropMask.from_config(vllm_config.model_config.hf_config)
@@ -49,7 +53,8 @@ class Droppable(nn.Module):
             return
         family = family_of(self.architecture)
         assert family is not None, f"{self.architecture} was registered without a row in the family table"
-        with dropping(mask, family, vllm_config) as dropped:
+        self.dropping = self.dropping_class(mask, family, vllm_config)
+        with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
         self.drop_mask = mask
@@ -91,7 +96,13 @@ def _droppable(name: str) -> type[nn.Module]:
     architecture, _, path = name.partition("@")
     module, _, class_name = path.rpartition(".")
     stock = getattr(importlib.import_module(module), class_name)
-    return type(stock.__name__, (Droppable, stock), {"architecture": architecture, "__module__": __name__})
+    attributes: dict[str, Any] = {"architecture": architecture, "__module__": __name__}
+    if module != BACKEND_MODULE:
+        return type(stock.__name__, (Droppable, stock), attributes)
+    from llmdrop_vllm.serving.transformers_backend import BackendDropping, DroppableBackend
+
+    attributes["dropping_class"] = BackendDropping
+    return type(stock.__name__, (Droppable, DroppableBackend, stock), attributes)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

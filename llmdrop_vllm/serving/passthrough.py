@@ -1,6 +1,6 @@
 """What stands in a decoder layer where a sublayer was dropped.
 
-Both classes subclass vLLM's PPMissingLayer, which makes every vLLM weight loader skip the dropped tensors, whether the
+All of them subclass vLLM's PPMissingLayer, which makes every vLLM weight loader skip the dropped tensors, whether the
 checkpoint still has them or not.
 """
 
@@ -9,18 +9,31 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 
 class DroppedSublayer(PPMissingLayer):
-    """In place of an attention or MLP module: hands on the hidden states that it was given."""
+    """In place of an attention or MLP module whose norm goes too: hands on what the dropped norm returned."""
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        """The first floating-point tensor among the arguments; positions and the like are integers."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value
-        raise TypeError("a dropped sublayer was called without hidden states")
+        """The hidden states among the arguments."""
+        return _hidden_states(*args, **kwargs)
+
+
+class ZeroSublayer(PPMissingLayer):
+    """In place of a module whose norm stays, or which has none: adds nothing to the residual stream.
+
+    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
+    """
+
+    def __init__(self, tuple_length: int = 0) -> None:
+        super().__init__()
+        self.tuple_length = tuple_length
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        """Zeros in the shape of the hidden states among the arguments."""
+        zeros = torch.zeros_like(_hidden_states(*args, **kwargs))
+        return (zeros, *[None] * (self.tuple_length - 1)) if self.tuple_length else zeros
 
 
 class DroppedNorm(PPMissingLayer):
-    """In place of a norm that vLLM fuses with the residual add.
+    """In place of a norm before a dropped sublayer. vLLM fuses it with the residual add in most layers.
 
     The pair (x, residual) stands for their sum, so both are handed on as they are: the next norm that was kept adds
     them.
@@ -31,6 +44,28 @@ class DroppedNorm(PPMissingLayer):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x and residual: [tokens, hidden]."""
         if residual is None:
-            # First layer: the caller has already put x itself into the residual, so nothing is left to add.
+            # The caller keeps x itself as the residual: in a first layer, and where layers add the residual themselves.
             return torch.zeros_like(x)
         return x, residual
+
+
+class AddingNorm(DroppedNorm):
+    """A dropped norm for layers that multiply what a sublayer returned, which must not reach what is handed on."""
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As a kept norm, the residual that is returned holds the whole stream; x and residual: [tokens, hidden]."""
+        return super().forward(x) if residual is None else (torch.zeros_like(x), x + residual)
+
+
+class DroppedPostNorm(PPMissingLayer):
+    """In place of a norm after a dropped sublayer: a layer norm would make its bias of the zeros that it is given."""
+
+
+def _hidden_states(*args: object, **kwargs: object) -> torch.Tensor:
+    """The first floating-point tensor; positions and the like are integers."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise TypeError("a dropped sublayer was called without hidden states")

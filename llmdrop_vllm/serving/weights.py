@@ -7,8 +7,9 @@ from typing import Self
 from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper
 
-from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 
+DROPPED = (DroppedSublayer, ZeroSublayer, DroppedNorm, DroppedPostNorm)
 IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -22,7 +23,10 @@ def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quan
     missing: set[str] = set()
     if not quantized:
         # Outside the decoder layers, a head may be made by vLLM itself after loading.
-        missing |= {name for name, _ in model.named_parameters() if IN_A_LAYER.search(name)} - loaded
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # One parameter may be known by several names, as an expert's bias is to the router and to the experts.
+        filled = {id(parameters[name]) for name in loaded & parameters.keys()}
+        missing |= {name for name, each in parameters.items() if IN_A_LAYER.search(name) and id(each) not in filled}
     merged: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     for name in loaded:
         for part, sources in merged.items():
@@ -49,7 +53,7 @@ class RefuseDroppedAdapters(WeightsMapper):
     def around(cls, model: nn.Module) -> Self:
         """The mapper of `model`, whose sublayers are dropped already."""
         stock = getattr(model, "hf_to_vllm_mapper", WeightsMapper())
-        dropped = (name for name, module in model.named_modules() if isinstance(module, DroppedSublayer | DroppedNorm))
+        dropped = (name for name, module in model.named_modules() if isinstance(module, DROPPED))
         return cls(**{field.name: getattr(stock, field.name) for field in fields(stock)}, dropped=tuple(dropped))
 
     def get_rename_mapper(self) -> Self:

@@ -11,7 +11,15 @@ from torch import nn
 
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.hf import TORCH_DTYPES, model_class, stored_tensors, transformers_config
+from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
+from llmdrop_vllm.hf_weights import (
+    TORCH_DTYPES,
+    checkpoint_tensors,
+    declare_dtype,
+    is_converted,
+    load_converted,
+    stored_tensors,
+)
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.shards import StoredTensor
 
@@ -35,14 +43,21 @@ class LayerStream:
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint, mask)
-        config._attn_implementation = attention
+        made = model_class(config)
+        # PyTorch's attention knows no soft caps on logits, and some architectures have none but their own.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        config._attn_implementation = attention if made._supports_sdpa and not capped else "eager"
         with torch.device("meta"):
-            self.model = model_class(config)(config).eval()  # weights get their dtype as they come; tables keep theirs
+            self.model = made(config).eval()
+        declare_dtype(self.model, dtype)
         self.decoder: nn.Module = self.model.get_decoder()
-        self.layers: nn.ModuleList = self.decoder.layers
-        prefix = next(f"{name}." for name, module in self.model.named_modules() if module is self.decoder)
-        stored = stored_tensors(checkpoint, self.model)
-        self.tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        self.layers = decoder_layers(self.model, mask.num_hidden_layers)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.decoder_prefix, self.layers_prefix = (
+            f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)
+        )
+        self.tensors = stored_tensors(checkpoint, self.model)
+        self.is_converted = is_converted(self.model)
         self.buffers: dict[tuple[str, int], bytearray] = {}
         self.hidden_size: int = config.get_text_config().hidden_size
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
@@ -52,9 +67,10 @@ class LayerStream:
         """Within this context everything of the decoder but its layers is in memory, and the function given maps token
         ids [batch, tokens] to the first layer's input [batch, tokens, hidden].
         """
-        outside = [name for name in self.decoder.state_dict() if not name.startswith("layers.")]
-        self._load(self.decoder, "", outside)
-        self._fill_buffers(child for name, child in self.decoder.named_modules() if not name.startswith("layers."))
+        layers = self.layers_prefix.removeprefix(self.decoder_prefix)
+        outside = [name for name in self.decoder.state_dict() if not name.startswith(layers)]
+        self._fill_buffers(child for name, child in self.decoder.named_modules() if not name.startswith(layers))
+        self._load(self.decoder, self.decoder_prefix, outside)
         try:
             yield self._begin
         finally:
@@ -65,8 +81,8 @@ class LayerStream:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Within this context one decoder layer is in memory; the next one's bytes are asked for meanwhile."""
         layer = self.layers[index]
-        self._load(layer, f"layers.{index}.", list(layer.state_dict()))
         self._fill_buffers(layer.modules())
+        self._load(layer, f"{self.layers_prefix}{index}.", list(layer.state_dict()))
         self._read_ahead(index + 1)
         try:
             yield layer
@@ -81,10 +97,10 @@ class LayerStream:
     def _begin(self, token_ids: torch.Tensor) -> torch.Tensor:
         recorded: dict[int, tuple[torch.Tensor, LayerCall]] = {}
 
-        def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 recorded[index] = hidden_states, LayerCall(args, kwargs)
-                return hidden_states
+                return (hidden_states, None) if self.checkpoint.family.transformers_layer_tuple else hidden_states
 
             return forward
 
@@ -100,7 +116,13 @@ class LayerStream:
         return recorded[0][0]
 
     def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
-        state = {name: self._tensor(self.tensors[prefix + name], name) for name in names}
+        if self.is_converted:
+            wanted = checkpoint_tensors(self.model, [prefix + name for name in names])
+            tensors = {name: self._tensor(self.tensors[name], name.removeprefix(prefix)) for name in wanted}
+            load_converted(self.model, tensors, self.device)
+            return
+        dtypes = {name: parameter.dtype for name, parameter in module.state_dict().items()}
+        state = {name: self._tensor(self.tensors[prefix + name], name).to(self.device, dtypes[name]) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
     def _tensor(self, stored: StoredTensor, name: str) -> torch.Tensor:
@@ -112,19 +134,25 @@ class LayerStream:
             raise CheckpointError(
                 f"{stored.name} in {stored.path} holds NaN; the model cannot compute anything with it"
             )
-        return tensor.to(self.device, self.dtype)
+        return tensor
 
     def _fill_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Give tables that are computed and not stored, such as the rotary frequencies, their values."""
+        """Give tables that are computed and not stored, such as the rotary frequencies, their values.
+
+        Before the weights are loaded: Transformers initializes a module as a whole, and would overwrite them.
+        """
         for module in modules:
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to_empty(device=self.device, recurse=False)
+            tables = {name: table for name, table in module.named_buffers(recurse=False) if table.is_meta}
+            for name, table in tables.items():
+                setattr(module, name, torch.empty_like(table, device=self.device))
+            if tables:
                 self.model._init_weights(module)
 
     def _read_ahead(self, index: int) -> None:
         if index < len(self.layers):
-            for name in self.layers[index].state_dict():
-                self.tensors[f"layers.{index}.{name}"].read_ahead()
+            names = [f"{self.layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
+            for name in checkpoint_tensors(self.model, names) if self.is_converted else names:
+                self.tensors[name].read_ahead()
 
 
 def _return_free_memory() -> None:

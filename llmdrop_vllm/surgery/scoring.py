@@ -6,7 +6,7 @@ was added (arXiv 2406.15786). One decoder layer is in memory at a time; all sequ
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +32,7 @@ from llmdrop_vllm.artifacts import (
 )
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
-from llmdrop_vllm.hf import TORCH_DTYPES
+from llmdrop_vllm.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.surgery.calibration import Calibration
@@ -138,13 +138,13 @@ class _Run:
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1
-        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._mlp_input(layer) as inputs:
+        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer) as inside:
             for chunk in self.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
                 call = self.stream.call(index, chunk.shape)
                 output = layer(x, *call.args, **call.kwargs)
-                z = output[0] if isinstance(output, tuple) else output
-                sums.add(x, inputs.pop(), z)
+                z = _tensor(output)
+                sums.add(x, *inside(x), z)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
                     self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
@@ -162,19 +162,42 @@ class _Run:
         return {"means": means, "probe": probe.means(), "history": history}
 
     @contextmanager
-    def _mlp_input(self, layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-        """Within this context, the residual stream between attention and MLP is appended to the list given."""
-        seen: list[torch.Tensor] = []
-        norm = getattr(layer, self.family.mlp.pre_norm)
-        handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    def _inside(self, layer: nn.Module) -> Iterator[Callable[[torch.Tensor], list[torch.Tensor]]]:
+        """Within this context, the function given tells the streams inside the layer that just ran on an input.
+
+        They are the stream between attention and MLP, which the MLP's norm or the MLP itself is called with; where both
+        run side by side, the input with what each of them adds.
+        """
+        added: list[torch.Tensor] = []
+        attention, mlp = self.family.attention, self.family.mlp
+        if self.family.parallel:
+            modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
+            handles = [
+                module.register_forward_hook(lambda _m, _args, out: added.append(_tensor(out))) for module in modules
+            ]
+        else:
+            module = getattr(layer, mlp.pre_norm or mlp.transformers_module)
+            handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
+
+        def streams(x: torch.Tensor) -> list[torch.Tensor]:
+            found = [x + each for each in added] if self.family.parallel else list(added)
+            added.clear()
+            return found
+
         try:
-            yield seen
+            yield streams
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _token_ids(self, chunk: Chunk) -> torch.Tensor:
         sequences = self.calibration.sequences[chunk.first_sequence : chunk.first_sequence + chunk.batch]
         return torch.from_numpy(np.stack(sequences))
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """What a layer or sublayer returned, without what it may return beside."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _device(name: str | None) -> torch.device:
@@ -227,15 +250,15 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
         diagnostics=Diagnostics(
             attention=AttentionDiagnostics(
                 magnitude_ratio=column("attention_ratio", mask.attention),
-                token_cosine_before=column("pair_x", mask.attention),
-                token_cosine_after=column("pair_y", mask.attention),
+                token_cosine_before=column("attention_before", mask.attention),
+                token_cosine_after=column("attention_after", mask.attention),
                 concentration=probed(0),
                 first_token=probed(1),
             ),
             mlp=SublayerDiagnostics(
                 magnitude_ratio=column("mlp_ratio", mask.mlp),
-                token_cosine_before=column("pair_y", mask.mlp),
-                token_cosine_after=column("pair_z", mask.mlp),
+                token_cosine_before=column("mlp_before", mask.mlp),
+                token_cosine_after=column("mlp_after", mask.mlp),
             ),
         ),
         kv_groups=kv_kinds(run.checkpoint.plain_config),

@@ -55,6 +55,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     from transformers import CONFIG_MAPPING
 
     from llmdrop_vllm import hf
+    from llmdrop_vllm.hf_weights import stored_tensors
 
     if checkpoint.plain_config.get("model_type") not in CONFIG_MAPPING:
         return None
@@ -69,7 +70,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
             f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
         ) from error
     if not checkpoint.is_quantized:
-        hf.stored_tensors(checkpoint, model)
+        stored_tensors(checkpoint, model)
     return config
 
 
@@ -82,7 +83,10 @@ def output_projections(checkpoint: Checkpoint, mask: DropMask) -> frozenset[str]
         )
     found = set()
     for sublayer, dropped in checkpoint.family.sublayers(mask):
-        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.{sublayer.module}\.(?:.*\.)?{sublayer.output}\.(?:weight|bias)")
+        modules = "|".join((sublayer.module, *sublayer.also))
+        # The experts of some mixtures are one tensor, whose name ends where others' have `.weight`.
+        ending = rf"(?:{sublayer.output})(?:\.weight|\.bias|_bias)?"
+        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.(?:{modules})\.(?:.*\.)?{ending}")
         matches = [match for name in checkpoint.tensors if (match := pattern.fullmatch(name))]
         if lacking := sorted(set(dropped) - {int(match[1]) for match in matches}):
             raise CheckpointError(

@@ -33,7 +33,7 @@ def engine_config(path, **options):
     return EngineArgs(model=str(path), skip_tokenizer_init=True, max_model_len=256, **options).create_engine_config()
 
 
-QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+TELECHAT2 = {"architectures": ["TeleChat2ForCausalLM"], "model_type": "llama"}  # an architecture without a row
 NO_BLOCK = {"attention": {"no_op": True}, "ffn": {"no_op": False}}
 REFUSED = {
     "index out of range": ({"drop_attn_list": [3, 9]}, "drop_attn_list names layer 9; the model's 8 layers are 0 to 7"),
@@ -48,12 +48,12 @@ REFUSED = {
     "another depth": ({"block_configs": [NO_BLOCK] * 7}, "block_configs describes 7 layers; the model has 8"),
     "all attention": ({"drop_attn_list": list(range(8))}, "every one of the 8 attention sublayers is dropped"),
     "unsupported architecture": (
-        QWEN2 | {"drop_attn_list": [1]},
-        r"drop mask \(llm-drop\), but Qwen2ForCausalLM has no row in the family table and would be served undropped; "
+        TELECHAT2 | {"drop_attn_list": [1]},
+        r"drop mask \(llm-drop\), but TeleChat2ForCausalLM has no row in the family table and would be served undropped; "
         "supported: .*LlamaForCausalLM",
     ),
     "unsupported architecture, another dialect": (
-        QWEN2 | {"block_configs": [NO_BLOCK] * 8},
+        TELECHAT2 | {"block_configs": [NO_BLOCK] * 8},
         r"drop mask \(nemotron-nas\)",
     ),
     "dialects disagree": (
@@ -113,9 +113,9 @@ def test_null_in_the_transformers_dialect_is_refused(tmp_path):
 
 
 def test_an_architecture_that_another_plugin_took_is_refused(checkpoint, monkeypatch):
-    entry = ModelRegistry.models["Qwen2ForCausalLM"]
+    entry = ModelRegistry.models["TeleChat2ForCausalLM"]
     monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", entry)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is registered as .*qwen2.*, which would ignore it"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is registered as .*telechat2.*, which would ignore it"):
         engine_config(checkpoint, hf_overrides={"drop_attn_list": [1]})
 
 

@@ -10,8 +10,9 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.transformers.base import Base
+from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, is_pp_missing_parameter
 from vllm.plugins import load_general_plugins
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -30,7 +31,6 @@ def test_general_plugins_have_registered_every_architecture_of_the_table():
         for name in (architecture, f"Dropped{architecture}"):
             model = ModelRegistry.models[name].load_model_cls()
             assert issubclass(model, Droppable)
-            assert issubclass(model, LlamaForCausalLM)
 
 
 def test_registering_again_changes_nothing():
@@ -40,8 +40,8 @@ def test_registering_again_changes_nothing():
 
 
 def test_registry_entries_name_module_and_class():
-    entry = ModelRegistry.models["Qwen2ForCausalLM"]
-    assert (entry.module_name, entry.class_name) == ("vllm.model_executor.models.qwen2", "Qwen2ForCausalLM")
+    entry = ModelRegistry.models["MambaForCausalLM"]
+    assert (entry.module_name, entry.class_name) == ("vllm.model_executor.models.mamba", "MambaForCausalLM")
 
 
 def test_every_architecture_has_our_config_hook_before_its_own():
@@ -91,6 +91,17 @@ def test_weight_loaders_skip_what_subclasses_ppmissinglayer():
     assert AutoWeightsLoader(layer).load_weights(weights.items()) == {"mlp.weight"}
     assert layer.mlp.weight.sum() == 12
     assert is_pp_missing_parameter("self_attn.o_proj.weight", layer)
+
+
+def test_the_transformers_backend_makes_an_attention_layer_where_its_fusers_say():
+    assert AttentionFuser("a dropped sublayer").scale(torch.nn.Module()) is None
+    assert AttentionFuser("a dropped sublayer").sinks(torch.nn.Module()) is None
+    build = inspect.getsource(Base.__init__)
+    assert build.index("self.model: PreTrainedModel = ") < build.index("self.recursive_replace()")
+    assert build.index("self.recursive_replace()") < build.index("self._create_attention_instances(prefix)")
+    attend = inspect.getsource(Base._create_attention_instances)
+    assert "attn_prefix, attn_fuser = self.attention_fusers[i]" in attend
+    assert "setattr(attn_module, VLLM_ATTN_ATTR, attn_instance)" in attend
 
 
 def test_lora_loading_asks_the_models_mapper_for_every_name():

@@ -1,0 +1,105 @@
+"""A Transformers model's parameters and the tensors of its checkpoint, whose names and shapes may differ.
+
+Transformers 5 merges, for one, a mixture's experts into one parameter; its own conversions are used both ways.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.shards import StoredTensor
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
+    """The model's parameters, all or those named, under the names and in the shapes that its checkpoints have."""
+    state = model.state_dict()
+    if names is not None:
+        state = {name: state[name] for name in names}
+    reverted: Mapping[str, torch.Tensor] = revert_weight_conversion(model, state)
+    return reverted
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether any of the model's parameters is named or stored otherwise in its checkpoints."""
+    state = model.state_dict()
+    stored = revert_weight_conversion(model, state)
+    return any(stored.get(name) is not parameter for name, parameter in state.items())
+
+
+def declare_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a model on the meta device say the dtypes that Transformers would give its weights: some stay float32.
+
+    Tables, which are computed and not stored, keep theirs.
+    """
+    in_float32 = [name for name, kept in model._get_dtype_plan(dtype).items() if kept == torch.float32]
+    pattern = re.compile("|".join(in_float32) or "(?!)")
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        parameter.data = parameter.data.to(torch.float32 if pattern.search(name) else dtype)
+
+
+def load_converted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Give some of the model's parameters their values, from tensors as checkpoints have them.
+
+    They get the dtype that the model says they have.
+    """
+    options = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model), device_map={"": device})
+    with _without_progress_bars():  # there would be one for every layer
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    # What Transformers notes here would be taken for all conversions that the model has.
+    del model._weight_conversions
+    if wrong := {**info.conversion_errors, **dict.fromkeys(info.unexpected_keys, "not a parameter of the model")}:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+        raise CheckpointError(f"{type(model).__name__} cannot take these weights from the checkpoint: {reasons}")
+
+
+def stored_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Where each tensor of the model's checkpoints is stored, by name; `model` may be on the meta device.
+
+    Raises CheckpointError for a parameter that is missing and for one whose shape or dtype the model cannot take. Tied
+    weights may be missing.
+    """
+    prefix = f"{model.base_model_prefix}."
+    bare = not any(name.startswith(prefix) for name in checkpoint.tensors)  # saved from the model without its head
+    tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
+    found = {}
+    for name, parameter in checkpoint_tensors(model).items():
+        stored = checkpoint.tensors.get(name.removeprefix(prefix) if bare else name)
+        if stored is not None:
+            _check_tensor(stored, tuple(parameter.shape))
+            found[name] = stored
+        elif name not in (tied or ()) and not (bare and not name.startswith(prefix)):
+            raise CheckpointError(f"{checkpoint.directory} lacks {name}, which {checkpoint.architecture} needs")
+    return found
+
+
+def _check_tensor(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{stored.name} in {stored.path} has shape {list(stored.shape)}; the config says {list(expected)}"
+        )
+    if stored.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{stored.name} in {stored.path} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}"
+        )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

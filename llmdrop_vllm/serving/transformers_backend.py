@@ -1,0 +1,79 @@
+"""Dropping in models that vLLM serves through its Transformers backend, which builds Transformers' own decoder.
+
+There the whole decoder is made on the meta device, where it takes no memory, and then assigned to an attribute: that is
+when its dropped sublayers are replaced. The backend then wants an attention interface in every layer, and makes
+a vLLM attention layer for each; a dropped layer's is given up as soon as it is assigned.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from vllm.model_executor.models.transformers.fusers import AttentionFuser
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from llmdrop_vllm.families import Sublayer
+from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError
+from llmdrop_vllm.serving.passthrough import DroppedPostNorm, ZeroSublayer
+
+
+class DroppedBackendAttention(ZeroSublayer):
+    """In place of an attention module that the backend will give a vLLM attention layer."""
+
+
+class BackendDropping(Dropping):
+    """As `Dropping`, for decoders of Transformers: layers add the residual themselves, norms get one argument."""
+
+    layers_name: str
+
+    def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
+        """The module-registration hook; see `Dropping`."""
+        if isinstance(module, PreTrainedModel):
+            self._replace_all(name, module)
+        elif isinstance(parent, DroppedBackendAttention) and module is not None:
+            self.forget(module)
+            return PPMissingLayer()
+        return None
+
+    def substitutes_of(self, sublayer: Sublayer) -> dict[str, type[nn.Module]]:
+        """As `Dropping.substitutes_of`, by the names in Transformers' decoder layer."""
+        module = DroppedBackendAttention if sublayer is self.family.attention else ZeroSublayer
+        parts = dict.fromkeys((sublayer.transformers_module, *sublayer.also), module)
+        return parts | dict.fromkeys(sublayer.norms, DroppedPostNorm)
+
+    def attention_name(self, layer: int) -> str:
+        """The dotted name of a layer's attention module."""
+        return f"{self.layers_name}.{layer}.{self.family.attention.transformers_module}"
+
+    def _replace_all(self, attribute: str, model: PreTrainedModel) -> None:
+        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+        found = [name for name, layers in lists.items() if len(layers) == self.mask.num_hidden_layers]
+        if not found:
+            raise SubstitutionError(f"{type(model).__name__} has no list of {self.mask.num_hidden_layers} layers")
+        self.layers_name = f"{attribute}.{found[0]}"
+        for index, layer in enumerate(lists[found[0]]):
+            if index in self.stage_layers():  # vLLM takes the others away
+                self.layer_index[layer] = index
+                for sublayer, dropped in self.family.sublayers(self.mask):
+                    if index in dropped:
+                        self._replace(layer, index, sublayer)
+
+    def _replace(self, layer: nn.Module, index: int, sublayer: Sublayer) -> None:
+        for name, substitute in self.substitutes_of(sublayer).items():
+            if getattr(layer, name, None) is not None:
+                is_module = issubclass(substitute, ZeroSublayer)
+                setattr(layer, name, substitute(sublayer.transformers_tuple) if is_module else substitute())
+                self.replaced.add((index, name))
+
+
+class DroppableBackend(nn.Module):
+    """Mixed in before a model class of the Transformers backend."""
+
+    dropping: BackendDropping | None
+
+    def recursive_replace(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock class; then says where the attention of the dropped layers would be."""
+        super().recursive_replace(*args, **kwargs)
+        if (dropping := self.dropping) is not None:
+            for layer in set(dropping.mask.attention) & set(dropping.stage_layers()):
+                self.attention_fusers[layer] = dropping.attention_name(layer), AttentionFuser("a dropped sublayer")

@@ -1,0 +1,180 @@
+"""One tiny random checkpoint per architecture, made by Transformers' own classes from its own config class."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+LAYERS = 5
+# Given to every config class that has the attribute.
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # GPT-2's names
+    "n_layer": LAYERS,
+    "n_embd": 128,
+    "n_head": 4,
+    "n_inner": 128,
+    "n_positions": 512,
+}
+# The only size of latent vectors, 512 + 64, that vLLM's kernels for CPUs know.
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture's tiny model: Transformers' model type, and what its config needs beyond `TINY`."""
+
+    architecture: str
+    model_type: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> PretrainedConfig:
+        stock = CONFIG_MAPPING[self.model_type]
+        default = stock()
+        entries = {key: value for key, value in TINY.items() if hasattr(default, key)}
+        return stock(**entries | self.overrides, architectures=[self.architecture])
+
+    def model(self, seed: int = 0) -> PreTrainedModel:
+        """In float32, with every parameter random: norms near one, biases and the rest small."""
+        config = self.config()
+        config._attn_implementation = "eager"  # the others leave out soft caps on attention logits
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).float().eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point():
+                    noise = torch.randn(tensor.shape, generator=generator)
+                    is_norm = tensor.dim() == 1 and name.endswith("weight")
+                    spread = (tensor.shape[-1] if tensor.dim() > 1 else 100) ** -0.5
+                    # Some parameters are bfloat16 whatever the model is: Apertus' activation in vLLM.
+                    tensor.copy_((noise * spread + is_norm).bfloat16())
+        return model
+
+    def write(self, directory: Path, seed: int = 0) -> Path:
+        """As a checkpoint in the names that published ones have."""
+        return self.save(self.model(seed), directory)
+
+    def save(self, model: PreTrainedModel, directory: Path) -> Path:
+        """Save a model of this case."""
+        model.save_pretrained(directory)
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"architectures": [self.architecture]}))
+        return directory
+
+
+CASES = {
+    case.architecture: case
+    for case in (
+        Case("LlamaForCausalLM", "llama"),
+        Case("MistralForCausalLM", "mistral"),
+        Case("Ministral3ForCausalLM", "ministral3"),
+        Case("Qwen2ForCausalLM", "qwen2"),
+        Case("Qwen3ForCausalLM", "qwen3"),
+        Case("GemmaForCausalLM", "gemma"),
+        Case("Phi3ForCausalLM", "phi3"),
+        Case("GraniteForCausalLM", "granite"),
+        Case("StableLmForCausalLM", "stablelm"),
+        Case("NemotronForCausalLM", "nemotron"),
+        Case("Ernie4_5ForCausalLM", "ernie4_5"),
+        Case("Llama4ForCausalLM", "llama4_text", {"num_experts_per_tok": 1}),
+        Case("MiniCPM3ForCausalLM", "minicpm3", MLA | {"head_dim": 128}),
+        Case("DeepseekV2ForCausalLM", "deepseek_v2", MLA | YARN | {"head_dim": 64}),
+        Case(
+            "DeepseekV3ForCausalLM",
+            "deepseek_v3",
+            MLA | YARN | {"head_dim": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        ),
+        Case(
+            "Glm4MoeLiteForCausalLM",
+            "glm4_moe_lite",
+            MLA
+            | YARN
+            | {"head_dim": 64, "first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        ),
+        Case("Qwen2MoeForCausalLM", "qwen2_moe"),
+        Case("Qwen3MoeForCausalLM", "qwen3_moe"),
+        Case("OlmoeForCausalLM", "olmoe"),
+        Case("Glm4MoeForCausalLM", "glm4_moe", {"head_dim": 32}),
+        Case("ExaoneMoeForCausalLM", "exaone_moe"),
+        Case("MixtralForCausalLM", "mixtral"),
+        Case("GraniteMoeForCausalLM", "granitemoe"),
+        Case("GraniteMoeSharedForCausalLM", "granitemoeshared", {"shared_intermediate_size": 32}),
+        Case("GptOssForCausalLM", "gpt_oss"),
+        Case("Gemma2ForCausalLM", "gemma2"),
+        Case("Gemma3ForCausalLM", "gemma3_text"),
+        Case("Glm4ForCausalLM", "glm4"),
+        Case("AfmoeForCausalLM", "afmoe", {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
+        Case("HyperCLOVAXForCausalLM", "hyperclovax"),
+        Case("Exaone4ForCausalLM", "exaone4"),
+        Case("CohereForCausalLM", "cohere", {"logit_scale": 1.0}),
+        Case("Cohere2ForCausalLM", "cohere2", {"logit_scale": 1.0}),
+        Case("Cohere2MoeForCausalLM", "cohere2_moe", {"logit_scale": 1.0}),
+        Case("GPTJForCausalLM", "gptj", {"rotary_dim": 16}),
+        Case("GPT2LMHeadModel", "gpt2"),
+        # Through vLLM's Transformers backend
+        Case("ArceeForCausalLM", "arcee"),
+        Case("CwmForCausalLM", "cwm"),
+        Case("FlexOlmoForCausalLM", "flex_olmo"),
+        Case("GlmForCausalLM", "glm"),
+        Case("GPTBigCodeForCausalLM", "gpt_bigcode", {"num_key_value_heads": 1}),
+        Case("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
+        Case("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
+        Case("Jais2ForCausalLM", "jais2"),
+        Case("MellumForCausalLM", "mellum"),
+        Case("OlmoForCausalLM", "olmo"),
+        Case("Olmo2ForCausalLM", "olmo2"),
+        Case("Olmo3ForCausalLM", "olmo3"),
+        Case("PhiForCausalLM", "phi"),
+        Case("SeedOssForCausalLM", "seed_oss"),
+        Case("SmolLM3ForCausalLM", "smollm3"),
+        Case("Starcoder2ForCausalLM", "starcoder2"),
+        Case("VaultGemmaForCausalLM", "vaultgemma"),
+    )
+}

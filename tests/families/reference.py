@@ -1,0 +1,43 @@
+"""What a model computes without some sublayers, told by hooks on Transformers' own model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.families import Family
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever the model calls them."""
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return next(each for each in lists if len(each) == model.config.num_hidden_layers)
+
+
+@contextmanager
+def skipping(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[None]:
+    """Within this context, what the mask's sublayers add to the residual stream is zero."""
+    handles = []
+    try:
+        for sublayer, dropped in family.sublayers(mask):
+            for index in dropped:
+                layer = layers_of(model)[index]
+                has_post_norm = sublayer.post_norm is not None and hasattr(layer, sublayer.post_norm)
+                last = (sublayer.post_norm,) if has_post_norm else (sublayer.transformers_module, *sublayer.also)
+                parts = [getattr(layer, name) for name in last if getattr(layer, name, None) is not None]
+                assert parts, f"layer {index} has none of {last}"
+                handles += [part.register_forward_hook(_zeros) for part in parts]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return torch.zeros_like(output[0]), *output[1:]
+    return torch.zeros_like(output)

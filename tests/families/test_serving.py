@@ -1,0 +1,107 @@
+"""Every architecture with a tiny model: served by vLLM with a mask, it computes what Transformers computes without
+the dropped sublayers, and its KV cache has room for the remaining attention only.
+"""
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from vllm.model_executor.models import registry
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
+from llmdrop_vllm.families import family_of
+from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
+from tests.engines import engine, greedy
+from tests.families.cases import CASES, LAYERS
+from tests.families.reference import skipping
+
+PROMPT = [*range(3, 43)]
+KV_CACHE_BYTES = 1 << 26
+MASKS = {
+    "attention": DropMask(LAYERS, attention=(3, 1)),
+    "MLP": DropMask(LAYERS, mlp=(0, 2)),
+    "blocks, first and last layer": DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 0, 2)),
+    "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(1,)),
+}
+STRIPPED = ("blocks, first and last layer", "all attention but one")
+
+
+@cache
+def model_of(architecture: str) -> PreTrainedModel:
+    return CASES[architecture].model()
+
+
+@pytest.fixture(autouse=True)
+def quick_engines(monkeypatch):
+    """Collecting garbage takes most of a tiny engine's life, and vLLM inspects each class in a process of its own."""
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+
+
+@contextmanager
+def undecorated(cls: type) -> Iterator[None]:
+    """Take back what vLLM's Transformers backend does to Transformers' classes: it works once per process and class."""
+    bases, attributes = cls.__bases__, dict(vars(cls))
+    try:
+        yield
+    finally:
+        cls.__bases__ = bases
+        for name in set(vars(cls)) - set(attributes):
+            delattr(cls, name)
+        for name, value in attributes.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
+
+
+def write(architecture: str, mask: DropMask, directory: Path, *, strip: bool) -> Path:
+    CASES[architecture].save(model_of(architecture), directory)
+    path, weights = directory / "config.json", directory / "model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | mask.to_config()))
+    if strip:
+        family = family_of(architecture)
+        tensors = load_file(weights)
+        kept = {name: each for name, each in tensors.items() if not in_dropped_sublayer(name, family, mask)}
+        assert len(kept) < len(tensors)
+        save_file(kept, weights, metadata={"format": "pt"})
+    return directory
+
+
+def reference(architecture: str, mask: DropMask) -> list[float]:
+    """Log-probability of each prompt token after the first."""
+    model = model_of(architecture)
+    with torch.no_grad(), skipping(model, family_of(architecture), mask):
+        logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    return logprobs[range(len(PROMPT) - 1), PROMPT[1:]].tolist()
+
+
+def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
+    with (
+        undecorated(type(model_of(architecture).get_decoder())),
+        engine(directory, kv_cache_memory_bytes=KV_CACHE_BYTES) as llm,
+    ):
+        _, _, logprobs = greedy(llm, PROMPT, tokens=2)
+        cache = llm.llm_engine.vllm_config.cache_config
+        return logprobs, (cache.num_gpu_blocks, cache.block_size)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("architecture", CASES)
+def test_served_with_a_mask_it_computes_what_transformers_does_without_the_sublayers(architecture, mask, tmp_path):
+    directory = write(architecture, MASKS[mask], tmp_path, strip=mask in STRIPPED)
+    logprobs, (blocks, block_tokens) = served(directory, architecture)
+    expected = reference(architecture, MASKS[mask])
+    assert logprobs == pytest.approx(expected, abs=1e-4)
+    config = json.loads((directory / "config.json").read_bytes())
+    block_bytes = block_tokens * kv_bytes_per_layer_token(config, "float32")
+    assert blocks == KV_CACHE_BYTES // (block_bytes * kept_layout(config, MASKS[mask]).group_size)
+    # The comparison can fail: without the mask the numbers are others.
+    assert reference(architecture, DropMask(LAYERS)) != pytest.approx(expected, abs=1e-2)

@@ -1,0 +1,68 @@
+"""The README's survey is the generated one, and leaves no architecture of vLLM's out."""
+
+from collections import Counter
+
+import pytest
+
+from llmdrop_vllm.families import BY_ARCHITECTURE
+from tests.families import survey
+from tests.families.cases import CASES
+
+ENTRIES = survey.survey()
+
+
+def test_the_readme_has_the_generated_survey():
+    assert survey.in_readme(survey.README.read_text(encoding="utf-8")) == survey.table(ENTRIES), (
+        "README.md is out of date: run `python -m tests.families.survey --write` and read the diff"
+    )
+
+
+def test_every_architecture_of_the_registry_stands_in_the_table_once():
+    assert Counter(entry.architecture for entry in ENTRIES) == Counter(list(survey.registered()))
+    generated = survey.table(ENTRIES)
+    assert not [name for name in survey.registered() if f"`{name}`" not in generated]
+
+
+def test_an_architecture_has_exactly_one_status():
+    for entry in ENTRIES:
+        assert entry.verified == (entry.architecture in BY_ARCHITECTURE and entry.architecture in CASES), entry
+        assert (entry.row is None) == (entry.architecture not in BY_ARCHITECTURE), entry
+        assert bool(entry.reason) != entry.verified, entry
+
+
+def test_no_architecture_is_left_without_a_reason():
+    assert not [entry.architecture for entry in ENTRIES if entry.reason == survey.NOT_LOOKED_AT], (
+        "read the model in vLLM; give it a row, a sign or a reason"
+    )
+
+
+def test_every_typed_reason_is_for_a_registered_architecture_without_a_row():
+    assert set(survey.REASONS) <= set(survey.registered())
+    assert not set(survey.REASONS) & set(BY_ARCHITECTURE), "these have a row now: take them out of REASONS"
+
+
+def test_every_architecture_of_the_family_table_is_one_of_vllm():
+    assert set(BY_ARCHITECTURE) <= set(survey.registered())
+
+
+def test_at_least_forty_architectures_are_verified():
+    assert sum(entry.verified for entry in ENTRIES) >= 40
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fact"),
+    [
+        pytest.param("mamba", "MambaForCausalLM", "IsAttentionFree", id="a base"),
+        pytest.param("qwen3_5", "Qwen3_5MoeForCausalLM", "IsHybrid", id="a base of a base"),
+        pytest.param("sarvam", "SarvamMoEForCausalLM", "BailingMoeForCausalLM", id="a base from another file"),
+        pytest.param("longcat_flash", "LongcatFlashForCausalLM", "self_attn[]", id="a list of modules"),
+        pytest.param(
+            "longcat_flash_ngram", "LongcatFlashNgramForCausalLM", "self_attn[]", id="a model from another file"
+        ),
+        pytest.param("vllm.models.deepseek_v4", "DeepseekV4ForCausalLM", "hc_attn_fn", id="one file per device"),
+        pytest.param("vllm.models.qwen4_exp", "Qwen4ExpForCausalLM", "IsHybrid", id="an import in a function"),
+    ],
+)
+def test_facts_are_read_from_vllms_model_files(module, name, fact):
+    assert fact in survey.facts_about(module, name)
+    assert fact not in survey.facts_about("llama", "LlamaForCausalLM")

@@ -1,0 +1,138 @@
+"""Every architecture with a tiny model: stripped, scored and loaded into Transformers as if it were a Llama."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.utils import logging
+
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.families import family_of
+from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.surgery.calibration import load_calibration
+from llmdrop_vllm.surgery.plan import plan_surgery
+from llmdrop_vllm.surgery.scoring import score
+from llmdrop_vllm.surgery.write import write_checkpoint
+from tests.families.cases import CASES, LAYERS
+from tests.families.reference import layers_of, skipping
+
+logging.disable_progress_bar()
+PROMPT = torch.arange(3, 43)[None]
+FULL = DropMask(LAYERS)
+MASKS = (
+    DropMask(LAYERS, attention=(3, 1)),
+    DropMask(LAYERS, mlp=(0, 2)),
+    DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 0, 2)),
+    DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(1,)),
+)
+BLOCKS = MASKS[2]
+
+
+@cache
+def model_of(architecture: str) -> PreTrainedModel:
+    return CASES[architecture].model()
+
+
+@pytest.fixture(params=CASES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture
+def full(architecture, tmp_path):
+    return CASES[architecture].save(model_of(architecture), tmp_path / "full")
+
+
+def surgery(full, mask, out, **options):
+    write_checkpoint(plan_surgery(full, mask, **options), out)
+    return out
+
+
+def logits(model, family, mask):
+    with torch.no_grad(), skipping(model, family, mask):
+        return model(PROMPT).logits
+
+
+def test_a_stripped_checkpoint_computes_what_the_full_one_does_with_sublayers_skipped(architecture, full, tmp_path):
+    family = family_of(architecture)
+    without = logits(model_of(architecture), family, FULL)
+    for number, mask in enumerate(MASKS):
+        expected = logits(model_of(architecture), family, mask)
+        assert (expected - without).abs().max() > 1e-2
+        out = surgery(full, mask, tmp_path / f"stripped{number}")
+        model = hf.from_pretrained(out, attn_implementation="eager").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
+    cached, plain = (
+        model.generate(PROMPT, max_new_tokens=6, do_sample=False, use_cache=use, pad_token_id=0)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_stripping_takes_the_dropped_tensors_and_leaves_the_others_as_they_were(architecture, full, tmp_path):
+    out = surgery(full, BLOCKS, tmp_path / "stripped")
+    before = load_file(full / "model.safetensors")
+    after = load_file(out / "model.dropped.safetensors")
+    gone = {name for name in before if in_dropped_sublayer(name, family_of(architecture), BLOCKS)}
+    assert gone
+    assert before.keys() - after.keys() == gone
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architecture, full, tmp_path):
+    mask = MASKS[2]
+    out = surgery(full, mask, tmp_path / "portable", portable=True)
+    config = CASES[architecture].config()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(out, attn_implementation="eager").eval()
+    expected = logits(model_of(architecture), family_of(architecture), mask)
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_scores_are_those_of_hooks_on_the_whole_model(architecture, full, tmp_path):
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps([PROMPT[0].tolist(), (PROMPT[0] + 100).tolist()]))
+    checkpoint = Checkpoint.open(full)
+    scores = score(checkpoint, load_calibration(checkpoint, str(path)))
+    for kind, expected in naive_similarities(architecture).items():
+        assert getattr(scores.similarity, kind) == pytest.approx(expected, abs=1e-5), kind
+
+
+def naive_similarities(architecture):
+    """Cosines of the stream before and after each sublayer: with the sublayer and with its output set to zero."""
+    family, model = family_of(architecture), model_of(architecture)
+    found = {"attention": [], "mlp": [], "block": []}
+    ids = torch.cat([PROMPT, PROMPT + 100])
+    for index in range(LAYERS):
+        one = (index,)
+        without = {
+            "attention": output(model, family, ids, index, DropMask(LAYERS, attention=one)),
+            "mlp": output(model, family, ids, index, DropMask(LAYERS, mlp=one)),
+            "block": output(model, family, ids, index, DropMask(LAYERS, attention=one, mlp=one)),
+            "nothing": output(model, family, ids, index, FULL),
+        }
+        # A layer without both gives its input; without one, what the other adds to it.
+        x, z = without["block"], without["nothing"]
+        between = without["mlp"]
+        pairs = {"attention": (x, between), "mlp": (x, without["attention"]) if family.parallel else (between, z)}
+        for kind, (before, after) in (pairs | {"block": (x, z)}).items():
+            found[kind].append(torch.cosine_similarity(before.double(), after.double(), dim=-1).mean().item())
+    return found
+
+
+def output(model, family, ids, index, mask):
+    seen = []
+    hook = layers_of(model)[index].register_forward_hook(
+        lambda _m, _args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    try:
+        with torch.no_grad(), skipping(model, family, mask):
+            model(ids)
+    finally:
+        hook.remove()
+    return seen[0]
