@@ -49,7 +49,8 @@ REFUSED = {
     "all attention": ({"drop_attn_list": list(range(8))}, "every one of the 8 attention sublayers is dropped"),
     "unsupported architecture": (
         TELECHAT2 | {"drop_attn_list": [1]},
-        r"drop mask \(llm-drop\), but TeleChat2ForCausalLM has no row in the family table and would be served undropped; "
+        r"drop mask \(llm-drop\), but TeleChat2ForCausalLM has no row in the family table and would be served "
+        "undropped; "
         "supported: .*LlamaForCausalLM",
     ),
     "unsupported architecture, another dialect": (
