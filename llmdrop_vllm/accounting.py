@@ -9,12 +9,23 @@ from llmdrop_vllm.mask import DropMask, layer_count
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
+# Models with latent attention for which vLLM stores whole heads all the same.
+WHOLE_HEADS = frozenset({"minicpm3"})
+
 
 def kv_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Per layer, the kind of KV cache that its attention needs: `full`, or `sliding 4096` for a window in tokens."""
+    """Per layer, the kind of KV cache that its attention needs: `full`, or `sliding 4096` for a window in tokens, or
+    `chunked 8192` for tokens that see those of their chunk.
+
+    Some architectures mix them though their config.json does not say it: Transformers' config objects do.
+    """
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     types = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layer_count(config)
-    return tuple(f"sliding {window}" if kind == "sliding_attention" else "full" for kind in types)
+    kinds = {
+        "sliding_attention": f"sliding {window}",
+        "chunked_attention": f"chunked {config.get('attention_chunk_size')}",
+    }
+    return tuple(kinds.get(kind, "full") for kind in types)
 
 
 def kept_layout(config: Mapping[str, Any], mask: DropMask) -> KVLayout:
@@ -30,11 +41,13 @@ def kv_bytes_per_layer_token(config: Mapping[str, Any], dtype: str) -> int:
     """
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"KV cache dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
-    if config.get("kv_lora_rank"):
+    if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
         return int((config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)) * DTYPE_BYTES[dtype])
     heads, hidden = _first(config, "num_attention_heads", "n_head"), _first(config, "hidden_size", "n_embd") or 0
     kv_heads = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or (heads and hidden // heads)
+    if config.get("kv_lora_rank"):
+        kv_heads, head_dim = heads, config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
     if not kv_heads or not head_dim:
         raise CheckpointError("the config lacks num_attention_heads or hidden_size, so the KV cache cannot be counted")
     return int(2 * kv_heads * head_dim * DTYPE_BYTES[dtype])

@@ -106,6 +106,7 @@ FAMILIES = (
             *("Jais2ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM"),
         ),
     ),
+    Family("nemotron_nas", ("DeciLMForCausalLM",)),
     Family("starcoder2", ("Starcoder2ForCausalLM",), mlp=Sublayer("mlp", "post_attention_layernorm", "c_proj")),
     Family("vaultgemma", ("VaultGemmaForCausalLM",), mlp=Sublayer("mlp", "pre_feedforward_layernorm", "down_proj")),
     Family(

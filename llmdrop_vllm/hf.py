@@ -67,8 +67,10 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) ->
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The Transformers class for a config from `transformers_config`, made able to drop where it has a mask."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config).stock if isinstance(config, DroppedConfig) else type(config)]
-    return _dropped_model(stock) if isinstance(config, DroppedConfig) else stock
+    if not isinstance(config, DroppedConfig):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
+    return _dropped_model(MODEL_FOR_CAUSAL_LM_MAPPING[config.stock], config.architectures[0])
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:
@@ -103,12 +105,22 @@ def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
 def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
     """Put pass-throughs in place of what the mask drops, and number the kept attention by its place in the cache."""
     layers = decoder_layers(model, mask.num_hidden_layers)
+    for index in {*mask.attention, *mask.mlp}:
+        _check_norms(layers[index], family, index)
     for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
             _drop_sublayer(layers[index], sublayer, index)
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
         getattr(layers[index], family.attention.transformers_module).layer_idx = entry
+
+
+def _check_norms(layer: nn.Module, family: Family, index: int) -> None:
+    """StableLM's config, for one, can ask for layers of another layout, where attention's norm is the MLP's as well."""
+    for sublayer in (family.attention, family.mlp):
+        for name in set(sublayer.norms) - set(sublayer.optional):
+            if getattr(layer, name, None) is None:
+                raise MaskError(f"layer {index} has no {name}; the family table's row {family.name!r} does not fit it")
 
 
 def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
@@ -174,5 +186,5 @@ def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 
 @cache
-def _dropped_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedModel, stock), {})
+def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreTrainedModel]:
+    return type(f"{EXPLICIT_PREFIX}{architecture}", (DroppedModel, stock), {})

@@ -14,6 +14,7 @@ from llmdrop_vllm.dialects import block_entry
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 MODELS_MODULE = "llmdrop_vllm.serving.models"
 # vLLM's way to set the stages, and our note of what we put there: a partition of ours must not outlive its engine.
 PARTITION, OUR_PARTITION = "VLLM_PP_LAYER_PARTITION", "LLMDROP_PP_LAYER_PARTITION"
-# Architectures that read `block_configs` by themselves; a no-op there is served dropped by stock vLLM.
-READS_BLOCK_CONFIGS = frozenset({"DeciLMForCausalLM"})
 SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
 
 
@@ -90,7 +89,7 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
     mask = DropMask.from_config(config)
     if mask:
         _check_registered(architecture)
-    if "nemotron-nas" in dialects:
+    if "nemotron-nas" in dialects and architecture != NEMOTRON_NAS:
         _check_uniform(config)
     if not mask.kept_attention:
         raise MaskError(
@@ -102,7 +101,7 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
 
 def _refuse_unsupported(architecture: str, config: object) -> None:
     dialects = DropMask.dialects_that_drop(config)
-    if dialects and not (architecture in READS_BLOCK_CONFIGS and dialects == ("nemotron-nas",)):
+    if dialects:
         raise MaskError(
             f"the config has a drop mask ({', '.join(dialects)}), but {architecture} has no row in the family table "
             f"and would be served undropped; supported: {', '.join(sorted(BY_ARCHITECTURE))}"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,10 @@ class Dropping:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
+    def building(self) -> AbstractContextManager[None]:
+        """What else must hold while the model is built."""
+        return nullcontext()
+
     def stage_layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
         group = get_pp_group()
@@ -121,7 +125,8 @@ def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
     handle = register_module_module_registration_hook(hook)
     try:
-        yield hook
+        with hook.building():
+            yield hook
     finally:
         handle.remove()
 

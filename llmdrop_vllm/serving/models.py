@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from llmdrop_vllm.families import family_of
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded
@@ -97,6 +98,10 @@ def _droppable(name: str) -> type[nn.Module]:
     module, _, class_name = path.rpartition(".")
     stock = getattr(importlib.import_module(module), class_name)
     attributes: dict[str, Any] = {"architecture": architecture, "__module__": __name__}
+    if architecture == NEMOTRON_NAS:
+        from llmdrop_vllm.serving.nemotron_nas import NemotronDropping
+
+        attributes["dropping_class"] = NemotronDropping
     if module != BACKEND_MODULE:
         return type(stock.__name__, (Droppable, stock), attributes)
     from llmdrop_vllm.serving.transformers_backend import BackendDropping, DroppableBackend

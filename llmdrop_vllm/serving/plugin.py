@@ -5,6 +5,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
+from llmdrop_vllm.serving.nemotron_nas import register_config
 
 
 def register_with_vllm() -> None:
@@ -12,6 +13,7 @@ def register_with_vllm() -> None:
 
     The hook sees every architecture, because a mask on one that cannot drop must be refused, not ignored.
     """
+    register_config()
     for architecture in BY_ARCHITECTURE:
         entry = ModelRegistry.models.get(architecture)
         stock = getattr(entry, "module_name", MODELS_MODULE)

@@ -59,9 +59,10 @@ class Inspection(Record):
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None) -> Inspection:
     """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given."""
-    mask, config = checkpoint.mask, checkpoint.plain_config
+    mask = checkpoint.mask
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     whole = DropMask(mask.num_hidden_layers)
+    config = transformers_config(checkpoint, whole).to_dict()
     kv_dtype = kv_dtype or _weights_dtype(checkpoint)
     kept = sum(
         t.num_bytes for t in checkpoint.tensors.values() if not in_dropped_sublayer(t.name, checkpoint.family, mask)

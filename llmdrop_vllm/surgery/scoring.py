@@ -176,7 +176,9 @@ class _Run:
                 module.register_forward_hook(lambda _m, _args, out: added.append(_tensor(out))) for module in modules
             ]
         else:
-            module = getattr(layer, mlp.pre_norm or mlp.transformers_module)
+            module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
+            if module is None:
+                raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
             handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
 
         def streams(x: torch.Tensor) -> list[torch.Tensor]:
@@ -261,7 +263,7 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
                 token_cosine_after=column("mlp_after", mask.mlp),
             ),
         ),
-        kv_groups=kv_kinds(run.checkpoint.plain_config),
+        kv_groups=kv_kinds(run.stream.model.config.to_dict()),
         dropped=MaskRecord.of(mask),
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

@@ -46,7 +46,6 @@ SIGNS = {
     "norm_attn_norm": "both norms in one module with the attention",
     "ln_attn": "three layouts in one class; sublayers return a bias beside the output",
     "fc1": "no MLP module: its projections stand in the layer",
-    "_is_no_op_attention": "drops sublayers by itself: see `--dialect nemotron-nas`",
 }
 # What no sign says, read in vLLM's source.
 CONFIG_LACKS = "vLLM reads config entries that Transformers' config class does not have"

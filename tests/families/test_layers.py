@@ -13,10 +13,9 @@ logging.disable_progress_bar()
 MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "DeepseekV3ForCausalLM", "AfmoeForCausalLM")
 
 
-def stream(checkpoint, dtype, mask=DropMask(LAYERS)):
-    return LayerStream(
-        Checkpoint.open(checkpoint), mask, device=torch.device("cpu"), dtype=dtype, attention="sdpa"
-    )
+def stream(checkpoint, dtype):
+    where = {"device": torch.device("cpu"), "dtype": dtype}
+    return LayerStream(Checkpoint.open(checkpoint), DropMask(LAYERS), **where, attention="sdpa")
 
 
 @pytest.fixture(params=MIXTURES)

@@ -19,12 +19,11 @@ from llmdrop_vllm import DropMask
 from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
 from llmdrop_vllm.families import family_of
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
-from tests.engines import engine, greedy
+from tests.engines import ONE_GIB, engine, greedy
 from tests.families.cases import CASES, LAYERS
 from tests.families.reference import skipping
 
 PROMPT = [*range(3, 43)]
-KV_CACHE_BYTES = 1 << 26
 MASKS = {
     "attention": DropMask(LAYERS, attention=(3, 1)),
     "MLP": DropMask(LAYERS, mlp=(0, 2)),
@@ -86,7 +85,7 @@ def reference(architecture: str, mask: DropMask) -> list[float]:
 def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
     with (
         undecorated(type(model_of(architecture).get_decoder())),
-        engine(directory, kv_cache_memory_bytes=KV_CACHE_BYTES) as llm,
+        engine(directory) as llm,
     ):
         _, _, logprobs = greedy(llm, PROMPT, tokens=2)
         cache = llm.llm_engine.vllm_config.cache_config
@@ -102,6 +101,6 @@ def test_served_with_a_mask_it_computes_what_transformers_does_without_the_subla
     assert logprobs == pytest.approx(expected, abs=1e-4)
     config = json.loads((directory / "config.json").read_bytes())
     block_bytes = block_tokens * kv_bytes_per_layer_token(config, "float32")
-    assert blocks == KV_CACHE_BYTES // (block_bytes * kept_layout(config, MASKS[mask]).group_size)
+    assert blocks == ONE_GIB // (block_bytes * kept_layout(config, MASKS[mask]).group_size)
     # The comparison can fail: without the mask the numbers are others.
     assert reference(architecture, DropMask(LAYERS)) != pytest.approx(expected, abs=1e-2)

@@ -1,6 +1,5 @@
-"""Every architecture with a tiny model: stripped, scored and loaded into Transformers as if it were a Llama."""
+"""Every architecture with a tiny model: stripped, made portable, and loaded into Transformers."""
 
-import json
 from functools import cache
 
 import pytest
@@ -10,15 +9,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.families import family_of
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
-from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.scoring import score
 from llmdrop_vllm.surgery.write import write_checkpoint
 from tests.families.cases import CASES, LAYERS
-from tests.families.reference import layers_of, skipping
+from tests.families.reference import skipping
 
 logging.disable_progress_bar()
 PROMPT = torch.arange(3, 43)[None]
@@ -92,47 +88,3 @@ def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architect
     expected = logits(model_of(architecture), family_of(architecture), mask)
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
-
-
-def test_scores_are_those_of_hooks_on_the_whole_model(architecture, full, tmp_path):
-    path = tmp_path / "ids.json"
-    path.write_text(json.dumps([PROMPT[0].tolist(), (PROMPT[0] + 100).tolist()]))
-    checkpoint = Checkpoint.open(full)
-    scores = score(checkpoint, load_calibration(checkpoint, str(path)))
-    for kind, expected in naive_similarities(architecture).items():
-        assert getattr(scores.similarity, kind) == pytest.approx(expected, abs=1e-5), kind
-
-
-def naive_similarities(architecture):
-    """Cosines of the stream before and after each sublayer: with the sublayer and with its output set to zero."""
-    family, model = family_of(architecture), model_of(architecture)
-    found = {"attention": [], "mlp": [], "block": []}
-    ids = torch.cat([PROMPT, PROMPT + 100])
-    for index in range(LAYERS):
-        one = (index,)
-        without = {
-            "attention": output(model, family, ids, index, DropMask(LAYERS, attention=one)),
-            "mlp": output(model, family, ids, index, DropMask(LAYERS, mlp=one)),
-            "block": output(model, family, ids, index, DropMask(LAYERS, attention=one, mlp=one)),
-            "nothing": output(model, family, ids, index, FULL),
-        }
-        # A layer without both gives its input; without one, what the other adds to it.
-        x, z = without["block"], without["nothing"]
-        between = without["mlp"]
-        pairs = {"attention": (x, between), "mlp": (x, without["attention"]) if family.parallel else (between, z)}
-        for kind, (before, after) in (pairs | {"block": (x, z)}).items():
-            found[kind].append(torch.cosine_similarity(before.double(), after.double(), dim=-1).mean().item())
-    return found
-
-
-def output(model, family, ids, index, mask):
-    seen = []
-    hook = layers_of(model)[index].register_forward_hook(
-        lambda _m, _args, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
-    try:
-        with torch.no_grad(), skipping(model, family, mask):
-            model(ids)
-    finally:
-        hook.remove()
-    return seen[0]

@@ -1,0 +1,73 @@
+"""Every architecture with a tiny model and a mask: scores and diagnostics are those of hooks on Transformers' model."""
+
+import json
+
+import pytest
+import torch
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.families import family_of
+from llmdrop_vllm.surgery.calibration import load_calibration
+from llmdrop_vllm.surgery.scoring import score
+from tests.families.cases import CASES, LAYERS
+from tests.families.reference import layers_of, skipping
+
+IDS = torch.stack([torch.arange(3, 43), torch.arange(103, 143)])
+MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
+    model = CASES[architecture].model()
+    checkpoint = Checkpoint.open(CASES[architecture].save(model, tmp_path / "full"))
+    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
+    scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=MASK)
+    for index in range(LAYERS):
+        for kind, (before, after) in steps(model, family_of(architecture), index).items():
+            what = f"{kind} of layer {index}"
+            found = getattr(scores.similarity, kind)[index]
+            if index in getattr(MASK, kind, ()):
+                assert found is None, what
+                continue
+            expected = torch.cosine_similarity(before, after, dim=-1).mean().item()
+            assert found == pytest.approx(expected, abs=1e-5), what
+            if kind != "block":
+                diagnostics = getattr(scores.diagnostics, kind)
+                ratio = ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
+                assert diagnostics.magnitude_ratio[index] == pytest.approx(ratio, rel=1e-3), what
+                assert diagnostics.token_cosine_before[index] == pytest.approx(token_cosine(before), abs=1e-5), what
+                assert diagnostics.token_cosine_after[index] == pytest.approx(token_cosine(after), abs=1e-5), what
+
+
+def steps(model, family, index):
+    """The residual stream before and after each sublayer and the block, [sequences, tokens, hidden]."""
+    attention, mlp = (*MASK.attention, index), (*MASK.mlp, index)
+    x = output(model, family, index, attention, mlp)
+    with_attention = output(model, family, index, MASK.attention, mlp)
+    with_mlp = output(model, family, index, attention, MASK.mlp)
+    z = output(model, family, index, MASK.attention, MASK.mlp)
+    return {
+        "attention": (x, with_attention),
+        "mlp": (x, with_mlp) if family.parallel else (with_attention, z),
+        "block": (x, z),
+    }
+
+
+def output(model, family, index, attention, mlp):
+    """What a layer returns without these sublayers."""
+    seen = []
+    hook = layers_of(model)[index].register_forward_hook(lambda _layer, _args, out: seen.append(out))
+    try:
+        with torch.no_grad(), skipping(model, family, DropMask(LAYERS, tuple({*attention}), tuple({*mlp}))):
+            model(IDS)
+    finally:
+        hook.remove()
+    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).double()
+
+
+def token_cosine(stream):
+    """Mean cosine between two different tokens of a sequence."""
+    units = torch.nn.functional.normalize(stream, dim=-1)
+    tokens = stream.shape[1]
+    return ((units @ units.transpose(1, 2)).sum((1, 2)) - tokens).div(tokens * (tokens - 1)).mean().item()
