@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoint import Checkpoint
@@ -175,8 +175,10 @@ def test_engines_that_would_not_serve_it_are_named(mask, changes, expected):
     assert all(part in warning for part, warning in zip(expected, found, strict=True))
 
 
-def test_the_config_class_in_the_checkpoint_gives_attributes_and_stays_json(tmp_path):
+def test_the_config_class_in_the_checkpoint_gives_attributes_and_stays_json(tmp_path, monkeypatch):
     out, _ = written(tmp_path, REGULAR)
+    # Where a vLLM with our plugin ran in this process, Transformers knows the model type.
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "nemotron-nas", raising=False)
     with pytest.raises(ValueError, match=r"nemotron-nas|trust_remote_code"):
         AutoConfig.from_pretrained(out, trust_remote_code=False)
     config = AutoConfig.from_pretrained(out, trust_remote_code=True)
