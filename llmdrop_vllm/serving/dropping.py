@@ -42,7 +42,7 @@ class Dropping:
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""
-        if module is None:
+        if module is None or isinstance(module, PPMissingLayer):
             return None
         for sublayer, dropped in self.family.sublayers(self.mask):
             if name == sublayer.vllm_module and (index := _layer_index(module)) is not None:
@@ -50,7 +50,7 @@ class Dropping:
                 if index in dropped:
                     self._substitute(parent, sublayer)
         substitute = self.substitutes.get(parent, {}).get(name)
-        if substitute is None or isinstance(module, substitute):
+        if substitute is None:
             return None
         self.replaced.add((self.layer_index[parent], name))
         self.forget(module)
