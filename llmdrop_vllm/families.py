@@ -65,8 +65,6 @@ def _attention(
 
 ATTENTION = _attention()
 MLP = Sublayer("mlp", "post_attention_layernorm", "down_proj")
-# The router and all experts of a mixture, which Transformers calls `mlp`.
-SPARSE_MOE = Sublayer("block_sparse_moe", "post_attention_layernorm", "w2", in_transformers="mlp")
 
 
 @dataclass(frozen=True)
@@ -137,17 +135,10 @@ FAMILIES = (
     Family(
         "moe",
         (
-            *("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+            *("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "Param2MoEForCausalLM"),
             *("Ernie4_5_MoeForCausalLM", "Glm4MoeForCausalLM", "HYV3ForCausalLM", "LagunaForCausalLM"),
-            *(
-                "MiMoV2FlashForCausalLM",
-                "MiMoV2ForCausalLM",
-                "ExaoneMoeForCausalLM",
-                "ExaoneMoEForCausalLM",
-                "HunYuanMoEV1ForCausalLM",
-                "MellumForCausalLM",
-            ),
-            *("Param2MoEForCausalLM",),
+            *("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
+            *("HunYuanMoEV1ForCausalLM", "MellumForCausalLM"),
         ),
     ),
     Family(
@@ -155,10 +146,10 @@ FAMILIES = (
         ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM"),
         _attention("attention", output="dense"),
     ),
-    Family("mixtral", ("MixtralForCausalLM", "MiniMaxM2ForCausalLM"), mlp=SPARSE_MOE),
+    # The router and all experts of a mixture, which Transformers calls `mlp`.
     Family(
-        "phimoe",
-        ("PhiMoEForCausalLM",),
+        "mixtral",
+        ("MixtralForCausalLM", "MiniMaxM2ForCausalLM", "PhiMoEForCausalLM"),
         mlp=Sublayer("block_sparse_moe", "post_attention_layernorm", "w2", in_transformers="mlp"),
     ),
     Family(
