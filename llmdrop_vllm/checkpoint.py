@@ -150,12 +150,20 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
         raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {names}")
 
 
+def check_model_name(model: str | Path) -> None:
+    """Raise CheckpointError for what is neither a directory nor looks like a hub id."""
+    path = Path(model)
+    if path.is_dir():
+        return
+    if isinstance(model, Path) or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
+
+
 def _local_directory(model: str | Path) -> Path:
+    check_model_name(model)
     directory = Path(model)
     if directory.is_dir():
         return directory
-    if isinstance(model, Path) or directory.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
     try:

@@ -16,6 +16,9 @@ UNITS = ("", "k", "m", "g", "t")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for an error that the user can mend, 130 for an interruption."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "serve":
+        return _serve(argv[1:])
     args = parser().parse_args(argv)
     # Transformers would draw its own bars and advise on files that are read on purpose.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,6 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _serve(argv: Sequence[str]) -> int:
+    """Its options are mostly vLLM's, so it reads them itself."""
+    from llmdrop_server.launch import main as serve
+
+    return serve(argv)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="llmdrop", description=__doc__)
@@ -54,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    command("serve", "serve a model with vLLM, its page and its bounds", "llmdrop serve MODEL --drop-attention 25,26")
     score = command(
         "score", "measure the importance of every sublayer and block", "llmdrop score MODEL --out scores.json"
     )

@@ -8,6 +8,7 @@ is a PreTrainedModel like any other: it generates, trains, takes adapters, and c
 import copy
 import logging
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,15 +50,17 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) -> PretrainedConfig:
     """The checkpoint's Transformers config with a mask, by default its own, in one dialect."""
-    mask = checkpoint.mask if mask is None else mask
+    return dropped_config(checkpoint.plain_config, checkpoint.architecture, checkpoint.mask if mask is None else mask)
+
+
+def dropped_config(entries: Mapping[str, Any], architecture: str, mask: DropMask) -> PretrainedConfig:
+    """The Transformers config for an architecture's config entries, whatever they say of a mask, with this one."""
     if not mask.kept_attention:
         raise MaskError(f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; one must remain")
-    entries = without_mask(checkpoint.plain_config) | {"architectures": [checkpoint.architecture]}
+    entries = without_mask(entries) | {"architectures": [architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{checkpoint.directory}/config.json has model_type {model_type!r}, unknown to Transformers"
-        )
+        raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
     config = stock.from_dict(entries | (mask.to_config() if mask else {}))
     if mask:

@@ -1,7 +1,7 @@
 """What a mask saves in a checkpoint: parameters, bytes of weights, KV cache and the requests that fit."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from llmdrop_vllm.accounting import DTYPE_BYTES, kept_layout, kv_bytes_per_layer_token
 from llmdrop_vllm.artifacts import MaskRecord, Record
@@ -67,7 +67,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: s
     kept = sum(
         t.num_bytes for t in checkpoint.tensors.values() if not in_dropped_sublayer(t.name, checkpoint.family, mask)
     )
-    parameters = {each: _skeleton(checkpoint, each).num_parameters() for each in (whole, mask)}
+    parameters = {each: count_parameters(transformers_config(checkpoint, each)) for each in (whole, mask)}
 
     def footprint(each: DropMask) -> Footprint:
         # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
@@ -99,10 +99,10 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: s
     )
 
 
-def _skeleton(checkpoint: Checkpoint, mask: DropMask) -> PreTrainedModel:
-    config = transformers_config(checkpoint, mask)
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model that a config from `hf` describes, counted without memory for any."""
     with torch.device("meta"):
-        return model_class(config)(config)
+        return int(model_class(config)(config).num_parameters())
 
 
 def _weights_dtype(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,120 @@
+"""What stands before every route: the API key, and the bounds on a request's body."""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmdrop_server.ending import Ending
+from llmdrop_server.limits import Limits, RequestError
+from llmdrop_server.schemas import error_body
+
+# Without a key: probes, and the page's own files, which hold nothing of the model.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PREFIX = "/static/llmdrop/"
+BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+RETRY_AFTER_S = 2
+# The kind of error and headers by status. What was not read of a body would be taken for the connection's next request.
+REFUSALS = {
+    401: ("AuthenticationError", {"WWW-Authenticate": "Bearer"}),
+    408: ("RequestTimeoutError", {"Connection": "close"}),
+    413: ("RequestTooLargeError", {"Connection": "close"}),
+    503: ("ServiceUnavailableError", {"Connection": "close", "Retry-After": str(RETRY_AFTER_S)}),
+}
+
+
+class Guard:
+    """ASGI middleware. vLLM's own asks for the key under some prefixes only, and bounds no body."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        limits: Limits,
+        ending: Ending,
+        allowed_hosts: frozenset[str] = frozenset(),
+    ) -> None:
+        self.app = app
+        self.digests = [_digest(key) for key in keys]
+        self.limits = limits
+        self.ending = ending
+        self.allowed_hosts = allowed_hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not (path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or self._has_key(headers)):
+            await _refuse(scope, receive, send, RequestError("the API key is missing or wrong", 401))
+            return
+        if scope["type"] == "http" and scope["method"] in BODY_METHODS:
+            try:
+                if self.ending.started:
+                    raise RequestError("the server is about to end", 503)
+                receive = await self._checked(headers, receive)
+            except RequestError as error:
+                await _refuse(scope, receive, send, error)
+                return
+        await self.app(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        given = _digest(key)
+        # Every key is compared, each in constant time: how long it takes tells nothing.
+        matches = [secrets.compare_digest(given, digest) for digest in self.digests]
+        return not self.digests or (scheme.lower() == "bearer" and any(matches))
+
+    async def _checked(self, headers: Headers, receive: Receive) -> Receive:
+        """Read and check the body; returns a `receive` that gives it again. Raises RequestError."""
+        body = await self._read(headers, receive)
+        if headers.get("Content-Type", "application/json").partition(";")[0].strip().lower() == "application/json":
+            self.limits.check_body(body, self.allowed_hosts)
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return again
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        bound = self.limits.body_bytes
+        too_large = RequestError(f"the request body is over the bound of {bound:,} bytes (body_bytes)", 413)
+        declared = headers.get("Content-Length", "0")
+        if declared.isdecimal() and int(declared) > bound:
+            raise too_large
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RequestError("the client went away before its request was complete")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > bound:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            raise RequestError(f"the request body took longer than {seconds:g} s (body_seconds)", 408) from None
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        return
+    kind, headers = REFUSALS.get(error.status, ("BadRequestError", {}))
+    body = error_body(error.message, kind, error.status, error.param)
+    await JSONResponse(body, error.status, headers)(scope, receive, send)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,147 @@
+"""`llmdrop serve MODEL [any vllm serve option]`: a mask from the command line, then vLLM's own server."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
+from llmdrop_server.limits import Limits
+from llmdrop_server.mask_options import mask_entries
+from llmdrop_server.preflight import check_port, check_readable, read_keys
+from llmdrop_vllm.checkpoint import check_model_name
+from llmdrop_vllm.errors import InputError
+
+PLUGIN = "llmdrop"
+# Streams in flight are finished when the server is told to end, and the queue has an end.
+DEFAULTS = {"--shutdown-timeout": "30", "--max-num-queued-reqs": "1024"}
+SSL_FILES = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
+DESCRIPTION = """Serve MODEL with vLLM's OpenAI-compatible server, a page at / and the mask at /v1/drop.
+Everything that `vllm serve` takes is passed on; `vllm serve --help=all` lists it."""
+EXAMPLES = """examples:
+  llmdrop serve ./llama-2-13b-drop8                                       # the mask is in its config
+  llmdrop serve meta-llama/Llama-2-13b-hf --drop-attention 33,32,35,30    # a mask on an untouched checkpoint
+  llmdrop serve meta-llama/Llama-2-13b-hf --drop-attention 8 --scores scores.json --max-model-len 4096"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until told to end. The exit status is 0 then, and 1 after an error or when the engine has died."""
+    ours, theirs = parser().parse_known_args(argv)
+    try:
+        check_model_name(ours.model)
+        check_readable([ours.api_key_file, *_ssl_files(ours).values()])
+        check_port(ours.host, ours.port)
+        arguments = vllm_arguments(ours, theirs)
+        _set_environment(ours)
+    except InputError as error:
+        print(f"llmdrop: error: {error}", file=sys.stderr)
+        return 1
+    return _run_vllm(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Our options, and those of vLLM's that are looked at before vLLM is imported."""
+    top = argparse.ArgumentParser(
+        prog="llmdrop serve",
+        usage="llmdrop serve MODEL [options] [any vllm serve option]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id")
+    mask = top.add_argument_group("mask, for a checkpoint whose config has none")
+    mask.add_argument("--drop-attention", metavar="25,26", help="layers whose attention goes; with --scores, how many")
+    mask.add_argument("--drop-mlp", metavar="24,", help="layers whose MLP goes; with --scores, how many")
+    mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
+    mask.add_argument("--scores", type=Path, metavar="FILE", help="what `llmdrop score` wrote; shown on the page too")
+    bounds = (f"{name}  {field.description}; {field.default:,}" for name, field in Limits.model_fields.items())
+    limits = top.add_argument_group("bounds on a request", "\n".join(bounds))
+    limits.add_argument("--limit", action="append", default=[], metavar="NAME=N", help="another bound; may be repeated")
+    keys = top.add_argument_group("keys, beside vLLM's --api-key")
+    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="one per line; no process list shows them")
+    theirs = top.add_argument_group("options of vLLM that are checked before anything slow")
+    theirs.add_argument("--host", metavar="HOST")
+    theirs.add_argument("--port", type=int, default=8000, metavar="PORT")
+    theirs.add_argument("--hf-overrides", "--hf_overrides", metavar="JSON")
+    for option in SSL_FILES:
+        theirs.add_argument(option, f"--{option[2:].replace('-', '_')}", type=Path, metavar="FILE")
+    return top
+
+
+def vllm_arguments(ours: argparse.Namespace, theirs: Sequence[str]) -> list[str]:
+    """The command line for `vllm`. Raises InputError for a mask that makes no sense."""
+    overrides = _overrides(ours.hf_overrides)
+    overrides |= mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores)
+    passed: dict[str, Any] = {"--host": ours.host, "--port": ours.port, **_ssl_files(ours)}
+    if overrides:
+        passed["--hf-overrides"] = json.dumps(overrides)
+    given = {each.partition("=")[0].replace("_", "-") for each in theirs}
+    if "--config" not in given:  # a file that may say otherwise, and has less to say than the command line
+        passed |= {name: value for name, value in DEFAULTS.items() if name not in given}
+    options = [text for name, value in passed.items() if value is not None for text in (name, str(value))]
+    if ours.api_key_file is not None:
+        options += ["--api-key", *read_keys(ours.api_key_file)]
+    return ["serve", ours.model, *options, *theirs]
+
+
+def _ssl_files(ours: argparse.Namespace) -> dict[str, Path | None]:
+    return {option: getattr(ours, option[2:].replace("-", "_")) for option in SSL_FILES}
+
+
+def _overrides(text: str | None) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text or "{}")
+    except ValueError as error:
+        raise InputError(f"--hf-overrides is not JSON: {error}") from None
+    if not isinstance(overrides, dict):
+        raise InputError(f"--hf-overrides is {text}; expected a JSON object")
+    return overrides
+
+
+def _set_environment(ours: argparse.Namespace) -> None:
+    bounds = dict(each.partition("=")[::2] for each in ours.limit)
+    text = json.dumps({name: _number(name, value) for name, value in bounds.items()})
+    Limits.parse(text)
+    os.environ[LIMITS_ENVIRONMENT] = text
+    if ours.scores is not None:
+        os.environ[SCORES_ENVIRONMENT] = str(ours.scores.absolute())
+    os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise InputError(f"--limit {name}={text}: expected a number, as in --limit n=4") from None
+
+
+def plugins(allowed: str | None) -> list[str]:
+    """What VLLM_PLUGINS must hold: vLLM adds routes only for plugins that stand there, and shuts out all others."""
+    if allowed is not None:
+        return [*dict.fromkeys([*allowed.split(","), PLUGIN])]
+    groups = {group for group in entry_points().groups if group.startswith("vllm.")} - {"vllm.endpoint_plugins"}
+    return sorted({PLUGIN, *(each.name for group in groups for each in entry_points(group=group))})
+
+
+def _run_vllm(arguments: list[str]) -> int:
+    sys.argv = ["vllm", *arguments]
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    from llmdrop_server.plugin import LlmdropEndpoints
+
+    try:
+        vllm_main()
+    except (OSError, ValueError) as error:
+        print(f"llmdrop: error: {str(error).strip()}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while it was starting
+        return 130
+    if LlmdropEndpoints.ending.engine_died:
+        print("llmdrop: error: the engine has died; the log above says why", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,199 @@
+"""Bounds on what a request may ask for, where vLLM has none; each refusal names the bound."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmdrop_server import LIMITS_ENVIRONMENT
+from llmdrop_vllm.errors import InputError
+
+# Where a request says how to sample: at its top, or in /inference/v1/generate in here.
+SAMPLING = "sampling_params"
+# Keys under which requests name what the server should fetch.
+FETCHED = frozenset(
+    {"url", "image_url", "audio_url", "video_url", "file_url", "server_url", "images", "audio", "videos"}
+)
+SURROGATE = re.compile(rb"\\u[dD][89abAB-F]")
+
+
+class RequestError(Exception):
+    """A request that is over a bound or not JSON; `status` is the HTTP status, `param` the entry at fault."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+
+
+class Limits(BaseModel):
+    """The bounds. Tokens, `max_tokens` and log-probabilities have vLLM's own: --max-model-len and --max-logprobs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    body_bytes: int = Field(4 * 2**20, gt=0, description="request body")
+    body_seconds: float = Field(30, gt=0, description="time to send the request body")
+    depth: int = Field(64, gt=0, description="nesting of the request's JSON")
+    n: int = Field(16, gt=0, description="answers per request: n, best_of, beams")
+    prompts: int = Field(128, gt=0, description="prompts, conversations or items in one request")
+    messages: int = Field(4096, gt=0, description="messages in one conversation")
+    stop: int = Field(16, gt=0, description="stop strings, stop tokens or bad words")
+    grammar_bytes: int = Field(16384, gt=0, description="regular expression or grammar")
+    schema_bytes: int = Field(65536, gt=0, description="JSON schema, choices or structural tag")
+    tools: int = Field(128, gt=0, description="tools in one request")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """What `llmdrop serve --limit` set. Raises InputError naming a bound that does not exist or a bad value."""
+        return cls.parse(os.environ.get(LIMITS_ENVIRONMENT, "{}"))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From a JSON object."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or LIMITS_ENVIRONMENT
+            raise InputError(f"limit {where}: {first['msg']}; limits are {', '.join(cls.model_fields)}") from None
+
+    def check_body(self, body: bytes, allowed_hosts: frozenset[str] = frozenset()) -> None:
+        """Raise RequestError for a JSON body that is not JSON or over a bound."""
+        if not body:
+            return
+        request = self._parse(body)
+        if not isinstance(request, dict):
+            return  # no request of vLLM's is anything else: its own validation says so
+        for entries in (request, request.get(SAMPLING)):
+            if isinstance(entries, dict):
+                self._check_sampling(entries)
+        self._check_counts(request)
+        self._check_structure(request)
+        _check_fetched(request, allowed_hosts)
+
+    def _parse(self, body: bytes) -> Any:
+        try:
+            request = json.loads(body, parse_constant=_refuse_constant)
+            if SURROGATE.search(body):
+                json.dumps(request, ensure_ascii=False).encode()  # half a character cannot be tokenized or answered
+        except RecursionError:
+            raise RequestError(f"the JSON is nested too deeply; the bound is {self.depth} (depth)") from None
+        except UnicodeEncodeError:
+            raise RequestError("the JSON has half of a surrogate pair, which is no character") from None
+        except ValueError as error:
+            raise RequestError(f"the body is not JSON: {error}") from None
+        if _deeper(request, self.depth):
+            raise RequestError(f"the JSON is nested too deeply; the bound is {self.depth} (depth)")
+        return request
+
+    def _check_sampling(self, entries: Mapping[str, Any]) -> None:
+        for key in ("n", "best_of", "beam_width"):
+            value = entries.get(key)
+            if isinstance(value, int | float) and not math.isnan(value) and value > self.n:
+                raise RequestError(f"{key} is {value}; the bound is {self.n} (n)", param=key)
+        for key in ("stop", "stop_token_ids", "bad_words"):
+            self._check_length(entries, key, self.stop, "stop")
+
+    def _check_counts(self, request: Mapping[str, Any]) -> None:
+        self._check_length(request, "tools", self.tools, "tools")
+        for key in ("items", "questions", "request_ids"):
+            self._check_length(request, key, self.prompts, "prompts")
+        for key in ("prompt", "messages", "input"):
+            value = request.get(key)
+            if isinstance(value, list) and value and isinstance(value[0], str | list):
+                self._check_length(request, key, self.prompts, "prompts")
+        for conversation in _conversations(request):
+            if len(conversation) > self.messages:
+                raise RequestError(
+                    f"a conversation has {len(conversation)} messages; the bound is {self.messages} (messages)",
+                    param="messages",
+                )
+
+    def _check_structure(self, request: Mapping[str, Any]) -> None:
+        for key, value in _structures(request):
+            is_grammar = key.rpartition(".")[2] in ("regex", "grammar", "pattern")
+            size, bound, name = (
+                (_size(value), self.grammar_bytes, "grammar_bytes")
+                if is_grammar
+                else (_size(value), self.schema_bytes, "schema_bytes")
+            )
+            if size > bound:
+                raise RequestError(f"{key} has {size:,} bytes; the bound is {bound:,} ({name})", param=key)
+
+    @staticmethod
+    def _check_length(entries: Mapping[str, Any], key: str, bound: int, name: str) -> None:
+        value = entries.get(key)
+        if isinstance(value, list | dict) and len(value) > bound:
+            raise RequestError(f"{key} has {len(value):,} entries; the bound is {bound} ({name})", param=key)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether JSON is nested more deeply; level by level, for recursion is what this protects from."""
+    level = [value]
+    for _ in range(depth):
+        parents = [each for each in level if isinstance(each, dict | list)]
+        level = [child for each in parents for child in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _conversations(request: Mapping[str, Any]) -> Iterator[list[Any]]:
+    messages = request.get("messages")
+    if isinstance(messages, list):
+        yield messages
+        yield from (each for each in messages if isinstance(each, list))
+
+
+def _structures(request: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything that an engine would compile into an automaton."""
+    for entries in (request, request.get(SAMPLING)):
+        if isinstance(entries, dict) and isinstance(structures := entries.get("structured_outputs"), dict):
+            yield from ((f"structured_outputs.{key}", value) for key, value in structures.items() if value)
+    for key in ("response_format", "text", "tools"):
+        if value := request.get(key):
+            yield key, value
+
+
+def _size(value: Any) -> int:
+    return len((value if isinstance(value, str) else json.dumps(value)).encode())
+
+
+def _check_fetched(request: Any, allowed_hosts: frozenset[str]) -> None:
+    for key, url in _fetched(request):
+        host = _host(url)
+        if not url.startswith("data:") and host not in allowed_hosts:
+            raise RequestError(
+                f"{key} names {host or 'no host'}, and this server fetches nothing from there; send the content as a "
+                "data: URL, or start the server with --allowed-media-domains",
+                param=key,
+            )
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # half an IPv6 address
+        return None
+
+
+def _fetched(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        if key in FETCHED and "://" in value:
+            yield key, value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _fetched(each, key)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _fetched(each, name)

@@ -1,0 +1,65 @@
+"""The mask that the options of `llmdrop serve` ask for."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.artifacts import MaskFile, Scores, read_record
+from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.mask import DropMask
+
+LAYERS = re.compile(r"\d+(,\d+)*,?")
+
+
+def mask_entries(attention: str | None, mlp: str | None, mask: Path | None, scores: Path | None) -> dict[str, Any]:
+    """Config entries for `--drop-attention`, `--drop-mlp`, `--mask` and `--scores`; none where no mask is asked for.
+
+    A list of layers is taken as it stands, in rank order; a single number is how many the scores find least important.
+    Raises MaskError for options that make no sense, InputError for files that cannot be read.
+    """
+    asked = {"attention": attention, "mlp": mlp}
+    if mask is not None:
+        if attention or mlp:
+            raise MaskError("--mask and --drop-attention/--drop-mlp exclude each other")
+        return read_record(MaskFile, mask).mask.to_config()
+    measured = None if scores is None else read_record(Scores, scores)
+    layers = {kind: _layers(kind, text) for kind, text in asked.items() if text is not None and "," in text}
+    counts = {
+        kind: _count(kind, text, measured) for kind, text in asked.items() if text is not None and "," not in text
+    }
+    if not layers and not counts:
+        return {}
+    if measured is not None:
+        layers = _least_important(measured, counts) | layers
+    # Without scores the model's depth is not known here: the engine's config hook checks the indices against it.
+    depth = measured.num_hidden_layers if measured else 1 + max(max(each) for each in layers.values())
+    return DropMask(depth, **layers).to_config()
+
+
+def _layers(kind: str, text: str) -> tuple[int, ...]:
+    if not LAYERS.fullmatch(text):
+        raise MaskError(f"--drop-{kind} is {text!r}; expected layers like 25,26,24")
+    return tuple(int(layer) for layer in text.split(",") if layer)
+
+
+def _count(kind: str, text: str, measured: Scores | None) -> int:
+    if not text.isdecimal():
+        raise MaskError(f"--drop-{kind} is {text!r}; expected layers like 25,26,24, or with --scores a number")
+    if measured is None:
+        raise MaskError(
+            f"--drop-{kind} {text} may be a layer or a number of layers: for the layer write {text}, with a comma; "
+            f"for the {text} least important ones give --scores"
+        )
+    return int(text)
+
+
+def _least_important(measured: Scores, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    from llmdrop_vllm.surgery.selection import Ranked, select  # brings torch along
+
+    methods = []
+    if "attention" in counts:
+        methods.append(Ranked("attention", counts["attention"]))
+    if "mlp" in counts:
+        methods.append(Ranked("mlp", counts["mlp"]))
+    chosen = select(measured, *methods).mask if methods else measured.dropped.mask
+    return {"attention": chosen.attention, "mlp": chosen.mlp}

@@ -1,0 +1,201 @@
+"""What the routes of a dropped model answer, as it stands in the OpenAPI schema."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": []}
+EXAMPLE_SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
+
+
+class Answer(BaseModel):
+    """Strict: what is not declared here does not leave the server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mask(Answer):
+    """The dropped sublayers in rank order: the first n of a list are the mask that drops n."""
+
+    num_hidden_layers: int
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+
+
+class Size(Answer):
+    """One form of the model, with the mask or without. None: not known for this architecture.
+
+    `kv_bytes_per_token` is as vLLM stores it, padding included. `kv_tokens` is what the KV cache of this server holds,
+    and would hold with the model in full; `sequences` how many requests of `max_model_len` tokens that is.
+    """
+
+    parameters: int | None
+    attention_layers: int
+    kv_bytes_per_token: int | None
+    kv_tokens: int
+    sequences: float
+
+
+class Importance(Answer):
+    """1 - cosine similarity of the residual stream before and after (arXiv 2406.15786), per layer; None: already gone
+    when the model was scored.
+    """
+
+    attention: tuple[float | None, ...]
+    mlp: tuple[float | None, ...]
+    block: tuple[float, ...]
+
+
+class Scores(Answer):
+    """Why these sublayers: `calibration` names the text that the importance was measured on."""
+
+    importance: Importance
+    calibration: str | None
+
+
+class Drop(Answer):
+    """What this server's model goes without, and what that saves."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "embedded",
+                    "architecture": "LlamaForCausalLM",
+                    "family": "llama",
+                    "summary": EXAMPLE_SUMMARY,
+                    "mask": EXAMPLE_MASK,
+                    "kv_dtype": "bfloat16",
+                    "kv_layout": "KV cache stored as 8 layers, without padding",
+                    "max_model_len": 1024,
+                    "full": {
+                        "parameters": 5116224,
+                        "attention_layers": 12,
+                        "kv_bytes_per_token": 3072,
+                        "kv_tokens": 349440,
+                        "sequences": 341.25,
+                    },
+                    "served": {
+                        "parameters": 4722240,
+                        "attention_layers": 8,
+                        "kv_bytes_per_token": 2048,
+                        "kv_tokens": 524288,
+                        "sequences": 512.0,
+                    },
+                    "scores": None,
+                }
+            ]
+        }
+    )
+
+    model: str
+    architecture: str
+    family: str | None
+    summary: str
+    mask: Mask
+    kv_dtype: str
+    kv_layout: str
+    max_model_len: int
+    full: Size
+    served: Size
+    scores: Scores | None
+
+
+class KV(Answer):
+    """The KV cache in use. `prefix_hit_rate` is a share of all prompt tokens since the start; None before the first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "blocks": 4096,
+                    "blocks_used": 96,
+                    "blocks_free": 4000,
+                    "block_tokens": 128,
+                    "usage": 0.0234,
+                    "prefix_hit_rate": 0.61,
+                    "requests_running": 8,
+                    "requests_waiting": 0,
+                    "preemptions": 0,
+                }
+            ]
+        }
+    )
+
+    blocks: int
+    blocks_used: int
+    blocks_free: int
+    block_tokens: int
+    usage: float = Field(ge=0, le=1)
+    prefix_hit_rate: float | None
+    requests_running: int
+    requests_waiting: int
+    preemptions: int
+
+
+class Status(Answer):
+    """`reason` says what is wrong where `status` is not ok."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok", "reason": None}]})
+
+    status: Literal["ok", "unavailable"]
+    reason: str | None = None
+
+
+class ModelCard(BaseModel):
+    """vLLM's card of a model, with what it goes without."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: str = "model"
+    drop: Mask | None
+    drop_summary: str
+
+
+class ModelList(BaseModel):
+    """The models of this server, adapters included."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "list",
+                    "data": [
+                        {
+                            "id": "embedded",
+                            "object": "model",
+                            "created": 1790000000,
+                            "owned_by": "vllm",
+                            "max_model_len": 1024,
+                            "drop": EXAMPLE_MASK,
+                            "drop_summary": EXAMPLE_SUMMARY,
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
+    object: str = "list"
+    data: list[ModelCard]
+
+
+class ErrorInfo(BaseModel):
+    """As OpenAI's clients expect it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class Error(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorInfo
+
+
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """An error in the form of OpenAI and vLLM."""
+    return Error(error=ErrorInfo(message=message, type=kind, param=param, code=code)).model_dump()

@@ -1,0 +1,76 @@
+"""Servers as processes of their own, for tests, and free ports for them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmdrop_vllm.embedded import MODEL
+
+MASK = "11,7,8,10"
+SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
+BIN = Path(sys.executable).parent
+EMBEDDED = [str(MODEL), "--served-model-name", "embedded", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+
+
+@dataclass
+class Served:
+    """A server that answers."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def engine_pid(self) -> int:
+        """The engine's own process."""
+        found = re.findall(r"\(EngineCore pid=(\d+)\)", self.log.read_text(errors="replace"))
+        assert found, self.log.read_text(errors="replace")
+        return int(found[0])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    directory: Path, *arguments: str, command: tuple[str, ...] = ("llmdrop", "serve"), env: Mapping[str, str] = {}
+) -> Iterator[Served]:
+    """The embedded model behind `llmdrop serve`, or another command of this environment; ended with all it started."""
+    port, log = free_port(), directory / "log"
+    program, *words = command
+    line = [str(BIN / program), *words, *EMBEDDED, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("w") as stdout:
+        process = subprocess.Popen(
+            line, stdout=stdout, stderr=subprocess.STDOUT, env=os.environ | dict(env), start_new_session=True
+        )
+    try:
+        _wait_for_health(f"http://127.0.0.1:{port}", log, process)
+        yield Served(f"http://127.0.0.1:{port}", log, process)
+    finally:
+        with suppress(ProcessLookupError):  # it has ended by itself, and so has all that it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for_health(url: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        assert process.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline, log.read_text(errors="replace")
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.3)

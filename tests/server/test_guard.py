@@ -1,0 +1,134 @@
+"""The guard before every route: keys, body bounds, and the end of the server."""
+
+import asyncio
+import json
+
+import pytest
+from llmdrop_server.ending import Ending
+from llmdrop_server.guard import Guard
+from llmdrop_server.limits import Limits
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+KEY = {"Authorization": "Bearer sesam"}
+OPEN = ["/", "/health", "/ready", "/static/llmdrop/app.js"]
+GUARDED = ["/v1/drop", "/metrics", "/docs", "/invocations", "/static/other", "/health/x", "/healthy"]
+
+
+async def echo(request):
+    return JSONResponse({"path": request.url.path, "body": (await request.body()).decode()})
+
+
+async def socket(websocket):
+    await websocket.accept()
+    await websocket.send_text("hello")
+    await websocket.close()
+
+
+def client(keys=("sesam", "other"), ending=None, **limits):
+    routes = [WebSocketRoute("/v1/realtime", socket), Route("/{path:path}", echo, methods=["GET", "POST", "OPTIONS"])]
+    app = Starlette(routes=routes)
+    app.add_middleware(Guard, keys=keys, limits=Limits(**limits), ending=ending or Ending())
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_every_route_wants_the_key(path, method):
+    answer = client().request(method, path)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json()["error"]["type"] == "AuthenticationError"
+    assert client().request(method, path, headers=KEY).status_code == 200
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_probes_and_the_pages_files_want_none(path):
+    assert client().get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["sesam", "Bearer", "Bearer ", "Bearer sesa", "Bearer sesamx", "Basic sesam", "Bearer sesam other", "Bearer é"],
+)
+def test_a_wrong_key_is_no_key(header):
+    assert client().get("/v1/drop", headers={"Authorization": header.encode()}).status_code == 401
+
+
+@pytest.mark.parametrize("header", ["Bearer sesam", "bearer sesam", "Bearer other"])
+def test_any_of_the_keys_will_do(header):
+    assert client().get("/v1/drop", headers={"Authorization": header}).status_code == 200
+
+
+def test_without_keys_all_routes_are_open():
+    assert client(keys=()).get("/metrics").status_code == 200
+
+
+def test_a_websocket_wants_the_key_too():
+    with pytest.raises(WebSocketDisconnect) as refused, client().websocket_connect("/v1/realtime"):
+        pass
+    assert refused.value.code == 1008
+    with client().websocket_connect("/v1/realtime", headers=KEY) as websocket:
+        assert websocket.receive_text() == "hello"
+
+
+def test_the_route_gets_the_body_that_was_checked():
+    body = json.dumps({"prompt": "ä" * 1000})
+    assert client().post("/v1/completions", content=body, headers=KEY).json()["body"] == body
+
+
+def test_a_body_over_the_bound_is_refused_before_it_is_read():
+    answer = client(body_bytes=100).post("/v1/completions", content=b"x" * 101, headers=KEY)
+    assert answer.status_code == 413
+    assert answer.headers["Connection"] == "close"
+    assert "100 bytes (body_bytes)" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_say_its_size_is_counted():
+    answer = client(body_bytes=100).post("/v1/completions", content=(b"x" * 60 for _ in range(2)), headers=KEY)
+    assert answer.status_code == 413
+
+
+def test_a_request_over_a_bound_is_refused_with_its_entry():
+    answer = client(n=2).post("/v1/completions", json={"n": 3}, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+def test_what_is_not_json_is_left_to_the_route():
+    headers = KEY | {"Content-Type": "text/plain"}
+    assert client().post("/v1/completions", content=b"{", headers=headers).status_code == 200
+
+
+def test_while_the_server_ends_new_requests_are_told_to_come_again():
+    answer = client(ending=Ending(started=True)).post("/v1/completions", json={}, headers=KEY)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+    assert client(ending=Ending(started=True)).get("/metrics", headers=KEY).status_code == 200
+
+
+async def answer_of(receive, limits):
+    """The status that a guarded app answers with, given what the client sends."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await Guard(PlainTextResponse("ok"), (), limits, Ending())(scope, receive, send)
+    return sent[0]["status"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    async def receive():
+        await asyncio.sleep(60)
+
+    assert asyncio.run(answer_of(receive, Limits(body_seconds=0.01))) == 408
+
+
+def test_a_client_that_goes_away_while_sending_reaches_no_route():
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    assert asyncio.run(answer_of(receive, Limits())) == 400

@@ -1,0 +1,140 @@
+"""What /v1/drop says, from an engine's config alone."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from llmdrop_server import SCORES_ENVIRONMENT
+from llmdrop_server.report import report
+from llmdrop_server.schemas import Drop
+from transformers import AutoConfig, MambaConfig
+
+from llmdrop_vllm import DropMask, InputError
+from llmdrop_vllm.artifacts import write_record
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.surgery.inspection import inspect_checkpoint
+from tests.families.cases import CASES
+from tests.surgery.scores import make_scores
+
+MASK = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
+BLOCK = 16
+
+
+def engine_config(config, architecture, kv_tokens=4800, model=MODEL, cache_dtype="auto", max_model_len=1024):
+    """What the report reads of a VllmConfig."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=config,
+            hf_text_config=config,
+            architecture=architecture,
+            dtype=torch.bfloat16,
+            served_model_name=["served", "alias"],
+            max_model_len=max_model_len,
+            model=str(model),
+        ),
+        cache_config=SimpleNamespace(
+            cache_dtype=cache_dtype,
+            block_size=BLOCK,
+            kv_cache_size_tokens=kv_tokens,
+            kv_cache_max_concurrency=kv_tokens / max_model_len,
+        ),
+    )
+
+
+def embedded(mask=MASK, **options):
+    config = AutoConfig.from_pretrained(MODEL)
+    for key, value in mask.to_config().items():
+        setattr(config, key, value)
+    return engine_config(config, "LlamaForCausalLM", **options)
+
+
+def test_the_numbers_are_those_of_the_inspection(tmp_path):
+    found = report(embedded())
+    for path in MODEL.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((MODEL / "config.json").read_text()) | MASK.to_config())
+    )
+    inspected = inspect_checkpoint(Checkpoint.open(tmp_path), memory_bytes=1 << 30)
+    for mine, its in ((found.full, inspected.full), (found.served, inspected.dropped)):
+        assert (mine.parameters, mine.attention_layers) == (its.parameters, its.attention_layers)
+        assert mine.kv_bytes_per_token == its.kv_bytes_per_token
+    assert found.summary == MASK.summary()
+    assert (found.mask.attention, found.mask.mlp) == (MASK.attention, MASK.mlp)
+    assert (found.model, found.architecture, found.family) == ("served", "LlamaForCausalLM", "llama")
+
+
+def test_the_full_model_would_hold_fewer_tokens_in_whole_blocks():
+    found = report(embedded(kv_tokens=4800))
+    assert (found.served.kv_tokens, found.full.kv_tokens) == (4800, 3200)
+    assert found.full.sequences / found.served.sequences == pytest.approx(8 / 12, abs=0.01)
+    assert report(embedded(kv_tokens=4816)).full.kv_tokens == 3200
+
+
+def test_without_a_mask_both_forms_are_one():
+    found = report(embedded(mask=DropMask(12)))
+    assert found.full == found.served
+
+
+def test_the_explicit_architecture_is_told_by_its_plain_name():
+    config = embedded()
+    config.model_config.architecture = "DroppedLlamaForCausalLM"
+    assert report(config) == report(embedded())
+
+
+def test_an_fp8_cache_takes_half_the_bytes():
+    found = report(embedded(cache_dtype="fp8_e4m3"))
+    assert found.kv_dtype == "fp8"
+    assert found.served.kv_bytes_per_token * 2 == report(embedded()).served.kv_bytes_per_token
+
+
+def test_padding_of_hybrid_models_is_counted():
+    config = CASES["Gemma2ForCausalLM"].config()  # sliding, full, sliding, full, sliding
+    for key, value in DropMask(5, attention=(0, 2, 4)).to_config().items():
+        setattr(config, key, value)
+    found = report(engine_config(config, "Gemma2ForCausalLM"))
+    assert found.kv_layout == "KV cache stored as 2 layers, without padding"
+    assert found.full.kv_bytes_per_token == 3 * found.served.kv_bytes_per_token  # 2 + 3 layers are stored as 3 + 3
+
+
+def test_an_architecture_unknown_to_the_table_has_no_mask():
+    found = report(engine_config(AutoConfig.from_pretrained(MODEL), "SomethingForCausalLM"))
+    assert found.family is None
+    assert found.full == found.served
+
+
+def test_what_cannot_be_counted_is_not_told():
+    class OfTomorrow(MambaConfig):
+        model_type = "of_tomorrow"
+
+    found = report(engine_config(OfTomorrow(num_hidden_layers=2), "OfTomorrowForCausalLM")).served
+    assert (found.parameters, found.kv_bytes_per_token, found.kv_tokens) == (None, None, 4800)
+
+
+def test_scores_come_from_the_environment_or_the_checkpoint(monkeypatch, tmp_path):
+    attention = [0.9 - layer / 100 for layer in range(12)]
+    write_record(
+        make_scores(attention=[None, *attention[1:]], dropped=DropMask(12, (0,))), tmp_path / "llmdrop_scores.json"
+    )
+    assert report(embedded()).scores is None
+    beside = report(embedded(model=tmp_path)).scores
+    assert beside.importance.attention[0] is None
+    assert beside.importance.attention[5] == pytest.approx(1 - attention[5])
+    assert beside.importance.block == (0.5,) * 12
+    monkeypatch.setenv(SCORES_ENVIRONMENT, str(tmp_path / "llmdrop_scores.json"))
+    assert report(embedded()).scores == beside
+
+
+def test_scores_of_another_depth_are_refused(monkeypatch, tmp_path):
+    write_record(make_scores(attention=[0.5] * 4), tmp_path / "scores.json")
+    monkeypatch.setenv(SCORES_ENVIRONMENT, str(tmp_path / "scores.json"))
+    with pytest.raises(InputError, match="has scores of 4 layers; the model has 12"):
+        report(embedded())
+
+
+def test_the_example_in_the_schema_is_one():
+    example = Drop.model_config["json_schema_extra"]["examples"][0]
+    assert Drop.model_validate(example).model_dump(mode="json") == example
