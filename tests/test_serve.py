@@ -1,17 +1,13 @@
 """`vllm serve` with the plugin, as an OpenAI client sees it."""
 
+import json
 import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
 
-from llmdrop_vllm.embedded import MODEL
+from tests.server.process import SUMMARY, serving
 
 pytestmark = pytest.mark.processes
 QUESTION = [{"role": "user", "content": "What is os.path.join?"}]
@@ -19,36 +15,16 @@ QUESTION = [{"role": "user", "content": "What is os.path.join?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """(base URL, log file, process) of a server for the embedded model with four attention sublayers dropped."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, "--port", str(port), "--host", "127.0.0.1"]
-    options = ["--served-model-name", "embedded", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+    """Four attention sublayers dropped by vLLM's own option; VLLM_PLUGINS names the plugin, so its routes are there."""
     mask = ["--hf-overrides", '{"drop_attn_list": [11, 7, 8, 10]}']
-    with log.open("w") as stdout:
-        process = subprocess.Popen([*command, *options, *mask], stdout=stdout, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield url, log, process
-    finally:
-        process.kill()
-        process.wait()
+    directory, env = tmp_path_factory.mktemp("server"), {"VLLM_PLUGINS": "llmdrop"}
+    with serving(directory, *mask, command=("vllm", "serve"), env=env) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
 def test_completion_and_chat_and_stream_agree(client):
@@ -74,16 +50,20 @@ def test_structured_output(client):
     assert answer.choices[0].message.content in ("yes", "no")
 
 
+def test_the_plugins_routes_are_there_in_vllms_own_server_too(server):
+    with urllib.request.urlopen(f"{server.url}/v1/drop") as answer:
+        assert json.load(answer)["summary"] == SUMMARY
+    with urllib.request.urlopen(f"{server.url}/ready") as answer:
+        assert json.load(answer) == {"status": "ok", "reason": None}
+
+
 def test_what_was_dropped_stands_in_the_log_once(server):
-    line = (
-        "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0; KV cache 2,048 bytes/token, 67% of the full model"
-    )
-    assert server[1].read_text().count(line) == 1
+    line = f"{SUMMARY}; KV cache 2,048 bytes/token, 67% of the full model"
+    assert server.log.read_text().count(line) == 1
 
 
 def test_ctrl_c_ends_the_server(server):
     """Last in this file: the server is gone afterwards."""
-    _, log, process = server
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
-    assert "Traceback" not in log.read_text()
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(timeout=60)
+    assert "Traceback" not in server.log.read_text()

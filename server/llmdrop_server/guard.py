@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmdrop_server.admission import Admission
 from llmdrop_server.ending import Ending
 from llmdrop_server.limits import Limits, RequestError
 from llmdrop_server.schemas import error_body
@@ -23,6 +24,7 @@ REFUSALS = {
     401: ("AuthenticationError", {"WWW-Authenticate": "Bearer"}),
     408: ("RequestTimeoutError", {"Connection": "close"}),
     413: ("RequestTooLargeError", {"Connection": "close"}),
+    429: ("RateLimitError", {"Retry-After": str(RETRY_AFTER_S)}),
     503: ("ServiceUnavailableError", {"Connection": "close", "Retry-After": str(RETRY_AFTER_S)}),
 }
 
@@ -36,12 +38,14 @@ class Guard:
         keys: Iterable[str],
         limits: Limits,
         ending: Ending,
+        admission: Admission,
         allowed_hosts: frozenset[str] = frozenset(),
     ) -> None:
         self.app = app
         self.digests = [_digest(key) for key in keys]
         self.limits = limits
         self.ending = ending
+        self.admission = admission
         self.allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,15 +58,17 @@ class Guard:
         if not (path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or self._has_key(headers)):
             await _refuse(scope, receive, send, RequestError("the API key is missing or wrong", 401))
             return
-        if scope["type"] == "http" and scope["method"] in BODY_METHODS:
-            try:
-                if self.ending.started:
-                    raise RequestError("the server is about to end", 503)
-                receive = await self._checked(headers, receive)
-            except RequestError as error:
-                await _refuse(scope, receive, send, error)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] == "websocket" or scope["method"] not in BODY_METHODS:
+            await self.app(scope, receive, send)
+            return
+        try:
+            if self.ending.started:
+                raise RequestError("the server is about to end", 503)
+            body = await self._read(headers, receive)
+            with self.admission.place(self._answers(headers, body)):
+                await self.app(scope, _again(body, receive), send)
+        except RequestError as error:
+            await _refuse(scope, receive, send, error)
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("Authorization", "").partition(" ")
@@ -71,17 +77,9 @@ class Guard:
         matches = [secrets.compare_digest(given, digest) for digest in self.digests]
         return not self.digests or (scheme.lower() == "bearer" and any(matches))
 
-    async def _checked(self, headers: Headers, receive: Receive) -> Receive:
-        """Read and check the body; returns a `receive` that gives it again. Raises RequestError."""
-        body = await self._read(headers, receive)
-        if headers.get("Content-Type", "application/json").partition(";")[0].strip().lower() == "application/json":
-            self.limits.check_body(body, self.allowed_hosts)
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return again
+    def _answers(self, headers: Headers, body: bytes) -> int:
+        kind = headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
+        return self.limits.check_body(body, self.allowed_hosts) if kind == "application/json" else 1
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         bound = self.limits.body_bytes
@@ -105,6 +103,16 @@ class Guard:
         except TimeoutError:
             seconds = self.limits.body_seconds
             raise RequestError(f"the request body took longer than {seconds:g} s (body_seconds)", 408) from None
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was read, then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:

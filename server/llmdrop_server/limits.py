@@ -1,7 +1,6 @@
 """Bounds on what a request may ask for, where vLLM has none; each refusal names the bound."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ SAMPLING = "sampling_params"
 FETCHED = frozenset(
     {"url", "image_url", "audio_url", "video_url", "file_url", "server_url", "images", "audio", "videos"}
 )
+BATCHES = ("prompt", "messages", "input")
 SURROGATE = re.compile(rb"\\u[dD][89abAB-F]")
 
 
@@ -63,19 +63,18 @@ class Limits(BaseModel):
             where = ".".join(map(str, first["loc"])) or LIMITS_ENVIRONMENT
             raise InputError(f"limit {where}: {first['msg']}; limits are {', '.join(cls.model_fields)}") from None
 
-    def check_body(self, body: bytes, allowed_hosts: frozenset[str] = frozenset()) -> None:
-        """Raise RequestError for a JSON body that is not JSON or over a bound."""
-        if not body:
-            return
-        request = self._parse(body)
+    def check_body(self, body: bytes, allowed_hosts: frozenset[str] = frozenset()) -> int:
+        """How many answers a JSON body asks for. Raises RequestError where it is not JSON or over a bound."""
+        request = self._parse(body) if body else None
         if not isinstance(request, dict):
-            return  # no request of vLLM's is anything else: its own validation says so
+            return 1  # no request of vLLM's is anything else: its own validation says so
         for entries in (request, request.get(SAMPLING)):
             if isinstance(entries, dict):
                 self._check_sampling(entries)
         self._check_counts(request)
         self._check_structure(request)
         _check_fetched(request, allowed_hosts)
+        return _answers(request)
 
     def _parse(self, body: bytes) -> Any:
         try:
@@ -95,7 +94,7 @@ class Limits(BaseModel):
     def _check_sampling(self, entries: Mapping[str, Any]) -> None:
         for key in ("n", "best_of", "beam_width"):
             value = entries.get(key)
-            if isinstance(value, int | float) and not math.isnan(value) and value > self.n:
+            if isinstance(value, int | float) and value > self.n:
                 raise RequestError(f"{key} is {value}; the bound is {self.n} (n)", param=key)
         for key in ("stop", "stop_token_ids", "bad_words"):
             self._check_length(entries, key, self.stop, "stop")
@@ -104,9 +103,8 @@ class Limits(BaseModel):
         self._check_length(request, "tools", self.tools, "tools")
         for key in ("items", "questions", "request_ids"):
             self._check_length(request, key, self.prompts, "prompts")
-        for key in ("prompt", "messages", "input"):
-            value = request.get(key)
-            if isinstance(value, list) and value and isinstance(value[0], str | list):
+        for key in BATCHES:
+            if _is_batch(request.get(key)):
                 self._check_length(request, key, self.prompts, "prompts")
         for conversation in _conversations(request):
             if len(conversation) > self.messages:
@@ -146,6 +144,17 @@ def _deeper(value: Any, depth: int) -> bool:
         if not level:
             return False
     return any(isinstance(each, dict | list) for each in level)
+
+
+def _is_batch(value: Any) -> bool:
+    """Several prompts or conversations; a prompt may also be one list of token ids, a conversation one of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+
+
+def _answers(request: Mapping[str, Any]) -> int:
+    prompts = [len(value) for key in BATCHES if isinstance(value := request.get(key), list) and _is_batch(value)]
+    many = [value for key in ("n", "best_of") if isinstance(value := request.get(key), int) and value > 1]
+    return max(prompts, default=1) * max(many, default=1)
 
 
 def _conversations(request: Mapping[str, Any]) -> Iterator[list[Any]]:

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmdrop_server import routes, statistics
+from llmdrop_server.admission import Admission
 from llmdrop_server.ending import Ending
 from llmdrop_server.guard import OPEN_PREFIX, RETRY_AFTER_S, Guard
 from llmdrop_server.health import Probe
@@ -40,9 +41,14 @@ class LlmdropEndpoints:
         args = app.state.args
         app.include_router(routes.router)
         app.mount(OPEN_PREFIX.rstrip("/"), routes.PageFiles(directory=routes.STATIC), name="llmdrop")
-        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-        hosts = frozenset(getattr(args, "allowed_media_domains", None) or ())
-        app.add_middleware(Guard, keys=keys, limits=Limits.from_environment(), ending=self.ending, allowed_hosts=hosts)
+        app.add_middleware(
+            Guard,
+            keys=[key for key in (args.api_key or [envs.VLLM_API_KEY]) if key],
+            limits=Limits.from_environment(),
+            ending=self.ending,
+            admission=Admission(getattr(args, "max_num_queued_reqs", None)),
+            allowed_hosts=frozenset(getattr(args, "allowed_media_domains", None) or ()),
+        )
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(EngineDeadError, _engine_dead)
         for overflow in (QueueOverflowError, MaxQueuedTokensError):

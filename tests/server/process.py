@@ -53,7 +53,11 @@ def serving(
     line = [str(BIN / program), *words, *EMBEDDED, "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("w") as stdout:
         process = subprocess.Popen(
-            line, stdout=stdout, stderr=subprocess.STDOUT, env=os.environ | dict(env), start_new_session=True
+            line,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict(env),
+            start_new_session=True,
         )
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", log, process)

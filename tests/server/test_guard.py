@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from llmdrop_server.admission import Admission
 from llmdrop_server.ending import Ending
 from llmdrop_server.guard import Guard
 from llmdrop_server.limits import Limits
@@ -28,10 +29,11 @@ async def socket(websocket):
     await websocket.close()
 
 
-def client(keys=("sesam", "other"), ending=None, **limits):
+def client(keys=("sesam", "other"), ending=None, admission=None, **limits):
     routes = [WebSocketRoute("/v1/realtime", socket), Route("/{path:path}", echo, methods=["GET", "POST", "OPTIONS"])]
     app = Starlette(routes=routes)
-    app.add_middleware(Guard, keys=keys, limits=Limits(**limits), ending=ending or Ending())
+    stands = {"limits": Limits(**limits), "ending": ending or Ending(), "admission": admission or Admission()}
+    app.add_middleware(Guard, keys=keys, **stands)
     return TestClient(app)
 
 
@@ -108,6 +110,24 @@ def test_while_the_server_ends_new_requests_are_told_to_come_again():
     assert client(ending=Ending(started=True)).get("/metrics", headers=KEY).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("body", "status"), [({}, 200), ({"n": 2}, 200), ({"n": 3}, 429), ({"prompt": ["a"] * 4}, 429), ({"n": 6}, 400)]
+)
+def test_a_request_takes_as_many_places_in_the_queue_as_it_wants_answers(body, status):
+    admission = Admission(bound=5, under_way=3)
+    answer = client(admission=admission).post("/v1/completions", json=body, headers=KEY)
+    assert answer.status_code == status
+    assert ("Retry-After" in answer.headers) == (status == 429)
+    assert admission.under_way == 3
+
+
+def test_a_place_is_free_again_when_the_route_fails():
+    admission = Admission(bound=1)
+    with pytest.raises(ZeroDivisionError), admission.place(1):
+        1 / 0  # noqa: B018 - raises
+    assert admission.under_way == 0
+
+
 async def answer_of(receive, limits):
     """The status that a guarded app answers with, given what the client sends."""
     sent = []
@@ -116,7 +136,7 @@ async def answer_of(receive, limits):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    await Guard(PlainTextResponse("ok"), (), limits, Ending())(scope, receive, send)
+    await Guard(PlainTextResponse("ok"), (), limits, Ending(), Admission())(scope, receive, send)
     return sent[0]["status"]
 
 
