@@ -5,9 +5,6 @@ import re
 
 import pytest
 import vllm.exceptions
-from llmdrop_server import statistics
-from llmdrop_server.launch import DEFAULTS
-from llmdrop_server.plugin import LlmdropEndpoints
 from prometheus_client import REGISTRY
 from vllm.config import CacheConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -22,6 +19,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from llmdrop_server import statistics
+from llmdrop_server.launch import DEFAULTS
+from llmdrop_server.plugin import LlmdropEndpoints
 
 
 def test_the_plugin_is_an_endpoint_plugin():

@@ -4,15 +4,16 @@ import asyncio
 import json
 
 import pytest
-from llmdrop_server.admission import Admission
-from llmdrop_server.ending import Ending
-from llmdrop_server.guard import Guard
-from llmdrop_server.limits import Limits
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+
+from llmdrop_server.admission import Admission
+from llmdrop_server.ending import Ending
+from llmdrop_server.guard import Guard
+from llmdrop_server.limits import Limits
 
 KEY = {"Authorization": "Bearer sesam"}
 OPEN = ["/", "/health", "/ready", "/static/llmdrop/app.js"]

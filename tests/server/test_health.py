@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from llmdrop_server.ending import Ending
 from llmdrop_server.health import Probe
 

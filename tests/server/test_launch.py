@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+
 from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.launch import main, parser, plugins, vllm_arguments
-
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import MaskFile, write_record
 from llmdrop_vllm.cli import main as cli_main

@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llmdrop_server.limits import Limits, RequestError
 
+from llmdrop_server.limits import Limits, RequestError
 from llmdrop_vllm import InputError
 
 LIMITS = Limits()

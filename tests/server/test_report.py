@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, MambaConfig
+
 from llmdrop_server import SCORES_ENVIRONMENT
 from llmdrop_server.report import report
 from llmdrop_server.schemas import Drop
-from transformers import AutoConfig, MambaConfig
-
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import write_record
 from llmdrop_vllm.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from llmdrop_server.schemas import KV, Drop
 
+from llmdrop_server.schemas import KV, Drop
 from llmdrop_vllm.embedded import MODEL
 from tests.server.process import MASK, SUMMARY, serving
 
