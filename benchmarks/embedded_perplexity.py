@@ -8,12 +8,8 @@ Sublayers are ranked by importance, 1 - mean cosine similarity between the resid
 
 import argparse
 import gc
-import json
 import math
 import os
-import platform
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -23,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from benchmarks.record import finish
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.embedded import MODEL, held_out
 
@@ -104,17 +101,13 @@ def main() -> None:
         "documents": len(texts),
         "ranking": {"attention": attention, "mlp": mlp, "texts": RANKING_TEXTS},
         "perplexity": {},
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("llmdrop-vllm", "vllm", "torch", "transformers")},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }
     for name, mask in masks.items():
         value, result["tokens"] = perplexity(mask, texts)
         result["perplexity"][name] = round(value, 3)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for name, value in result["perplexity"].items():
         print(f"{name:12} {value:8.2f}")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

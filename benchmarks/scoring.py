@@ -11,8 +11,6 @@ Every measurement is a process of its own, contenders in turn; peak memory is th
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmdrop_vllm.artifacts import versions
+from benchmarks.record import finish
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score
@@ -186,12 +184,8 @@ def main() -> None:
         result = {
             "speed": speed(Path(directory), args.repeats),
             "peak_rss_mib": memory(Path(directory)),
-            "command": " ".join(["python", *sys.argv]),
-            "versions": versions(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is enforced on everything that the command uses, the page cache included; the pe
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmdrop_vllm.artifacts import versions
+from benchmarks.record import finish
 
 CONFIG = LlamaConfig(
     hidden_size=4096,
@@ -127,12 +126,8 @@ def main() -> None:
             "select": run(group, "select", str(scores), "--attention", str(ATTENTION), "--out", str(mask)),
             "apply": run(group, "apply", str(model), str(here / "out"), "--mask", str(mask)),
             "written_bytes": sum(path.stat().st_size for path in (here / "out").glob("*.safetensors")),
-            "command": " ".join(["python", *sys.argv]),
-            "versions": versions(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

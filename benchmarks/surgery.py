@@ -11,7 +11,6 @@ every tensor's shape, is timed by itself: it takes as long for any size.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmdrop_vllm.artifacts import command_line, versions
+from benchmarks.record import finish
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.shards import StoredTensor
 from llmdrop_vllm.surgery import stream
@@ -169,14 +168,10 @@ def main() -> None:
         "peak_rss_growth_bytes": growth,
         "runs": {name: [[round(value, 3) for value in run] for run in runs] for name, runs in times.items()},
         "layers": args.layers,
-        "command": command_line(),
-        "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for name, median in medians.items():
         print(f"{name:28} {median['returned_s']:8.2f} s {median['synced_s']:8.2f} s with sync")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import urllib.request
 import openai
 import pytest
 
-from tests.server.process import SUMMARY, serving
+from benchmarks.servers import SUMMARY, serving
 
 pytestmark = pytest.mark.processes
 QUESTION = [{"role": "user", "content": "What is os.path.join?"}]

@@ -19,6 +19,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_PREFIX = "/static/llmdrop/"
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 RETRY_AFTER_S = 2
+# Times the bound of what is read and thrown away, so that the client learns why.
+DRAINED = 4
 # The kind of error and headers by status. What was not read of a body would be taken for the connection's next request.
 REFUSALS = {
     401: ("AuthenticationError", {"WWW-Authenticate": "Bearer"}),
@@ -83,26 +85,28 @@ class Guard:
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         bound = self.limits.body_bytes
-        too_large = RequestError(f"the request body is over the bound of {bound:,} bytes (body_bytes)", 413)
         declared = headers.get("Content-Length", "0")
-        if declared.isdecimal() and int(declared) > bound:
-            raise too_large
-        chunks, size = [], 0
+        chunks, size, end = [], 0, bound * DRAINED
+        too_large = declared.isdecimal() and int(declared) > bound
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                while True:
+                # A client that still sends cannot read: it would see its connection break, and not the refusal.
+                while size <= end and not (too_large and int(declared) > end):
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RequestError("the client went away before its request was complete")
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > bound:
-                        raise too_large
+                    size += len(message.get("body", b""))
+                    too_large = too_large or size > bound
+                    if not too_large:
+                        chunks.append(message.get("body", b""))
                     if not message.get("more_body", False):
-                        return b"".join(chunks)
+                        break
         except TimeoutError:
             seconds = self.limits.body_seconds
             raise RequestError(f"the request body took longer than {seconds:g} s (body_seconds)", 408) from None
+        if too_large:
+            raise RequestError(f"the request body is over the bound of {bound:,} bytes (body_bytes)", 413)
+        return b"".join(chunks)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

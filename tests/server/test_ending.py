@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from tests.server.process import MASK, serving
+from benchmarks.servers import MASK, serving
 
 pytestmark = pytest.mark.processes
 ASK = {"model": "embedded", "prompt": "def f", "max_tokens": 500, "ignore_eos": True, "stream": True, "temperature": 0}

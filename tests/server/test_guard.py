@@ -83,11 +83,26 @@ def test_the_route_gets_the_body_that_was_checked():
     assert client().post("/v1/completions", content=body, headers=KEY).json()["body"] == body
 
 
-def test_a_body_over_the_bound_is_refused_before_it_is_read():
+def test_a_body_over_the_bound_is_refused():
     answer = client(body_bytes=100).post("/v1/completions", content=b"x" * 101, headers=KEY)
     assert answer.status_code == 413
     assert answer.headers["Connection"] == "close"
     assert "100 bytes (body_bytes)" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("declared", "read"), [(150, 15), (400, 40), (401, 0), (10**12, 0), (None, 41)])
+def test_what_is_too_large_is_read_to_its_end_only_if_that_is_near(declared, read):
+    """A client that cannot send all of its body sees a broken connection instead of the refusal."""
+    chunks = 0
+
+    async def receive():
+        nonlocal chunks
+        chunks += 1
+        return {"type": "http.request", "body": b"x" * 10, "more_body": declared is None or chunks * 10 < declared}
+
+    headers = [] if declared is None else [(b"content-length", str(declared).encode())]
+    assert asyncio.run(answer_of(receive, Limits(body_bytes=100), headers)) == 413
+    assert chunks == read
 
 
 def test_a_body_that_does_not_say_its_size_is_counted():
@@ -129,14 +144,14 @@ def test_a_place_is_free_again_when_the_route_fails():
     assert admission.under_way == 0
 
 
-async def answer_of(receive, limits):
+async def answer_of(receive, limits, headers=()):
     """The status that a guarded app answers with, given what the client sends."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [*headers], "query_string": b""}
     await Guard(PlainTextResponse("ok"), (), limits, Ending(), Admission())(scope, receive, send)
     return sent[0]["status"]
 

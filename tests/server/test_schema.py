@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.server.process import MASK, serving
+from benchmarks.servers import MASK, serving
 
 pytestmark = pytest.mark.processes
 KEY = "sesam"

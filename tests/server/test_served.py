@@ -11,7 +11,7 @@ import pytest
 
 from llmdrop_server.schemas import KV, Drop
 from llmdrop_vllm.embedded import MODEL
-from tests.server.process import MASK, SUMMARY, serving
+from benchmarks.servers import MASK, SUMMARY, serving
 
 pytestmark = pytest.mark.processes
 KEY, QUEUE = "sesam", 12

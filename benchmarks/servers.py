@@ -1,4 +1,4 @@
-"""Servers as processes of their own, for tests, and free ports for them."""
+"""Servers as processes of their own, for benchmarks and tests."""
 
 import os
 import re
@@ -35,6 +35,24 @@ class Served:
         found = re.findall(r"\(EngineCore pid=(\d+)\)", self.log.read_text(errors="replace"))
         assert found, self.log.read_text(errors="replace")
         return int(found[0])
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the server and all processes that it started."""
+        parents = {pid: parent for pid, parent, _ in _processes()}
+        family, grown = {self.process.pid}, True
+        while grown:
+            children = {pid for pid, parent in parents.items() if parent in family}
+            grown = not children <= family
+            family |= children
+        return sum(rss for pid, _, rss in _processes() if pid in family)
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """(process, its parent, resident bytes) of every process on this machine."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            yield int(path.parent.name), int(fields[1]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_port() -> int:

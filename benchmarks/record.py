@@ -1,0 +1,20 @@
+"""How every benchmark ends: its result with where it comes from, in a file and as the last line that it prints."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.artifacts import command_line, versions
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def finish(result: Mapping[str, Any], out: Path) -> None:
+    """Write and print the result with the command, the packages' versions and the machine."""
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    whole = {**result, "command": command_line(), "versions": versions(), "machine": machine}
+    out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(whole))
