@@ -137,7 +137,7 @@ def _run_vllm(arguments: list[str]) -> int:
     try:
         vllm_main()
     except (OSError, ValueError) as error:
-        print(f"llmdrop: error: {str(error).strip()}", file=sys.stderr)
+        print(f"llmdrop: error: {arguments[1]}: {str(error).strip()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while it was starting
         return 130
