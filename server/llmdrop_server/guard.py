@@ -81,7 +81,8 @@ class Guard:
 
     def _answers(self, headers: Headers, body: bytes) -> int:
         kind = headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
-        return self.limits.check_body(body, self.allowed_hosts) if kind == "application/json" else 1
+        is_json = kind == "application/json" or kind.endswith("+json")  # FastAPI reads both as JSON
+        return self.limits.check_body(body, self.allowed_hosts) if is_json else 1
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         bound = self.limits.body_bytes

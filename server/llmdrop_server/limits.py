@@ -1,6 +1,7 @@
 """Bounds on what a request may ask for, where vLLM has none; each refusal names the bound."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ SAMPLING = "sampling_params"
 FETCHED = frozenset(
     {"url", "image_url", "audio_url", "video_url", "file_url", "server_url", "images", "audio", "videos"}
 )
+MANY = ("n", "best_of")
 BATCHES = ("prompt", "messages", "input")
 SURROGATE = re.compile(rb"\\u[dD][89abAB-F]")
 
@@ -92,11 +94,11 @@ class Limits(BaseModel):
         return request
 
     def _check_sampling(self, entries: Mapping[str, Any]) -> None:
-        for key in ("n", "best_of", "beam_width"):
-            value = entries.get(key)
-            if isinstance(value, int | float) and value > self.n:
-                raise RequestError(f"{key} is {value}; the bound is {self.n} (n)", param=key)
-        for key in ("stop", "stop_token_ids", "bad_words"):
+        for key in (*MANY, "beam_width"):
+            value = _number(entries.get(key))
+            if value > self.n:
+                raise RequestError(f"{key} is {value:g}; the bound is {self.n} (n)", param=key)
+        for key in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
             self._check_length(entries, key, self.stop, "stop")
 
     def _check_counts(self, request: Mapping[str, Any]) -> None:
@@ -115,12 +117,9 @@ class Limits(BaseModel):
 
     def _check_structure(self, request: Mapping[str, Any]) -> None:
         for key, value in _structures(request):
-            is_grammar = key.rpartition(".")[2] in ("regex", "grammar", "pattern")
-            size, bound, name = (
-                (_size(value), self.grammar_bytes, "grammar_bytes")
-                if is_grammar
-                else (_size(value), self.schema_bytes, "schema_bytes")
-            )
+            is_grammar = key.rpartition(".")[2] in ("regex", "grammar")
+            name = "grammar_bytes" if is_grammar else "schema_bytes"
+            size, bound = _size(value), getattr(self, name)
             if size > bound:
                 raise RequestError(f"{key} has {size:,} bytes; the bound is {bound:,} ({name})", param=key)
 
@@ -153,8 +152,15 @@ def _is_batch(value: Any) -> bool:
 
 def _answers(request: Mapping[str, Any]) -> int:
     prompts = [len(value) for key in BATCHES if isinstance(value := request.get(key), list) and _is_batch(value)]
-    many = [value for key in ("n", "best_of") if isinstance(value := request.get(key), int) and value > 1]
-    return max(prompts, default=1) * max(many, default=1)
+    return max(prompts, default=1) * max(1, *(int(_number(request.get(key))) for key in MANY))
+
+
+def _number(value: Any) -> float:
+    """A number, or text that vLLM's validation would take for one; 0 for anything else."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else 0.0
+    except (ValueError, OverflowError):
+        return 0.0 if isinstance(value, str) else math.inf
 
 
 def _conversations(request: Mapping[str, Any]) -> Iterator[list[Any]]:

@@ -115,6 +115,12 @@ def test_a_request_over_a_bound_is_refused_with_its_entry():
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
 
 
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"])
+def test_whatever_is_read_as_json_is_checked(kind):
+    answer = client(n=2).post("/v1/completions", content=b'{"n": 3}', headers=KEY | {"Content-Type": kind})
+    assert answer.status_code == 400
+
+
 def test_what_is_not_json_is_left_to_the_route():
     headers = KEY | {"Content-Type": "text/plain"}
     assert client().post("/v1/completions", content=b"{", headers=headers).status_code == 200

@@ -33,6 +33,9 @@ def chat(*content: object) -> dict[str, object]:
     [
         ({"n": 17}, "n", "16 (n)"),
         ({"best_of": 17.5}, "best_of", "16 (n)"),
+        ({"n": "17"}, "n", "16 (n)"),
+        ({"n": 10**400}, "n", "16 (n)"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences", "16 (stop)"),
         ({"sampling_params": {"n": 1000}}, "n", "16 (n)"),
         ({"stop": ["x"] * 17}, "stop", "16 (stop)"),
         ({"sampling_params": {"bad_words": ["x"] * 17}}, "bad_words", "16 (stop)"),
@@ -73,6 +76,24 @@ def test_over_a_bound_the_refusal_names_entry_and_bound(request_body, param, bou
 )
 def test_within_the_bounds_a_request_passes(request_body):
     check(request_body)
+
+
+@pytest.mark.parametrize(
+    ("request_body", "answers"),
+    [
+        ({}, 1),
+        ({"n": 4}, 4),
+        ({"n": "4"}, 4),
+        ({"n": None, "prompt": ["a", "b"]}, 2),
+        ({"n": 3, "prompt": [[1, 2], [3]]}, 6),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"messages": [{"role": "user"}] * 3}, 1),
+        ({"messages": [[{"role": "user"}]] * 3}, 3),
+        ({"n": -5}, 1),
+    ],
+)
+def test_the_answers_that_a_request_asks_for_are_counted(request_body, answers):
+    assert LIMITS.check_body(json.dumps(request_body).encode()) == answers
 
 
 def test_an_empty_body_is_vllms_to_refuse():
