@@ -158,9 +158,12 @@ def _answers(request: Mapping[str, Any]) -> int:
 def _number(value: Any) -> float:
     """A number, or text that vLLM's validation would take for one; 0 for anything else."""
     try:
-        return float(value) if isinstance(value, int | float | str) else 0.0
-    except (ValueError, OverflowError):
-        return 0.0 if isinstance(value, str) else math.inf
+        number = float(value) if isinstance(value, int | float | str) else 0.0
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return 0.0
+    return 0.0 if math.isnan(number) else number
 
 
 def _conversations(request: Mapping[str, Any]) -> Iterator[list[Any]]:

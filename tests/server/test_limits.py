@@ -90,6 +90,8 @@ def test_within_the_bounds_a_request_passes(request_body):
         ({"messages": [{"role": "user"}] * 3}, 1),
         ({"messages": [[{"role": "user"}]] * 3}, 3),
         ({"n": -5}, 1),
+        ({"n": "nan"}, 1),
+        ({"n": "four"}, 1),
     ],
 )
 def test_the_answers_that_a_request_asks_for_are_counted(request_body, answers):
