@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.servers import MASK, SUMMARY, serving
 from llmdrop_server.schemas import KV, Drop
 from llmdrop_vllm.embedded import MODEL
-from benchmarks.servers import MASK, SUMMARY, serving
 
 pytestmark = pytest.mark.processes
 KEY, QUEUE = "sesam", 12
