@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from playwright.sync_api import expect
 
 from benchmarks.servers import MASK, SUMMARY, serving
 from llmdrop_server.schemas import KV, Drop
@@ -251,6 +252,27 @@ def test_the_prefix_cache_is_told(client, http):
     for _ in range(3):
         client.completions.create(prompt="import os\n" * 60, **GREEDY | {"max_tokens": 1})
     assert kv(http).prefix_hit_rate > before
+
+
+def test_the_page_asks_for_the_key_shows_the_model_and_streams_an_answer(server, browser):
+    page = browser.new_context().new_page()
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text) if "401" not in message.text else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(server.url)
+    page.fill("input.key-input", KEY)
+    page.press("input.key-input", "Enter")
+    expect(page.locator("#layers .cell.dropped")).to_have_count(4)
+    expect(page.locator("#summary")).to_have_text(SUMMARY)
+    expect(page.locator("#capacity")).to_contain_text("512")
+    page.fill("#max-tokens", "24")
+    page.fill("#prompt", QUESTION[0]["content"])
+    page.press("#prompt", "Enter")
+    expect(page.locator("#log")).to_contain_text("24 tokens", timeout=30_000)
+    expect(page.locator("#log")).to_contain_text("TTFT")
+    expect(page.locator("#tiles")).to_contain_text("tokens/s")
+    page.context.close()
+    assert complaints == []
 
 
 def test_the_log_has_no_traceback(server):

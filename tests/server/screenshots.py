@@ -1,0 +1,71 @@
+"""The README's pictures of the page, of real servers: the embedded model with attention dropped, and in full.
+
+python -m tests.server.screenshots
+"""
+
+import json
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from benchmarks.servers import BIN, free_port, serving
+from llmdrop_vllm.embedded import MODEL
+
+OUT = Path(__file__).parents[2] / "server" / "screenshots"
+QUESTION = "What is os.path.join?"
+CONTEXTS = {
+    "light": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
+    "narrow": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
+    "compare": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+}
+
+
+def ask(page: Page, answers: int) -> None:
+    page.fill("#max-tokens", "96")
+    page.fill("#prompt", QUESTION)
+    page.press("#prompt", "Enter")
+    page.wait_for_function(f"document.querySelector('#log').textContent.split('TTFT').length > {answers}")
+    page.wait_for_timeout(6000)  # for the live figures to have had a look before and after
+
+
+def shoot(browser: Browser, url: str, name: str, query: str = "", answers: int = 1) -> None:
+    context = browser.new_context(**CONTEXTS[name])
+    page = context.new_page()
+    page.goto(f"{url}/{query}")
+    page.wait_for_selector("#layers .cell.dropped")
+    page.wait_for_timeout(3000)
+    ask(page, answers)
+    page.screenshot(path=OUT / f"{name}.png", full_page=name == "narrow")
+    context.close()
+
+
+def main() -> None:
+    with ExitStack() as stack:
+        here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (here / "full").mkdir()
+        scores = here / "scores.json"
+        subprocess.run(
+            [BIN / "llmdrop", "score", MODEL, "--out", scores, "--samples", "8", "--seq-len", "256"], check=True
+        )
+        port = free_port()
+        origin = json.dumps([f"http://127.0.0.1:{port}"])
+        mask = ["--drop-attention", "4", "--scores", str(scores)]
+        dropped = stack.enter_context(serving(here, *mask, port=port))
+        options = ["--allowed-origins", origin, "--served-model-name", "embedded-full"]
+        full = stack.enter_context(serving(here / "full", *options))
+        browser = stack.enter_context(sync_playwright()).chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-background-networking"]
+        )
+        for name in ("light", "dark", "narrow"):
+            shoot(browser, dropped.url, name)
+        shoot(browser, dropped.url, "compare", f"?compare={full.url}", answers=2)
+        browser.close()
+
+
+if __name__ == "__main__":
+    OUT.mkdir(exist_ok=True)
+    main()
