@@ -47,13 +47,14 @@ class Droppable(nn.Module):
     dropping: Dropping | None = None
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        mask = DropMask.from_config(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        mask = DropMask.from_config(config)
         if not mask:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self.drop_mask = mask
             return
-        family = family_of(self.architecture)
-        assert family is not None, f"{self.architecture} was registered without a row in the family table"
+        family = family_of(self.architecture, config)
+        assert family is not None, f"{self.architecture} passed the config hook without a row that fits"
         self.dropping = self.dropping_class(mask, family, vllm_config)
         with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)

@@ -7,9 +7,9 @@ from typing import Self
 from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper
 
-from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
+from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
-DROPPED = (DroppedSublayer, ZeroSublayer, DroppedNorm, DroppedPostNorm)
+DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
 IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -52,7 +52,7 @@ class RefuseDroppedAdapters(WeightsMapper):
     @classmethod
     def around(cls, model: nn.Module) -> Self:
         """The mapper of `model`, whose sublayers are dropped already."""
-        stock = getattr(model, "hf_to_vllm_mapper", WeightsMapper())
+        stock = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
         dropped = (name for name, module in model.named_modules() if isinstance(module, DROPPED))
         return cls(**{field.name: getattr(stock, field.name) for field in fields(stock)}, dropped=tuple(dropped))
 
