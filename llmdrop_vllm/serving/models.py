@@ -17,7 +17,7 @@ from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
-from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded
+from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,6 +52,7 @@ class Droppable(nn.Module):
         if not mask:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self.drop_mask = mask
+            forget_missing_layers(self)
             return
         family = family_of(self.architecture, config)
         assert family is not None, f"{self.architecture} passed the config hook without a row that fits"
@@ -59,6 +60,7 @@ class Droppable(nn.Module):
         with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
+        forget_missing_layers(self)
         self.drop_mask = mask
         self.quantized = vllm_config.quant_config is not None
         self.expects_whole_checkpoint = vllm_config.load_config.load_format in WHOLE_CHECKPOINT_FORMATS

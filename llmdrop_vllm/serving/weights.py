@@ -5,12 +5,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from torch import nn
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
 IN_A_LAYER = re.compile(r"\.\d+\.")
+
+
+def forget_missing_layers(model: nn.Module) -> None:
+    """Take out of vLLM's memory what earlier models in this process lacked.
+
+    vLLM remembers it by id, and ids are used again: a model at the address of a dropped one would keep random weights.
+    """
+    for module in model.modules():
+        _model_to_pp_missing_layer_names.pop(id(module), None)
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
