@@ -43,14 +43,26 @@ def kv_bytes_per_layer_token(config: Mapping[str, Any], dtype: str) -> int:
         raise CheckpointError(f"KV cache dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
     if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
         return int((config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)) * DTYPE_BYTES[dtype])
-    heads, hidden = _first(config, "num_attention_heads", "n_head"), _first(config, "hidden_size", "n_embd") or 0
-    kv_heads = 1 if config.get("multi_query") else config.get("num_key_value_heads") or heads
+    heads = _first(config, "num_attention_heads", "n_head")
+    hidden = _first(config, "hidden_size", "n_embd", "n_embed") or 0
+    kv_heads = _kv_heads(config) or heads
     head_dim = config.get("head_dim") or (heads and hidden // heads)
     if config.get("kv_lora_rank"):
         kv_heads, head_dim = heads, config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
     if not kv_heads or not head_dim:
         raise CheckpointError("the config lacks num_attention_heads or hidden_size, so the KV cache cannot be counted")
     return int(2 * kv_heads * head_dim * DTYPE_BYTES[dtype])
+
+
+def _kv_heads(config: Mapping[str, Any]) -> Any:
+    """Heads that have keys and values of their own, where the config names them: Falcon in two ways, by its layout."""
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads")
+    if config.get("multi_query"):
+        return 1
+    if config.get("multi_query_attention"):
+        return config.get("multi_query_group_num")
+    return _first(config, "num_key_value_heads", "num_attention_groups")
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> Any:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, Family, family_of
+from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, family_of, no_row
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
@@ -67,10 +67,9 @@ class Checkpoint:
     @cached_property
     def family(self) -> Family:
         """The architecture's row in the family table."""
-        family = family_of(self.architecture)
+        family = family_of(self.architecture, self.plain_config)
         if family is None:
-            known = ", ".join(sorted(BY_ARCHITECTURE))
-            raise CheckpointError(f"{self.architecture} has no row in the family table; supported: {known}")
+            raise CheckpointError(f"{self.directory}: {no_row(self.architecture)}")
         return family
 
     @cached_property

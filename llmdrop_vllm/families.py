@@ -4,8 +4,8 @@ The names are mostly the same in vLLM, in Transformers and in the checkpoint's t
 Supporting a new architecture is one more row, or one more name in a row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ class Sublayer:
 
     `pre_norm` is None where the sublayer has none, or where it is shared with the other sublayer: then it stays.
     `output` is the module's last projection, a regular expression where kinds of layers differ: with its weights zeroed
-    the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer; what they return is
-    added to what it returns. `optional` are names that not every config gives the layer.
+    the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer: what they return is
+    added to what it returns, or is its input. `optional` are names that not every layer or config has.
 
     `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
-    `transformers_tuple` is how many values the module returns in Transformers, 0 for a tensor alone.
+    `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.
+    `transformers_adds_residual` is for modules that, in Transformers, get the residual stream as their second argument
+    and return it with their output added.
     """
 
     module: str
@@ -34,7 +36,9 @@ class Sublayer:
     optional: tuple[str, ...] = ()
     in_vllm: str | None = None
     in_transformers: str | None = None
+    vllm_tuple: int = 0
     transformers_tuple: int = 0
+    transformers_adds_residual: bool = False
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -71,6 +75,9 @@ MLP = Sublayer("mlp", "post_attention_layernorm", "down_proj")
 class Family:
     """One decoder-layer layout and the architectures that share it.
 
+    `when` is for architectures with several layouts: the values that config entries must have for this one, None
+    standing for a config that does not say.
+
     `parallel` layers give attention and MLP the same input: `x + attention(norm(x)) + mlp(norm(x))`. `scales_outputs`
     is for layers that, in vLLM, multiply what a sublayer returned before the next norm adds it to the residual stream,
     `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
@@ -80,6 +87,7 @@ class Family:
     architectures: tuple[str, ...]
     attention: Sublayer = ATTENTION
     mlp: Sublayer = MLP
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
     parallel: bool = False
     scales_outputs: bool = False
     transformers_layer_tuple: bool = False
@@ -89,6 +97,23 @@ class Family:
         yield self.attention, mask.attention
         yield self.mlp, mask.mlp
 
+    def fits(self, config: object) -> bool:
+        """Whether layers built from this config.json dict or config object have the layout."""
+        return all(_entry(config, key) in values for key, values in self.when.items())
+
+    def describe_when(self) -> str:
+        """For people: `parallel_attn true or unset`; empty where every config fits."""
+        return ", ".join(
+            f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
+            for key, values in self.when.items()
+        )
+
+
+def _entry(config: object, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
 
 FAMILIES = (
     Family(
@@ -99,12 +124,13 @@ FAMILIES = (
             *("TeleChat3ForCausalLM", "SolarForCausalLM", "OrionForCausalLM", "TeleFLMForCausalLM"),
             *("Step1ForCausalLM", "MiMoForCausalLM", "MiniCPMForCausalLM"),
             *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM", "GraniteForCausalLM"),
-            *("GraniteSWAForCausalLM", "StableLmForCausalLM", "NemotronForCausalLM", "Ernie4_5ForCausalLM"),
+            *("GraniteSWAForCausalLM", "NemotronForCausalLM", "Ernie4_5ForCausalLM"),
             *("ArceeForCausalLM", "CwmForCausalLM", "GlmForCausalLM", "HunYuanDenseV1ForCausalLM", "OlmoForCausalLM"),
             *("Jais2ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM"),
         ),
     ),
     Family("nemotron_nas", ("DeciLMForCausalLM",)),
+    Family("stablelm", ("StableLmForCausalLM",), when={"use_parallel_residual": (False, None)}),
     Family("starcoder2", ("Starcoder2ForCausalLM",), mlp=Sublayer("mlp", "post_attention_layernorm", "c_proj")),
     Family("vaultgemma", ("VaultGemmaForCausalLM",), mlp=Sublayer("mlp", "pre_feedforward_layernorm", "down_proj")),
     Family(
@@ -125,10 +151,32 @@ FAMILIES = (
         mlp=Sublayer("feed_forward", "post_attention_layernorm", "down_proj", transformers_tuple=2),
     ),
     # Multi-head latent attention, but for the first DeepSeek.
-    Family("minicpm3", ("MiniCPM3ForCausalLM",)),
+    Family("mla", ("MiniCPM3ForCausalLM", "SarvamMLAForCausalLM")),
     Family(
         "deepseek",
         ("DeepseekForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        scales_outputs=True,
+    ),
+    Family(
+        "axk1",
+        ("AXK1ForCausalLM",),
+        mlp=Sublayer(
+            "mlp", "post_attention_layernorm", "down_proj", "post_mlp_layernorm", optional=("post_mlp_layernorm",)
+        ),
+        scales_outputs=True,
+    ),
+    Family(
+        "pangu",
+        PANGU,
+        when={"sandwich_norm": (False, None)},
+        scales_outputs=True,
+    ),
+    Family(
+        "pangu_sandwich",
+        PANGU,
+        _attention(post_norm="post_attention_layernorm"),
+        Sublayer("mlp", "pre_mlp_layernorm", "down_proj", "post_mlp_layernorm"),
+        when={"sandwich_norm": (True,)},
         scales_outputs=True,
     ),
     # Mixtures of experts; some have dense MLPs in their first layers, under the same name.
@@ -138,7 +186,7 @@ FAMILIES = (
             *("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "Param2MoEForCausalLM"),
             *("Ernie4_5_MoeForCausalLM", "Glm4MoeForCausalLM", "HYV3ForCausalLM", "LagunaForCausalLM"),
             *("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
-            *("HunYuanMoEV1ForCausalLM", "MellumForCausalLM"),
+            *("HunYuanMoEV1ForCausalLM", "MellumForCausalLM", "K2HorizonForCausalLM"),
         ),
     ),
     Family(
@@ -159,13 +207,25 @@ FAMILIES = (
     ),
     Family(
         "granitemoeshared",
-        ("GraniteMoeSharedForCausalLM",),
+        ("GraniteMoeSharedForCausalLM", "GraniteMoeSWAForCausalLM"),
         mlp=Sublayer(
             "block_sparse_moe",
             "post_attention_layernorm",
-            "output_linear",
+            "output_linear|down_proj",
             also=("shared_mlp",),
             optional=("shared_mlp",),
+        ),
+    ),
+    # A mixture and its shared expert, or in other layers a dense MLP.
+    Family(
+        "step3",
+        ("Step3TextForCausalLM", "Step3p5ForCausalLM"),
+        mlp=Sublayer(
+            "mlp",
+            "post_attention_layernorm",
+            "down_proj",
+            also=("moe", "share_expert"),
+            optional=("mlp", "moe", "share_expert"),
         ),
     ),
     Family(
@@ -199,6 +259,12 @@ FAMILIES = (
         _attention(post_norm="post_norm1", optional=("post_norm1",)),
         Sublayer("mlp", "post_attention_layernorm", "down_proj", "post_norm2", optional=("post_norm2",)),
     ),
+    Family(
+        "plamo3",
+        ("Plamo3ForCausalLM",),
+        _attention("mixer", "pre_mixer_norm", post_norm="post_mixer_norm"),
+        Sublayer("mlp", "pre_mlp_norm", "down_proj", "post_mlp_norm"),
+    ),
     # A norm after each sublayer only.
     Family(
         "olmo2",
@@ -229,6 +295,72 @@ FAMILIES = (
         parallel=True,
         transformers_layer_tuple=True,
     ),
+    Family(
+        "gpt_neox",
+        ("GPTNeoXForCausalLM",),
+        _attention("attention", output="dense"),
+        Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h"),
+        when={"use_parallel_residual": (True, None)},
+        parallel=True,
+    ),
+    Family(
+        "gpt_neox_sequential",
+        ("GPTNeoXForCausalLM",),
+        _attention("attention", output="dense"),
+        Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h"),
+        when={"use_parallel_residual": (False,)},
+    ),
+    # Falcon's sublayers return a bias beside their output in vLLM.
+    Family(
+        "falcon_two_norms",
+        ("FalconForCausalLM",),
+        _attention("self_attention", "ln_attn", "dense", vllm_tuple=2),
+        Sublayer("mlp", "ln_mlp", "dense_4h_to_h", vllm_tuple=2),
+        when={
+            "parallel_attn": (True, None),
+            "new_decoder_architecture": (True,),
+            "num_ln_in_parallel_attn": (2, None),
+        },
+        parallel=True,
+        transformers_layer_tuple=True,
+    ),
+    Family(
+        "falcon",
+        ("FalconForCausalLM",),
+        _attention("self_attention", None, "dense", vllm_tuple=2),
+        Sublayer("mlp", None, "dense_4h_to_h", vllm_tuple=2),
+        when={"parallel_attn": (True, None), "num_ln_in_parallel_attn": (1, None)},
+        parallel=True,
+        transformers_layer_tuple=True,
+    ),
+    Family(
+        "falcon_sequential",
+        ("FalconForCausalLM",),
+        _attention("self_attention", output="dense", vllm_tuple=2),
+        Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h", vllm_tuple=2),
+        when={
+            "parallel_attn": (False,),
+            "new_decoder_architecture": (False, None),
+            "num_ln_in_parallel_attn": (1, None),
+        },
+        transformers_layer_tuple=True,
+    ),
+    Family(
+        "bloom",
+        ("BloomForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
+        _attention("self_attention", output="dense", transformers_adds_residual=True),
+        Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h", transformers_adds_residual=True),
+        when={"apply_residual_connection_post_layernorm": (False, None)},
+        transformers_layer_tuple=True,
+    ),
+    # The MLP's projections stand in the layer itself: the module is the last of them.
+    Family(
+        "opt",
+        ("OPTForCausalLM",),
+        _attention(pre_norm="self_attn_layer_norm", output="out_proj"),
+        Sublayer("fc2", "final_layer_norm", "weight|bias", also=("fc1",), vllm_tuple=2),
+        when={"do_layer_norm_before": (True, None)},
+    ),
     # GPT-2's habits.
     Family(
         "gpt2",
@@ -236,12 +368,37 @@ FAMILIES = (
         _attention("attn", "ln_1", "c_proj"),
         Sublayer("mlp", "ln_2", "c_proj"),
     ),
+    Family(
+        "exaone",
+        ("ExaoneForCausalLM",),
+        _attention("attn", "ln_1", "out_proj"),
+        Sublayer("mlp", "ln_2", "c_proj"),
+    ),
 )
 
 EXPLICIT_PREFIX = "Dropped"
-BY_ARCHITECTURE = MappingProxyType({name: family for family in FAMILIES for name in family.architectures})
+BY_ARCHITECTURE = MappingProxyType(
+    {
+        name: tuple(family for family in FAMILIES if name in family.architectures)
+        for name in (name for family in FAMILIES for name in family.architectures)
+    }
+)
 
 
-def family_of(architecture: str) -> Family | None:
-    """The row for an architecture name, plain or explicit (`DroppedLlamaForCausalLM`); None where there is none."""
-    return BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX))
+def family_of(architecture: str, config: object = MappingProxyType({})) -> Family | None:
+    """The row for an architecture name, plain or explicit (`DroppedLlamaForCausalLM`), and its config; None where there
+    is none. A config is a config.json dict or a config object; only architectures with several layouts ask for it.
+    """
+    rows = BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX), ())
+    return next((family for family in rows if family.fits(config)), None)
+
+
+def no_row(architecture: str) -> str:
+    """For an error where `family_of` found none: what is supported, and what to do about it."""
+    if rows := BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX)):
+        layouts = "; or ".join(family.describe_when() for family in rows)
+        return f"{architecture} has no row in the family table for layers as this config has them, only for: {layouts}"
+    return (
+        f"{architecture} has no row in the family table; supported: {', '.join(sorted(BY_ARCHITECTURE))}; "
+        'to add a row, see "Adding an architecture" in the README of llmdrop-vllm'
+    )

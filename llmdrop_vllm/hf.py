@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.dialects import without_mask
@@ -85,16 +86,17 @@ class DroppedSublayer(nn.Module):
     """Stands where attention or an MLP was: adds nothing to the residual stream, and has no keys and values.
 
     `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
+    `adds_residual` is for a module that was given the residual stream to add its output to.
     """
 
-    def __init__(self, tuple_length: int) -> None:
+    def __init__(self, tuple_length: int = 0, *, adds_residual: bool = False) -> None:
         super().__init__()
-        self.tuple_length = tuple_length
+        self.tuple_length, self.adds_residual = tuple_length, adds_residual
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the input's shape, [batch, tokens, hidden]."""
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, *[None] * (self.tuple_length - 1)) if self.tuple_length else zeros
+        """Zeros of the input's shape, [batch, tokens, hidden], or the residual stream as it is."""
+        output = args[0] if self.adds_residual else torch.zeros_like(hidden_states)
+        return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
@@ -130,10 +132,11 @@ def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
     name = sublayer.transformers_module
     if getattr(layer, name, None) is None:
         raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
-    setattr(layer, name, DroppedSublayer(sublayer.transformers_tuple))
+    substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
+    setattr(layer, name, substitute)
     for also in sublayer.also:
         if getattr(layer, also, None) is not None:
-            setattr(layer, also, DroppedSublayer(0))
+            setattr(layer, also, DroppedSublayer())
     for norm in sublayer.norms:
         if getattr(layer, norm, None) is not None:
             setattr(layer, norm, nn.Identity())
@@ -163,7 +166,7 @@ class DroppedModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        family = family_of(type(self).__name__)
+        family = family_of(type(self).__name__, config)
         assert family is not None, f"{type(self).__name__} was made without a row in the family table"
         mask = DropMask.from_config(config)
         drop(self, family, mask)
@@ -190,4 +193,8 @@ def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 @cache
 def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreTrainedModel]:
-    return type(f"{EXPLICIT_PREFIX}{architecture}", (DroppedModel, stock), {})
+    name = f"{EXPLICIT_PREFIX}{architecture}"
+    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one.
+    if (conversions := get_checkpoint_conversion_mapping(stock.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    return type(name, (DroppedModel, stock), {})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from llmdrop_vllm.checkpoint import check_complete
 from llmdrop_vllm.dialects import block_entry
 from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of, no_row
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
@@ -76,10 +76,11 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
     Raises MaskError for a mask that cannot be served.
     """
     config = model_config.hf_config
-    if family_of(architecture) is None:
+    if family_of(architecture, config) is None:
         for each in (config, model_config.hf_text_config):
             _refuse_unsupported(architecture, each)
-        return None
+        if not architecture.startswith(EXPLICIT_PREFIX):
+            return None
     _check_config_file(model_config)
     dialects = DropMask.dialects(config)
     if not dialects:
@@ -103,8 +104,8 @@ def _refuse_unsupported(architecture: str, config: object) -> None:
     dialects = DropMask.dialects_that_drop(config)
     if dialects:
         raise MaskError(
-            f"the config has a drop mask ({', '.join(dialects)}), but {architecture} has no row in the family table "
-            f"and would be served undropped; supported: {', '.join(sorted(BY_ARCHITECTURE))}"
+            f"the config has a drop mask ({', '.join(dialects)}), and the model would be served undropped: "
+            f"{no_row(architecture)}"
         )
 
 
@@ -157,7 +158,7 @@ def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> No
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM
     compiled before this package was installed has the same cache key, and would be loaded.
     """
-    family, mask = family_of(model_config.architecture), None
+    family, mask = family_of(model_config.architecture, model_config.hf_config), None
     if family is not None and DropMask.dialects(model_config.hf_config):
         mask = DropMask.from_config(model_config.hf_config)
     if family is None or not mask:
@@ -197,7 +198,9 @@ def _layer_cost(vllm_config: "VllmConfig") -> LayerCost:
     itemsize = model.dtype.itemsize if model.quantization is None else 1
     heads = 2 * config.num_attention_heads + 2 * model.get_total_num_kv_heads()
     scale = itemsize * config.hidden_size / vllm_config.parallel_config.tensor_parallel_size
-    return LayerCost(scale * heads * model.get_head_size(), scale * 3 * config.intermediate_size)
+    widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
+    intermediate_size = next(filter(None, widths), 4 * config.hidden_size)
+    return LayerCost(scale * heads * model.get_head_size(), scale * 3 * intermediate_size)
 
 
 def _stage_memory_bytes(vllm_config: "VllmConfig") -> float:

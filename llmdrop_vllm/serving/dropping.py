@@ -1,9 +1,10 @@
 """Dropping by substitution: while vLLM builds its own model, dropped sublayers are replaced as they are assigned."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LAYER_INDEX = re.compile(r"\.(\d+)(?:\.|$)")
+# By attribute name in a decoder layer: what makes the module that stands in for a dropped one.
+Substitutes = dict[str, Callable[[], nn.Module]]
 
 
 class SubstitutionError(RuntimeError):
@@ -37,7 +40,7 @@ class Dropping:
     kv_bytes: KVBytes = field(default_factory=KVBytes)
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
-    substitutes: dict[nn.Module, dict[str, type[nn.Module]]] = field(default_factory=dict)
+    substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
@@ -45,7 +48,7 @@ class Dropping:
         if module is None or isinstance(module, PPMissingLayer):
             return None
         for sublayer, dropped in self.family.sublayers(self.mask):
-            if name == sublayer.vllm_module and (index := _layer_index(module)) is not None:
+            if name in (sublayer.vllm_module, *sublayer.also) and (index := _layer_index(module)) is not None:
                 self.layer_index[parent] = index
                 if index in dropped:
                     self._substitute(parent, sublayer)
@@ -88,10 +91,11 @@ class Dropping:
         group = get_pp_group()
         return range(*get_pp_indices(self.mask.num_hidden_layers, group.rank_in_group, group.world_size))
 
-    def substitutes_of(self, sublayer: Sublayer) -> dict[str, type[nn.Module]]:
+    def substitutes_of(self, sublayer: Sublayer) -> Substitutes:
         """What stands in for each part of a dropped sublayer, by its name in vLLM's decoder layer."""
         module = ZeroSublayer if sublayer.pre_norm is None else DroppedSublayer
-        found: dict[str, type[nn.Module]] = {sublayer.vllm_module: module} | dict.fromkeys(sublayer.also, ZeroSublayer)
+        found: Substitutes = {sublayer.vllm_module: partial(module, sublayer.vllm_tuple)}
+        found |= dict.fromkeys(sublayer.also, partial(ZeroSublayer, sublayer.vllm_tuple))
         if sublayer.pre_norm is not None:
             found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or sublayer.also else DroppedNorm
         if sublayer.post_norm is not None:

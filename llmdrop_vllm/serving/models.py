@@ -17,7 +17,7 @@ from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
-from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded
+from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,17 +47,20 @@ class Droppable(nn.Module):
     dropping: Dropping | None = None
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        mask = DropMask.from_config(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        mask = DropMask.from_config(config)
         if not mask:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self.drop_mask = mask
+            forget_missing_layers(self)
             return
-        family = family_of(self.architecture)
-        assert family is not None, f"{self.architecture} was registered without a row in the family table"
+        family = family_of(self.architecture, config)
+        assert family is not None, f"{self.architecture} passed the config hook without a row that fits"
         self.dropping = self.dropping_class(mask, family, vllm_config)
         with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
+        forget_missing_layers(self)
         self.drop_mask = mask
         self.quantized = vllm_config.quant_config is not None
         self.expects_whole_checkpoint = vllm_config.load_config.load_format in WHOLE_CHECKPOINT_FORMATS

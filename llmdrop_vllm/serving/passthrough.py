@@ -9,15 +9,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 
 class DroppedSublayer(PPMissingLayer):
-    """In place of an attention or MLP module whose norm goes too: hands on what the dropped norm returned."""
-
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        """The hidden states among the arguments."""
-        return _hidden_states(*args, **kwargs)
-
-
-class ZeroSublayer(PPMissingLayer):
-    """In place of a module whose norm stays, or which has none: adds nothing to the residual stream.
+    """In place of an attention or MLP module whose norm goes too: hands on what the dropped norm returned.
 
     `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
     """
@@ -27,9 +19,19 @@ class ZeroSublayer(PPMissingLayer):
         self.tuple_length = tuple_length
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-        """Zeros in the shape of the hidden states among the arguments."""
-        zeros = torch.zeros_like(_hidden_states(*args, **kwargs))
-        return (zeros, *[None] * (self.tuple_length - 1)) if self.tuple_length else zeros
+        """What stands in for the output, [tokens, hidden]: the hidden states among the arguments."""
+        output = self.output(_hidden_states(*args, **kwargs))
+        return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
+
+    def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class ZeroSublayer(DroppedSublayer):
+    """In place of a module whose norm stays, or which has none: adds nothing to the residual stream."""
+
+    def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class DroppedNorm(PPMissingLayer):

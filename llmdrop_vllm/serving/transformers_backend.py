@@ -5,6 +5,7 @@ when its dropped sublayers are replaced. The backend then wants an attention int
 a vLLM attention layer for each; a dropped layer's is given up as soon as it is assigned.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.families import Sublayer
-from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError
+from llmdrop_vllm.serving.dropping import Dropping, Substitutes, SubstitutionError
 from llmdrop_vllm.serving.passthrough import DroppedPostNorm, ZeroSublayer
 
 
@@ -35,10 +36,11 @@ class BackendDropping(Dropping):
             return PPMissingLayer()
         return None
 
-    def substitutes_of(self, sublayer: Sublayer) -> dict[str, type[nn.Module]]:
+    def substitutes_of(self, sublayer: Sublayer) -> Substitutes:
         """As `Dropping.substitutes_of`, by the names in Transformers' decoder layer."""
         module = DroppedBackendAttention if sublayer is self.family.attention else ZeroSublayer
-        parts = dict.fromkeys((sublayer.transformers_module, *sublayer.also), module)
+        names = (sublayer.transformers_module, *sublayer.also)
+        parts: Substitutes = dict.fromkeys(names, partial(module, sublayer.transformers_tuple))
         return parts | dict.fromkeys(sublayer.norms, DroppedPostNorm)
 
     def attention_name(self, layer: int) -> str:
@@ -61,8 +63,7 @@ class BackendDropping(Dropping):
     def _replace(self, layer: nn.Module, index: int, sublayer: Sublayer) -> None:
         for name, substitute in self.substitutes_of(sublayer).items():
             if getattr(layer, name, None) is not None:
-                is_module = issubclass(substitute, ZeroSublayer)
-                setattr(layer, name, substitute(sublayer.transformers_tuple) if is_module else substitute())
+                setattr(layer, name, substitute())
                 self.replaced.add((index, name))
 
 

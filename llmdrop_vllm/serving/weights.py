@@ -5,12 +5,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from torch import nn
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
-from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
+from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
-DROPPED = (DroppedSublayer, ZeroSublayer, DroppedNorm, DroppedPostNorm)
+DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
 IN_A_LAYER = re.compile(r"\.\d+\.")
+
+
+def forget_missing_layers(model: nn.Module) -> None:
+    """Take out of vLLM's memory what earlier models in this process lacked.
+
+    vLLM remembers it by id, and ids are used again: a model at the address of a dropped one would keep random weights.
+    """
+    for module in model.modules():
+        _model_to_pp_missing_layer_names.pop(id(module), None)
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
@@ -52,7 +61,7 @@ class RefuseDroppedAdapters(WeightsMapper):
     @classmethod
     def around(cls, model: nn.Module) -> Self:
         """The mapper of `model`, whose sublayers are dropped already."""
-        stock = getattr(model, "hf_to_vllm_mapper", WeightsMapper())
+        stock = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
         dropped = (name for name, module in model.named_modules() if isinstance(module, DROPPED))
         return cls(**{field.name: getattr(stock, field.name) for field in fields(stock)}, dropped=tuple(dropped))
 

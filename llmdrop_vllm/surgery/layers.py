@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError
@@ -44,9 +45,7 @@ class LayerStream:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint, mask)
         made = model_class(config)
-        # PyTorch's attention knows no soft caps on logits, and some architectures have none but their own.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        config._attn_implementation = attention if made._supports_sdpa and not capped else "eager"
+        config._attn_implementation = _implementation(made, config, attention)
         with torch.device("meta"):
             self.model = made(config).eval()
         declare_dtype(self.model, dtype)
@@ -153,6 +152,16 @@ class LayerStream:
             names = [f"{self.layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
             for name in checkpoint_tensors(self.model, names) if self.is_converted else names:
                 self.tensors[name].read_ahead()
+
+
+def _implementation(made: type[PreTrainedModel], config: PretrainedConfig, attention: str) -> str:
+    """How attention is computed: as asked where the model's code can, else the nearest that it can."""
+    # PyTorch's attention knows no soft caps on logits, and some architectures have none but their own.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped or not made._supports_sdpa:
+        return "eager"
+    stock: Any = next(each for each in made.__mro__ if each.__module__.startswith("transformers."))
+    return attention if stock._can_set_attn_implementation() else "sdpa"
 
 
 def _return_free_memory() -> None:

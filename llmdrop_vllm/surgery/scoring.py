@@ -172,8 +172,10 @@ class _Run:
         attention, mlp = self.family.attention, self.family.mlp
         if self.family.parallel:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
+            # A copy, for Falcon's layer adds attention's output to the MLP's in place.
             handles = [
-                module.register_forward_hook(lambda _m, _args, out: added.append(_tensor(out))) for module in modules
+                module.register_forward_hook(lambda _m, _args, out: added.append(_tensor(out).clone()))
+                for module in modules
             ]
         else:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
@@ -182,7 +184,8 @@ class _Run:
             handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
 
         def streams(x: torch.Tensor) -> list[torch.Tensor]:
-            found = [x + each for each in added] if self.family.parallel else list(added)
+            # OPT's layer gives the MLP's norm all tokens in one row.
+            found = [x + each if self.family.parallel else each.view_as(x) for each in added]
             added.clear()
             return found
 

@@ -86,9 +86,13 @@ def output_projections(checkpoint: Checkpoint, mask: DropMask) -> frozenset[str]
         modules = "|".join((sublayer.module, *sublayer.also))
         # The experts of some mixtures are one tensor, whose name ends where others' have `.weight`.
         ending = rf"(?:{sublayer.output})(?:\.weight|\.bias|_bias)?"
-        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.(?:{modules})\.(?:.*\.)?{ending}")
-        matches = [match for name in checkpoint.tensors if (match := pattern.fullmatch(name))]
-        if lacking := sorted(set(dropped) - {int(match[1]) for match in matches}):
+        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.({modules})\.((?:.*\.)?{ending}$)?.*")
+        inside = [match for name in checkpoint.tensors if (match := pattern.fullmatch(name))]
+        matches = [match for match in inside if match[3]]
+        # Of a mixture and its shared expert, for one, each has an output of its own.
+        zeroed = {(int(match[1]), match[2]) for match in matches}
+        without = {int(match[1]) for match in inside if (int(match[1]), match[2]) not in zeroed}
+        if lacking := sorted(set(dropped) & without | set(dropped) - {layer for layer, _ in zeroed}):
             raise CheckpointError(
                 f"{checkpoint.directory} has no {sublayer.module}.{sublayer.output}.weight in layers "
                 f"{', '.join(map(str, lacking))}; a portable checkpoint needs the weights of what is dropped"

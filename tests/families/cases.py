@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from llmdrop_vllm.families import Family, family_of
 
 LAYERS = 5
 # Given to every config class that has the attribute.
@@ -69,16 +72,33 @@ YARN = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's tiny model: Transformers' model type, and what its config needs beyond `TINY`."""
+    """An architecture's tiny model: Transformers' model type, and what its config needs beyond `TINY`.
+
+    `layout` tells an architecture's models apart where their layers have other layouts. `zeros` are the endings of
+    names of parameters that vLLM, on CPUs at least, leaves out of its computation.
+    """
 
     architecture: str
     model_type: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    layout: str = ""
+    zeros: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.architecture, self.layout)))
+
+    @property
+    def family(self) -> Family:
+        family = family_of(self.architecture, self.config())
+        assert family is not None, f"no row fits {self.name}"
+        return family
 
     def config(self) -> PretrainedConfig:
         stock = CONFIG_MAPPING[self.model_type]
         default = stock()
-        entries = {key: value for key, value in TINY.items() if hasattr(default, key)}
+        computed = {key for key in TINY if isinstance(getattr(stock, key, None), property)}
+        entries = {key: value for key, value in TINY.items() if hasattr(default, key) and key not in computed}
         return stock(**entries | self.overrides, architectures=[self.architecture])
 
     def model(self, seed: int = 0) -> PreTrainedModel:
@@ -94,7 +114,7 @@ class Case:
                     is_norm = tensor.dim() == 1 and name.endswith("weight")
                     spread = (tensor.shape[-1] if tensor.dim() > 1 else 100) ** -0.5
                     # Some parameters are bfloat16 whatever the model is: Apertus' activation in vLLM.
-                    tensor.copy_((noise * spread + is_norm).bfloat16())
+                    tensor.copy_((noise * spread + is_norm).bfloat16() * (not name.endswith(self.zeros)))
         return model
 
     def write(self, directory: Path, seed: int = 0) -> Path:
@@ -110,7 +130,7 @@ class Case:
 
 
 CASES = {
-    case.architecture: case
+    case.name: case
     for case in (
         Case("LlamaForCausalLM", "llama"),
         Case("MistralForCausalLM", "mistral"),
@@ -158,11 +178,34 @@ CASES = {
         Case("Cohere2MoeForCausalLM", "cohere2_moe", {"logit_scale": 1.0}),
         Case("GPTJForCausalLM", "gptj", {"rotary_dim": 16}),
         Case("GPT2LMHeadModel", "gpt2"),
+        Case("AXK1ForCausalLM", "axk1", MLA | YARN | {"head_dim": 64, "first_k_dense_replace": 0}),
+        Case("BloomForCausalLM", "bloom"),
+        Case("FalconForCausalLM", "falcon", {"multi_query": True}),
+        Case("FalconForCausalLM", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "two norms"),
+        Case(
+            "FalconForCausalLM",
+            "falcon",
+            {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+            "grouped queries, one norm",
+        ),
+        Case(
+            "FalconForCausalLM",
+            "falcon",
+            {"parallel_attn": False, "multi_query": False, "bias": True},
+            "sequential",
+        ),
+        Case("GraniteSWAForCausalLM", "granite_swa"),
+        Case("GraniteMoeSWAForCausalLM", "granitemoe_swa", {"shared_intermediate_size": 32}),
+        Case("OPTForCausalLM", "opt", {"ffn_dim": 96, "word_embed_proj_dim": 128}),
+        Case("PhiMoEForCausalLM", "phimoe", {"attention_bias": True, "lm_head_bias": True}, zeros=("lm_head.bias",)),
+        Case("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", zeros=("e_score_correction_bias",)),
         # Through vLLM's Transformers backend
         Case("ArceeForCausalLM", "arcee"),
         Case("CwmForCausalLM", "cwm"),
         Case("FlexOlmoForCausalLM", "flex_olmo"),
         Case("GlmForCausalLM", "glm"),
+        Case("GPTNeoXForCausalLM", "gpt_neox"),
+        Case("GPTNeoXForCausalLM", "gpt_neox", {"use_parallel_residual": False}, "sequential"),
         Case("GPTBigCodeForCausalLM", "gpt_bigcode", {"num_key_value_heads": 1}),
         Case("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
         Case("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
@@ -178,3 +221,9 @@ CASES = {
         Case("VaultGemmaForCausalLM", "vaultgemma"),
     )
 }
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    """A case's model, one for all tests of a process: whoever changes it changes it back."""
+    return CASES[name].model()

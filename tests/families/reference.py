@@ -30,7 +30,8 @@ def skipping(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator
                 last = (sublayer.post_norm,) if has_post_norm else (sublayer.transformers_module, *sublayer.also)
                 parts = [getattr(layer, name) for name in last if getattr(layer, name, None) is not None]
                 assert parts, f"layer {index} has none of {last}"
-                handles += [part.register_forward_hook(_zeros) for part in parts]
+                hook = _residual if sublayer.transformers_adds_residual else _zeros
+                handles += [part.register_forward_hook(hook) for part in parts]
         yield
     finally:
         for handle in handles:
@@ -41,3 +42,7 @@ def _zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return torch.zeros_like(output[0]), *output[1:]
     return torch.zeros_like(output)
+
+
+def _residual(_module: nn.Module, args: Any, output: Any) -> Any:
+    return (args[1], *output[1:]) if isinstance(output, tuple) else args[1]

@@ -15,6 +15,13 @@ from tests.families.cases import CASES, LAYERS
 # Bytes of one token in one layer: 2 heads of 32 values, keys and values, unless the architecture says otherwise.
 OTHERS = {
     "MiniCPM3ForCausalLM": 2 * 4 * 128,
+    "AXK1ForCausalLM": 512 + 64,
+    "BloomForCausalLM": 2 * 4 * 32,
+    "FalconForCausalLM": 2 * 1 * 32,
+    "FalconForCausalLM-sequential": 2 * 4 * 32,
+    "GPTNeoXForCausalLM": 2 * 4 * 32,
+    "GPTNeoXForCausalLM-sequential": 2 * 4 * 32,
+    "OPTForCausalLM": 2 * 4 * 32,
     "DeepseekV2ForCausalLM": 512 + 64,
     "DeepseekV3ForCausalLM": 512 + 64,
     "Glm4MoeLiteForCausalLM": 512 + 64,

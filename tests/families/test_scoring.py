@@ -7,10 +7,9 @@ import torch
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.families import family_of
 from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score
-from tests.families.cases import CASES, LAYERS
+from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import layers_of, skipping
 
 IDS = torch.stack([torch.arange(3, 43), torch.arange(103, 143)])
@@ -19,12 +18,12 @@ MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
-    model = CASES[architecture].model()
+    model = model_of(architecture)
     checkpoint = Checkpoint.open(CASES[architecture].save(model, tmp_path / "full"))
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
     scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=MASK)
     for index in range(LAYERS):
-        for kind, (before, after) in steps(model, family_of(architecture), index).items():
+        for kind, (before, after) in steps(model, CASES[architecture].family, index).items():
             what = f"{kind} of layer {index}"
             found = getattr(scores.similarity, kind)[index]
             if index in getattr(MASK, kind, ()):

@@ -1,19 +1,16 @@
 """Every architecture with a tiny model: stripped, made portable, and loaded into Transformers."""
 
-from functools import cache
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.families import family_of
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint
-from tests.families.cases import CASES, LAYERS
+from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import skipping
 
 logging.disable_progress_bar()
@@ -26,11 +23,6 @@ MASKS = (
     DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(1,)),
 )
 BLOCKS = MASKS[2]
-
-
-@cache
-def model_of(architecture: str) -> PreTrainedModel:
-    return CASES[architecture].model()
 
 
 @pytest.fixture(params=CASES)
@@ -54,7 +46,7 @@ def logits(model, family, mask):
 
 
 def test_a_stripped_checkpoint_computes_what_the_full_one_does_with_sublayers_skipped(architecture, full, tmp_path):
-    family = family_of(architecture)
+    family = CASES[architecture].family
     without = logits(model_of(architecture), family, FULL)
     for number, mask in enumerate(MASKS):
         expected = logits(model_of(architecture), family, mask)
@@ -74,7 +66,7 @@ def test_stripping_takes_the_dropped_tensors_and_leaves_the_others_as_they_were(
     out = surgery(full, BLOCKS, tmp_path / "stripped")
     before = load_file(full / "model.safetensors")
     after = load_file(out / "model.dropped.safetensors")
-    gone = {name for name in before if in_dropped_sublayer(name, family_of(architecture), BLOCKS)}
+    gone = {name for name in before if in_dropped_sublayer(name, CASES[architecture].family, BLOCKS)}
     assert gone
     assert before.keys() - after.keys() == gone
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
@@ -84,6 +76,6 @@ def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architect
     out = surgery(full, BLOCKS, tmp_path / "portable", portable=True)
     config = CASES[architecture].config()
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(out, attn_implementation="eager").eval()
-    expected = logits(model_of(architecture), family_of(architecture), BLOCKS)
+    expected = logits(model_of(architecture), CASES[architecture].family, BLOCKS)
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)

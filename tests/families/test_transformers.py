@@ -10,10 +10,9 @@ from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.families import family_of
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint
-from tests.families.cases import CASES, LAYERS, Case
+from tests.families.cases import CASES, LAYERS, Case, model_of
 from tests.families.reference import skipping
 
 logging.disable_progress_bar()
@@ -42,7 +41,7 @@ def with_windows(architecture: str) -> Case:
 
 
 @cache
-def model_of(architecture: str) -> PreTrainedModel:
+def windowed_model_of(architecture: str) -> PreTrainedModel:
     return with_windows(architecture).model()
 
 
@@ -57,9 +56,9 @@ def dropped(case: Case, model: PreTrainedModel, mask: DropMask, directory, **opt
 @pytest.mark.parametrize("mask", MASKS, ids=DropMask.summary)
 @pytest.mark.parametrize("architecture", HYBRID)
 def test_windows_stay_with_their_layers_with_and_without_a_cache(architecture, mask, tmp_path):
-    whole = model_of(architecture)
+    whole = windowed_model_of(architecture)
     model = dropped(with_windows(architecture), whole, mask, tmp_path)
-    with torch.no_grad(), skipping(whole, family_of(architecture), mask):
+    with torch.no_grad(), skipping(whole, CASES[architecture].family, mask):
         expected = whole(PROMPT).logits
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
@@ -77,15 +76,15 @@ def test_windows_stay_with_their_layers_with_and_without_a_cache(architecture, m
 def test_the_windows_of_these_tests_matter(architecture):
     """Else windows that went astray would not show."""
     with torch.no_grad():
-        unlike = model_of(architecture)(PROMPT).logits - CASES[architecture].model()(PROMPT).logits
+        unlike = windowed_model_of(architecture)(PROMPT).logits - model_of(architecture)(PROMPT).logits
     assert unlike[:, WINDOW + 1 :].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_weights_of_dropped_sublayers_may_be_in_the_files(architecture, tmp_path):
-    whole, mask = CASES[architecture].model(), MASKS[0]
+    whole, mask = model_of(architecture), MASKS[0]
     model = dropped(CASES[architecture], whole, mask, tmp_path, config_only=True)
-    with torch.no_grad(), skipping(whole, family_of(architecture), mask):
+    with torch.no_grad(), skipping(whole, CASES[architecture].family, mask):
         expected = whole(PROMPT).logits
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
@@ -94,11 +93,11 @@ def test_weights_of_dropped_sublayers_may_be_in_the_files(architecture, tmp_path
 
 def test_an_architecture_that_transformers_spells_otherwise(tmp_path):
     """Its class is called PhimoeForCausalLM, which is no architecture of the table."""
-    case, mask = Case("PhiMoEForCausalLM", "phimoe"), MASKS[0]
-    whole = case.model()
+    case, mask = CASES["PhiMoEForCausalLM"], MASKS[0]
+    whole = model_of(case.name)
     assert type(whole).__name__ != case.architecture
     model = dropped(case, whole, mask, tmp_path)
-    with torch.no_grad(), skipping(whole, family_of(case.architecture), mask):
+    with torch.no_grad(), skipping(whole, case.family, mask):
         expected = whole(PROMPT).logits
     model.save_pretrained(tmp_path / "again")
     again = hf.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
@@ -108,14 +107,16 @@ def test_an_architecture_that_transformers_spells_otherwise(tmp_path):
 
 
 def test_a_sublayer_that_a_layer_does_not_have_is_not_dropped_in_silence():
-    model = CASES["LlamaForCausalLM"].model()
+    case = CASES["LlamaForCausalLM"]
+    model = case.model()
     del model.get_decoder().layers[1].self_attn
     with pytest.raises(MaskError, match="the mask drops self_attn in layer 1, which has none, only: mlp, "):
-        hf.drop(model, family_of("LlamaForCausalLM"), DropMask(LAYERS, attention=(1,)))
+        hf.drop(model, case.family, DropMask(LAYERS, attention=(1,)))
 
 
 def test_layers_of_another_layout_are_refused():
     """Both sublayers of these share the norm that dropping attention would take away."""
-    case = replace(CASES["StableLmForCausalLM"], overrides={"use_parallel_residual": True})
-    with pytest.raises(MaskError, match="layer 1 has no post_attention_layernorm; the family table's row 'llama'"):
-        hf.drop(case.model(), family_of(case.architecture), DropMask(LAYERS, attention=(1,)))
+    case = CASES["StableLmForCausalLM"]
+    model = replace(case, overrides={"use_parallel_residual": True}).model()
+    with pytest.raises(MaskError, match="layer 1 has no post_attention_layernorm; the family table's row 'stablelm'"):
+        hf.drop(model, case.family, DropMask(LAYERS, attention=(1,)))

@@ -49,13 +49,25 @@ REFUSED = {
     "all attention": ({"drop_attn_list": list(range(8))}, "every one of the 8 attention sublayers is dropped"),
     "unsupported architecture": (
         TELECHAT2 | {"drop_attn_list": [1]},
-        r"drop mask \(llm-drop\), but TeleChat2ForCausalLM has no row in the family table and would be served "
-        "undropped; "
-        "supported: .*LlamaForCausalLM",
+        r"drop mask \(llm-drop\), and the model would be served undropped: TeleChat2ForCausalLM has no row in the "
+        'family table; supported: .*LlamaForCausalLM.*; to add a row, see "Adding an architecture" in the README',
     ),
     "unsupported architecture, another dialect": (
         TELECHAT2 | {"block_configs": [NO_BLOCK] * 8},
         r"drop mask \(nemotron-nas\)",
+    ),
+    "a layout that has no row": (
+        {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "use_parallel_residual": True}
+        | {"drop_attn_list": [1]},
+        "StableLmForCausalLM has no row .* for layers as this config has them, only for: use_parallel_residual false",
+    ),
+    "a hybrid of attention and state-space layers": (
+        {"architectures": ["JambaForCausalLM"], "model_type": "jamba", "drop_attn_list": [1]},
+        "would be served undropped: JambaForCausalLM has no row in the family table",
+    ),
+    "explicit name of a layout that has no row": (
+        {"architectures": ["DroppedStableLmForCausalLM"], "model_type": "stablelm", "use_parallel_residual": True},
+        "DroppedStableLmForCausalLM promises a drop mask, and the config has none",
     ),
     "dialects disagree": (
         {"drop_attn_list": [1], "block_configs": [NO_BLOCK] * 8},

@@ -22,6 +22,7 @@ from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
 from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
 from llmdrop_vllm.serving.plugin import register_with_vllm
+from llmdrop_vllm.serving.weights import forget_missing_layers
 
 load_general_plugins()
 
@@ -54,6 +55,17 @@ def test_config_hooks_are_called_by_their_names(hook):
     assert hasattr(VerifyAndUpdateConfig, hook)
     caller = VllmConfig if hook == "verify_and_update_config" else ModelConfig
     assert f".{hook}(self)" in inspect.getsource(caller)
+
+
+def test_what_a_model_lacks_is_remembered_by_its_id():
+    """A model at the address of one that is gone lost its weights by this."""
+    layer = torch.nn.Module()
+    layer.attn = DroppedSublayer()
+    assert is_pp_missing_parameter("attn.weight", layer)
+    layer.attn = torch.nn.Linear(1, 1)
+    assert is_pp_missing_parameter("attn.weight", layer)
+    forget_missing_layers(layer)
+    assert not is_pp_missing_parameter("attn.weight", layer)
 
 
 def test_attention_registers_itself_for_kv_cache_in_the_static_forward_context():

@@ -44,7 +44,7 @@ def only_pickle(directory):
 
 
 def unsupported(directory):
-    (directory / "config.json").write_text(json.dumps(TINY_LLAMA | {"architectures": ["BloomForCausalLM"]}))
+    (directory / "config.json").write_text(json.dumps(TINY_LLAMA | {"architectures": ["MambaForCausalLM"]}))
 
 
 BAD_MODELS = {
@@ -55,7 +55,7 @@ BAD_MODELS = {
     "disagreeing index": (unlist, r"model\.norm\.weight, which the index does not list"),
     "truncated shard": (truncate, "truncated or damaged"),
     "pickle": (only_pickle, r"only safetensors are read.*\n?.*Convert: python -c"),
-    "unsupported architecture": (unsupported, "BloomForCausalLM has no row in the family table"),
+    "unsupported architecture": (unsupported, "MambaForCausalLM has no row in the family table"),
     "no config": (lambda model: (model / "config.json").unlink(), r"has no config\.json"),
 }
 
