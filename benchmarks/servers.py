@@ -63,10 +63,14 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    directory: Path, *arguments: str, command: tuple[str, ...] = ("llmdrop", "serve"), env: Mapping[str, str] = {}
+    directory: Path,
+    *arguments: str,
+    command: tuple[str, ...] = ("llmdrop", "serve"),
+    env: Mapping[str, str] = {},
+    port: int | None = None,
 ) -> Iterator[Served]:
     """The embedded model behind `llmdrop serve`, or another command of this environment; ended with all it started."""
-    port, log = free_port(), directory / "log"
+    port, log = port or free_port(), directory / "log"
     program, *words = command
     line = [str(BIN / program), *words, *EMBEDDED, "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("w") as stdout:

@@ -51,7 +51,11 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) -> PretrainedConfig:
     """The checkpoint's Transformers config with a mask, by default its own, in one dialect."""
-    return dropped_config(checkpoint.plain_config, checkpoint.architecture, checkpoint.mask if mask is None else mask)
+    mask = checkpoint.mask if mask is None else mask
+    try:
+        return dropped_config(checkpoint.plain_config, checkpoint.architecture, mask)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.directory}: {error}") from None
 
 
 def dropped_config(entries: Mapping[str, Any], architecture: str, mask: DropMask) -> PretrainedConfig:

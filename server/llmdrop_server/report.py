@@ -26,7 +26,7 @@ def report(vllm_config: "VllmConfig") -> Drop:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config = config_dict(model.hf_config)
     architecture = model.architecture.removeprefix(EXPLICIT_PREFIX)
-    family = family_of(architecture)
+    family = family_of(architecture, config)
     mask = DropMask.from_config(config) if family else DropMask(model.hf_text_config.num_hidden_layers)
     kv_dtype = _kv_dtype(cache.cache_dtype, str(model.dtype).removeprefix("torch."))
     layer_bytes = _or_none(kv_bytes_per_layer_token, config, kv_dtype)
