@@ -36,6 +36,11 @@ class Served:
         assert found, self.log.read_text(errors="replace")
         return int(found[0])
 
+    def cpu_s(self) -> float:
+        """CPU time of the process that speaks HTTP, without the engine's, which are processes of their own."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def rss_bytes(self) -> int:
         """Resident memory of the server and all processes that it started."""
         parents = {pid: parent for pid, parent, _ in _processes()}

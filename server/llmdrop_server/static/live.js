@@ -37,7 +37,7 @@ const TILES = [
     peak: formatSeconds,
   },
   {
-    name: "Between tokens",
+    name: "Inter-token",
     title: "Inter-token latency within a request, estimated from the server's histogram over the last minute",
     values: (live) => quantiles(live.interToken),
     peak: formatSeconds,
