@@ -58,7 +58,7 @@ async def ready(request: Request, response: Response) -> Status:
     return _answer(await request.app.state.llmdrop_probe.readiness(), response)
 
 
-@router.get("/", include_in_schema=False)
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page(compare: str = "") -> Response:
     """The page. It may connect to the server that `compare` names, if that is an origin, and to nothing else."""
     origin = compare.rstrip("/")

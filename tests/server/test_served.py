@@ -202,6 +202,7 @@ def test_other_origins_may_not_read_answers(http):
 
 def test_the_page_may_ask_nothing_but_its_server_and_the_one_to_compare(http):
     policy = http.get("/").headers["Content-Security-Policy"]
+    assert http.head("/").headers["Content-Security-Policy"] == policy
     assert "default-src 'none'" in policy
     assert "connect-src 'self';" in policy
     policy = http.get("/", params={"compare": "http://127.0.0.1:8001/"}).headers["Content-Security-Policy"]
