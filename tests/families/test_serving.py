@@ -46,6 +46,7 @@ def quick_engines(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)  # the sampler would be compiled for each engine
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it goes before the engine's option, in GiB
     gc.collect()
+    gc.freeze()  # what is alive now, modules above all, is not looked through again
     monkeypatch.setattr(gc, "collect", lambda *args: 0)
 
 
