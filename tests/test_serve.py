@@ -64,6 +64,8 @@ def test_what_was_dropped_stands_in_the_log_once(server):
 
 def test_ctrl_c_ends_the_server(server):
     """Last in this file: the server is gone afterwards."""
-    server.process.send_signal(signal.SIGINT)
-    server.process.wait(timeout=60)
     assert "Traceback" not in server.log.read_text()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+    # vLLM's output handler may notice the engine's end before it is cancelled, and then logs a traceback of its own.
+    assert "llmdrop_" not in server.log.read_text().partition("[shutdown]")[2]
