@@ -70,12 +70,13 @@ class Process:
 
     def __init__(self, name: str, child: subprocess.Popen[str], log: Path) -> None:
         self.name, self.child, self.log = name, child, log
-        self.load_s, self.kv_tokens, self.peak_bytes = 0.0, 0.0, 0
+        self.load_s, self.kv_tokens, self.kv_sequences, self.block_tokens, self.peak_bytes = 0.0, 0.0, 0, 1, 0
 
     def load(self, engine: str, options: Mapping[str, Any]) -> None:
         """Load a model, in place of the one before."""
         reply = self._ask({"do": "load", "engine": engine, "options": dict(options)})
-        self.load_s, self.kv_tokens = reply["load_s"], reply["kv_tokens"]
+        for name, value in reply.items():
+            setattr(self, name, value)
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """The result of one of the engine's methods."""

@@ -23,8 +23,13 @@ class VllmEngine:
         self.requests = 0
 
     def memory(self) -> dict[str, int]:
-        """`kv_tokens`: tokens that the KV cache holds."""
-        return {"kv_tokens": int(self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)}
+        """`kv_tokens` that the KV cache holds, `kv_sequences` of the longest kind, in blocks of `block_tokens`."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "kv_tokens": int(cache.kv_cache_size_tokens),
+            "kv_sequences": int(cache.kv_cache_max_concurrency),
+            "block_tokens": cache.block_size,
+        }
 
     def answer(self, prompt: list[int], tokens: int) -> dict[str, list]:
         """Log-probabilities of the prompt's tokens after the first, greedy tokens and their log-probabilities."""
@@ -132,7 +137,7 @@ class TransformersEngine:
 
     def memory(self) -> dict[str, float]:
         """The KV cache grows as long as there is memory."""
-        return {"kv_tokens": math.inf}
+        return {"kv_tokens": math.inf, "kv_sequences": math.inf, "block_tokens": 1}
 
     @torch.inference_mode()
     def answer(self, prompt: list[int], tokens: int) -> dict[str, list]:

@@ -107,11 +107,12 @@ class Lineup:
                         raise
                     self.skipped[contender.name] = str(error)
                     continue
-                self._check(contender, process)
+                self.check(contender, process)
                 found[contender] = process
             yield found
 
-    def _check(self, contender: Contender, process: Process) -> None:
+    def check(self, contender: Contender, process: Process) -> None:
+        """Hold a contender to the reference for its mask, or to the first answer there was. Raises ContenderError."""
         answer = process.ask("answer", prompt=CHECK_PROMPT, tokens=CHECK_TOKENS)
         reference = self.references.setdefault(contender.mask, answer)
         if reference is not answer:

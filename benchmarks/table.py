@@ -1,6 +1,6 @@
 """A result as a markdown table for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.shapes import Shape
@@ -29,11 +29,16 @@ def markdown(shape: Shape, lines: Sequence[Mapping[str, Any]], skipped: Mapping[
     """One row for each contender and workload, and the reason for each contender that has none."""
     published = any("published_speedup" in line for line in lines)
     columns = (*COLUMNS, "published") if published else COLUMNS
-    rows = [cells(line, published=published) for line in lines]
-    rows += [("all", name, f"skipped: {reason}", *[""] * (len(columns) - 3)) for name, reason in skipped.items()]
-    table = [columns, ["---"] * len(columns), *rows]
+    found = [cells(line, published=published) for line in lines]
+    found += [("all", name, f"skipped: {reason}", *[""] * (len(columns) - 3)) for name, reason in skipped.items()]
     title = f"# {shape.name}, {shape.num_layers} layers, {shape.num_parameters / 1e6:,.0f} M parameters\n\n"
-    return title + "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return title + rows(columns, found)
+
+
+def rows(columns: Sequence[str], found: Iterable[Sequence[object]]) -> str:
+    """A markdown table."""
+    table = [columns, ["---"] * len(columns), *found]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in table)
 
 
 def cells(line: Mapping[str, Any], *, published: bool) -> tuple[str, ...]:

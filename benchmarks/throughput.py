@@ -39,7 +39,7 @@ SMOKE = {"shape": "smoke", "attention": "2", "scale": 1 / 128, "repeats": 2, "kv
 
 def masks(args: argparse.Namespace, shape: Shape) -> dict[str, DropMask]:
     """Label to mask. Raises InputError for a mask that does not fit the shape."""
-    wanted = [(kind, int(count)) for kind in KINDS for count in (getattr(args, kind) or "").split(",") if count]
+    wanted = [(kind, count) for kind in KINDS for count in numbers(f"--{kind}", getattr(args, kind))]
     if args.table:
         wanted += [(kind, count) for kind, count, _ in published.table(shape.name, shape.num_layers)]
     found = {f"{kind} {count}": shape.mask(kind, count) for kind, count in wanted}
@@ -51,10 +51,19 @@ def masks(args: argparse.Namespace, shape: Shape) -> dict[str, DropMask]:
     return found or {f"attention {shape.num_layers // 2}": shape.mask("attention", shape.num_layers // 2)}
 
 
+def numbers(option: str, text: str | None) -> list[int]:
+    """`2,4` as numbers."""
+    if text is None:
+        return []
+    if not all(each.isdigit() for each in text.split(",")):
+        raise InputError(f"{option} {text}: expected whole numbers separated by commas")
+    return [int(each) for each in text.split(",")]
+
+
 def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[Workload, ...]:
     """What the options ask for; raises InputError for what they misspell."""
     if args.contexts:
-        return at_contexts(int(each) for each in args.contexts.split(","))
+        return at_contexts(numbers("--contexts", args.contexts))
     if args.table and not args.workloads:
         return (PAPER.scaled(scale),)
     found = tuple(each.scaled(scale) for each in chosen(args.workloads))
@@ -76,7 +85,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, tuple[Workload, ...]]:
     settings = Settings(
         dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
         device=device,
-        kv_bytes=int((args.kv_gib or (8 if on_gpu else 1 / 4)) * 2**30),
+        kv_bytes=int((args.kv_gib or (8 if on_gpu else 0.2)) * 2**30),
         max_step_tokens=8192 if on_gpu else 2048,
         compiled=on_gpu if args.compile is None else args.compile,
     )
@@ -156,12 +165,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", choices=["paper"], help="the paper's workload and numbers of dropped sublayers")
     names = ", ".join(dict.fromkeys(each.name for each in WORKLOADS))
     parser.add_argument("--workloads", metavar="NAME[,NAME]", help=f"default: {names} and as many as fit")
-    parser.add_argument("--contexts", metavar="N[,N]", help="instead: decode at contexts of so many tokens, batch 8")
+    parser.add_argument("--contexts", metavar="N[,N]", help="instead: decode at contexts of so many tokens, batch 4")
     parser.add_argument("--scale", type=float, help="of the workloads' tokens; default: 1 on a GPU, 1/32 on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: what torch finds")
-    parser.add_argument("--kv-gib", type=float, help="KV cache; default: 8 on a GPU, 0.25 on a CPU")
+    parser.add_argument("--kv-gib", type=float, help="KV cache; default: 8 on a GPU, 0.2 on a CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--without", action="append", default=[], metavar="CONTENDER", help="such as Transformers")
     parser.add_argument("--directory", type=Path, help="where there is room for the checkpoint")

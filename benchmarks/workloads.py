@@ -74,7 +74,7 @@ def as_many_as_fit(kv_tokens: int, scale: float) -> Workload:
 
 def at_contexts(tokens: Iterable[int]) -> tuple[Workload, ...]:
     """Decoding at these contexts, and little else."""
-    return tuple(Workload("context", 8, each, 32) for each in tokens)
+    return tuple(Workload("context", 4, each, 32) for each in tokens)
 
 
 def chosen(names: str | None) -> tuple[Workload, ...]:
