@@ -1,7 +1,7 @@
-"""A contender in a process of its own: reads one JSON command per line, writes one JSON reply per line.
+"""A contender in a process of its own: receives commands and sends replies, both JSON.
 
 `{"do": "load", "engine": ..., "options": {...}}` comes first and may come again; every other command is the name of a
-method of the engine with its arguments. What the engine itself prints goes to the standard error stream.
+method of the engine with its arguments. What the engine itself prints goes to a log.
 """
 
 import gc
@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class Host:
         from benchmarks.engines import ENGINES
 
         if engine == "vllm":
-            importlib.import_module("vllm")
+            importlib.import_module("vllm.entrypoints.llm")
 
         if self.engine is not None:
             self.engine.close()
@@ -54,20 +56,24 @@ class Host:
         return {"result": getattr(self.engine, do)(**arguments), "peak_bytes": peak_bytes()}
 
 
-def main() -> None:
-    # Replies have the standard output stream to themselves: engines and their libraries print what they like.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def serve(connection: Connection, log: str, *, plugin: bool) -> None:
+    """Answer until the other end is closed. Stock vLLM is what loads no plugins."""
+    os.setsid()
+    with Path(log).open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if not plugin:
+        os.environ["VLLM_PLUGINS"] = ""
     host = Host()
-    for line in sys.stdin:
+    while True:
         try:
-            reply = host.handle(**json.loads(line))
+            command = json.loads(connection.recv_bytes())
+        except EOFError:
+            # Engines may hang in their destructors.
+            os._exit(0)
+        try:
+            reply = host.handle(**command)
         except Exception as error:  # whatever it is, the parent must hear of it and decide
+            traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    main()
-    # Engines may hang in their destructors.
-    os._exit(0)
+        connection.send_bytes(json.dumps(reply).encode())

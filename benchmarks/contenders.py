@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contender_process import serve
 from llmdrop_vllm import DropMask, InputError
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +72,8 @@ class Settings:
 class Process:
     """A contender that runs. Raises ContenderError with what it said last, if it fails or ends."""
 
-    def __init__(self, name: str, child: subprocess.Popen[str], log: Path) -> None:
-        self.name, self.child, self.log = name, child, log
+    def __init__(self, name: str, connection: Connection, log: Path) -> None:
+        self.name, self.connection, self.log = name, connection, log
         self.load_s, self.kv_tokens, self.kv_sequences, self.block_tokens, self.peak_bytes = 0.0, 0.0, 0, 1, 0
 
     def load(self, engine: str, options: Mapping[str, Any]) -> None:
@@ -85,16 +89,12 @@ class Process:
         return reply["result"]
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        line = ""
-        with suppress(BrokenPipeError):  # it has ended; its log says why
-            print(json.dumps(command), file=self.child.stdin, flush=True)
-            line = self.child.stdout.readline()
-        if not line:
+        try:
+            self.connection.send_bytes(json.dumps(command).encode())
+            reply: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
             tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
-            raise ContenderError(f"{self.name} ended with status {self.child.wait()}: {tail}")
-        reply = json.loads(line)
+            raise ContenderError(f"{self.name} has ended: {tail}") from None
         if "error" in reply:
             raise ContenderError(f"{self.name}: {reply['error']}")
         return reply
@@ -104,34 +104,42 @@ class Process:
 def running(name: str, directory: Path, *, plugin: bool, device: str) -> Iterator[Process]:
     """A child that has loaded nothing yet; ended with all it started."""
     log = directory / f"{name.replace(' ', '-').replace(',', '')}.log"
-    with log.open("a") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.contender_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            cwd=ROOT,
-            env=environment(plugin=plugin, device=device),
-            start_new_session=True,
-        )
+    context = nursery(device)
+    ours, its = context.Pipe()
+    child = context.Process(target=serve, args=(its, str(log)), kwargs={"plugin": plugin}, daemon=False)
+    child.start()
+    its.close()
     try:
-        yield Process(name, child, log)
+        yield Process(name, ours, log)
     finally:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it has ended by itself, and so has all that it started
             os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            with suppress(BrokenPipeError):
-                pipe.close()
+        child.join()
+        ours.close()
 
 
-def environment(*, plugin: bool, device: str) -> dict[str, str]:
-    """The same for every contender, but that stock vLLM is not to load plugins."""
-    cores = sorted(os.sched_getaffinity(0))
+@cache
+def nursery(device: str) -> ForkServerContext:
+    """Children are forked from a process that has imported the engines once, for that takes longer than most loads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.contender_process", "benchmarks.engines", "vllm.entrypoints.llm"])
+    before = dict(os.environ)
+    os.environ |= environment(device)
     # It would win over the size that we ask for.
-    found = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    found |= {
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ |= before
+    return context
+
+
+def environment(device: str) -> dict[str, str]:
+    """What every contender has in its environment."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    found = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -139,11 +147,10 @@ def environment(*, plugin: bool, device: str) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
-    if not plugin:
-        found["VLLM_PLUGINS"] = ""
     if device == "cpu":
-        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-        found |= {"OMP_NUM_THREADS": str(len(cores)), "LD_PRELOAD": ":".join(preloads())}
+        bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", cores)
+        found |= {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": str(len(cores.split(",")))}
+        found["LD_PRELOAD"] = ":".join(preloads())
     return found
 
 
