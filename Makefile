@@ -45,9 +45,12 @@ test: $(VENV)/ready ## the whole suite: no GPU, no hub
 soak: $(VENV)/ready ## ten minutes of good and bad clients at a full KV cache; ARGS="--seconds 60" for less
 	$(VENV)/bin/python benchmarks/server_soak.py $(ARGS)
 
+bench: $(VENV)/ready ## what dropping buys on this machine, against stock vLLM and Transformers; ARGS="--smoke" for seconds
+	$(VENV)/bin/python benchmarks/throughput.py $(ARGS)
+
 lint: $(VENV)/ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-.PHONY: help setup serve test soak lint
+.PHONY: help setup serve test soak bench lint

@@ -12,9 +12,14 @@ from llmdrop_vllm.artifacts import command_line, versions
 RESULTS = Path(__file__).with_name("results")
 
 
-def finish(result: Mapping[str, Any], out: Path) -> None:
-    """Write and print the result with the command, the packages' versions and the machine."""
+def provenance() -> dict[str, Any]:
+    """The command, the packages' versions and the machine."""
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    whole = {**result, "command": command_line(), "versions": versions(), "machine": machine}
+    return {"command": command_line(), "versions": versions(), "machine": machine}
+
+
+def finish(result: Mapping[str, Any], out: Path) -> None:
+    """Write and print the result with where it comes from."""
+    whole = {**result, **provenance()}
     out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(whole))

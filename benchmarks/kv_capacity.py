@@ -1,0 +1,233 @@
+"""KV tokens and concurrent sequences, predicted and measured, for published masks; and what more of them buys.
+
+    python benchmarks/kv_capacity.py
+    python benchmarks/kv_capacity.py --smoke
+
+Tokens and sequences are those of real engines whose models keep depth, KV heads, head size and mask, and are narrow
+otherwise: the KV cache does not depend on the rest. The gain, and pipeline stages with as much memory on each rank, are
+planned by vLLM's own functions for the engine's layers, which allocate nothing and can have the memory of a real GPU.
+Throughput: a KV cache too small for all requests of stock vLLM, and the same bytes with half of attention dropped.
+Writes results/kv_capacity.json and .md.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import Process, Settings, running
+from benchmarks.kv_short import throughput_when_short
+from benchmarks.record import RESULTS, finish
+from benchmarks.shapes import Kind, Shape, find
+from benchmarks.table import rows
+from llmdrop_vllm import DropMask, InputError
+from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
+
+DTYPE, MAX_MODEL_LEN = "bfloat16", 1024
+# So much that a block more or less does not show in the gain.
+GPU_BYTES = 64 << 30
+NARROW = {"intermediate_size": 128, "vocab_size": 256}
+Case = tuple[Shape, str, DropMask]
+
+
+def case(name: str, kind: Kind, count: int) -> Case:
+    """A published mask, or one that goes from the last layer but one upwards."""
+    return find(name), f"{kind} {count}", find(name).mask(kind, count)
+
+
+CASES: tuple[Case, ...] = (
+    case("cpu-small", "attention", 4),
+    case("mistral-7b", "attention", 4),
+    case("mistral-7b", "attention", 8),
+    case("mistral-7b", "block", 8),
+    case("llama-2-13b", "attention", 4),
+    case("llama-2-13b", "attention", 8),
+    case("llama-2-13b", "block", 8),
+    case("llama-2-70b", "attention", 40),
+    # Nemotron-Super-49B's mask on the model that it was cut from.
+    case("llama-3-70b", "attention", 31),
+    # Sliding and full attention in turn: vLLM pads what does not come out even.
+    case("gemma-2-9b", "attention", 8),
+    (find("gemma-2-9b"), "8 sliding", DropMask(42, tuple(range(24, 40, 2)))),
+)
+STAGES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an engine's KV cache holds; `padding_layers` are stored for nobody."""
+
+    shape: str
+    mask: str
+    attention_layers: int
+    padding_layers: int
+    predicted_tokens: int
+    measured_tokens: int
+    predicted_sequences: int
+    measured_sequences: int
+    gain_predicted: float
+    gain_measured: float
+
+
+@dataclass(frozen=True)
+class StagedCapacity:
+    """The same for pipeline stages: layers and attention sublayers per stage; 0 tokens where vLLM cannot run."""
+
+    shape: str
+    mask: str
+    split: str
+    layers: tuple[int, ...]
+    attention: tuple[int, ...]
+    predicted_tokens: int
+    measured_tokens: int
+
+
+def capacities(cases: Sequence[Case], stages: Sequence[int], memory_bytes: int) -> Iterator[Capacity | StagedCapacity]:
+    """Measured in one process, one engine after the other; the full model of a shape first."""
+    with tempfile.TemporaryDirectory() as name, running("kv", Path(name), plugin=True, device="cpu") as process:
+        full: dict[str, int] = {}
+        for shape, label, mask in cases:
+            new = {} if shape.name in full else {"full": DropMask(shape.num_layers)}
+            for each_label, each in (new | {label: mask}).items():
+                load(process, Path(name), shape, each, memory_bytes)
+                (planned,) = process.ask("stages_kv_tokens", splits=[[shape.num_layers]], memory_bytes=GPU_BYTES)
+                gain = planned / full.setdefault(shape.name, planned)
+                yield capacity(shape, each_label, each, process, memory_bytes, gain)
+            if len(set(kv_kinds(shape.config))) == 1:
+                yield from staged(shape, label, mask, process, stages, memory_bytes)
+
+
+def load(process: Process, directory: Path, shape: Shape, mask: DropMask, memory_bytes: int) -> None:
+    """A narrow model with the shape's KV cache; its weights are made in memory and never used."""
+    heads = shape.config["num_key_value_heads"]
+    config = {**shape.config, **NARROW, "num_attention_heads": heads, "hidden_size": 16 * heads, "dtype": DTYPE}
+    (directory / "config.json").write_text(json.dumps(config | (mask.to_config() if mask else {})))
+    settings = Settings(DTYPE, "cpu", memory_bytes, max_step_tokens=MAX_MODEL_LEN, compiled=False)
+    process.load("vllm", settings.options("vllm", directory) | {"max_model_len": MAX_MODEL_LEN, "load_format": "dummy"})
+
+
+def whole_blocks(shape: Shape, layers: int, memory_bytes: int, block_tokens: int) -> int:
+    """Tokens that fit where each is stored in so many layers."""
+    block_bytes = layers * kv_bytes_per_layer_token(shape.config, DTYPE) * block_tokens
+    return memory_bytes // block_bytes * block_tokens
+
+
+def predict(shape: Shape, mask: DropMask, memory_bytes: int, block_tokens: int) -> tuple[int, int]:
+    """(tokens, sequences) of the longest kind that fit: blocks of a group's layers, some for each group.
+
+    vLLM counts one more block for a sequence in each group of sliding layers, whose window may begin within a block.
+    """
+    layout, kinds = kept_layout(shape.config, mask), kv_kinds(shape.config)
+    blocks = whole_blocks(shape, layout.group_size, memory_bytes, block_tokens) // block_tokens
+    sliding = sum(kinds[mask.kept_attention[group[0]]].startswith("sliding") for group in layout.groups)
+    blocks_per_sequence = len(layout.groups) * -(-MAX_MODEL_LEN // block_tokens) + sliding
+    return int(blocks / blocks_per_sequence * MAX_MODEL_LEN), blocks // blocks_per_sequence
+
+
+def capacity(shape: Shape, label: str, mask: DropMask, process: Process, memory_bytes: int, gain: float) -> Capacity:
+    """The loaded engine's, beside what config and mask say; `gain` is over the full model."""
+    layout, full = (kept_layout(shape.config, each) for each in (mask, DropMask(shape.num_layers)))
+    tokens, sequences = predict(shape, mask, memory_bytes, process.block_tokens)
+    return Capacity(
+        shape=shape.name,
+        mask=label,
+        attention_layers=layout.layers,
+        padding_layers=layout.padding_layers,
+        predicted_tokens=tokens,
+        measured_tokens=int(process.kv_tokens),
+        predicted_sequences=sequences,
+        measured_sequences=process.kv_sequences,
+        gain_predicted=full.stored_layers / layout.stored_layers,
+        gain_measured=gain,
+    )
+
+
+def staged(
+    shape: Shape, label: str, mask: DropMask, process: Process, stages: Sequence[int], memory_bytes: int
+) -> Iterator[StagedCapacity]:
+    """Equal stages, and those that the plugin chooses where the KV cache has memory of its own."""
+    for number in stages:
+        if shape.num_layers % number:
+            continue
+        for split, layers in {
+            "equal": [shape.num_layers // number] * number,
+            "by remaining attention": partition(mask, number, LayerCost(1, 2)),
+        }.items():
+            attention = stage_attention(mask, layers)
+            (measured,) = process.ask("stages_kv_tokens", splits=[layers], memory_bytes=memory_bytes)
+            predicted = min(
+                whole_blocks(shape, count, memory_bytes, process.block_tokens) if count else 0 for count in attention
+            )
+            yield StagedCapacity(shape.name, label, split, tuple(layers), tuple(attention), predicted, measured)
+
+
+def markdown(found: Sequence[Capacity | StagedCapacity], short: Mapping[str, Any], memory_bytes: int) -> str:
+    """Three tables."""
+    single = [each for each in found if isinstance(each, Capacity)]
+    several = [each for each in found if isinstance(each, StagedCapacity)]
+    parts = [
+        f"# Tokens and sequences of {MAX_MODEL_LEN} tokens in {memory_bytes / 2**30:g} GiB of KV cache, {DTYPE}\n",
+        rows(
+            ("model", "dropped", "attention layers", "padding", "tokens, predicted", "measured")
+            + ("sequences", "gain, predicted", "measured"),
+            (
+                (each.shape, each.mask, each.attention_layers, each.padding_layers)
+                + (f"{each.predicted_tokens:,}", f"{each.measured_tokens:,}")
+                + (f"{each.predicted_sequences}, {each.measured_sequences}",)
+                + (f"{each.gain_predicted:.3f}x", f"{each.gain_measured:.3f}x")
+                for each in single
+            ),
+        ),
+        "\n# Pipeline stages, as much memory on each\n",
+        rows(
+            ("model", "dropped", "split", "layers", "attention", "tokens, predicted", "measured"),
+            (
+                (
+                    each.shape,
+                    each.mask,
+                    each.split,
+                    *(", ".join(map(str, part)) for part in (each.layers, each.attention)),
+                )
+                + (
+                    f"{each.predicted_tokens:,}",
+                    f"{each.measured_tokens:,}" if each.measured_tokens else "does not run",
+                )
+                for each in several
+            ),
+        ),
+        "\n# Throughput with KV memory short\n",
+        rows(short["columns"], short["rows"]),
+    ]
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv-gib", type=float, default=1, help="KV cache of each engine, or of each pipeline stage")
+    parser.add_argument("--repeats", type=int, default=5, help="of the throughput measurement")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kv_capacity.json")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that everything works")
+    args = parser.parse_args(arguments)
+    cases, stages, memory_bytes = CASES, STAGES, int(args.kv_gib * 2**30)
+    if args.smoke:
+        cases, stages, memory_bytes = CASES[:1], STAGES[:1], 1 << 27
+    try:
+        found = []
+        for each in capacities(cases, stages, memory_bytes):
+            print(*asdict(each).values(), flush=True)
+            found.append(each)
+        short = throughput_when_short(repeats=args.repeats, smoke=args.smoke)
+    except InputError as error:
+        raise SystemExit(f"kv_capacity: error: {error}") from None
+    args.out.with_suffix(".md").write_text(markdown(found, short, memory_bytes))
+    exact = [each.predicted_tokens == each.measured_tokens for each in found]
+    result = {"benchmark": "kv_capacity", "all_exact": all(exact), "capacity": [asdict(each) for each in found]}
+    finish(result | {"kv_bytes": memory_bytes, "when_short": short}, args.out)
+
+
+if __name__ == "__main__":
+    main()

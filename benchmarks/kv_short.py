@@ -1,0 +1,67 @@
+"""More requests than fit: the same few bytes of KV cache for stock vLLM's full model and for half of its attention."""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import Settings
+from benchmarks.limit import measure_ceilings
+from benchmarks.lineup import NO_OP, TRANSFORMERS, Lineup
+from benchmarks.shapes import find
+from benchmarks.turns import Plan, measure
+from benchmarks.weights import write_random
+from benchmarks.workloads import Workload
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.accounting import kv_bytes_per_layer_token
+
+SEQUENCES_THAT_FIT = 4
+COLUMNS = ("contender", "KV tokens", "running at once", "preempted", "requests/s", "speedup ± spread", "limit", "ratio")
+
+
+def throughput_when_short(*, repeats: int, smoke: bool = False) -> dict[str, Any]:
+    """Four times as many requests as the full model's KV cache holds."""
+    shape = find("smoke" if smoke else "cpu-small")
+    workload = Workload("KV memory short", 4 * SEQUENCES_THAT_FIT, 128, 128)
+    if smoke:
+        workload, repeats = Workload("KV memory short", 4 * SEQUENCES_THAT_FIT, 16, 112), 1
+    token_bytes = shape.num_layers * kv_bytes_per_layer_token(shape.config, "float32")
+    settings = Settings(
+        dtype="float32",
+        device="cpu",
+        # vLLM keeps one block of 128 tokens for itself.
+        kv_bytes=token_bytes * (SEQUENCES_THAT_FIT * workload.tokens_per_sequence + 128),
+        max_step_tokens=2048,
+        compiled=False,
+    )
+    mask = shape.mask("attention", shape.num_layers // 2)
+    masks = {f"attention {len(mask.attention)}": mask}
+    plan = Plan(shape, settings, masks, repeats, (NO_OP, TRANSFORMERS))
+    plan.check_fits(workload)
+    plan = plan.with_work((workload,), measure_ceilings("float32", seconds=0.2 if smoke else 2))
+    with tempfile.TemporaryDirectory() as name:
+        lines = [*measure(plan, Lineup(shape, settings, write_random(Path(name) / "full", shape, "float32")))]
+    return {
+        "shape": shape.name,
+        "layers": DropMask(shape.num_layers).num_hidden_layers,
+        "workload": asdict(workload),
+        "kv_bytes": settings.kv_bytes,
+        "columns": COLUMNS,
+        "rows": [row(line) for line in lines],
+        "lines": lines,
+    }
+
+
+def row(line: dict[str, Any]) -> tuple[str, ...]:
+    """For the table."""
+    total = line["total"]
+    return (
+        line["contender"],
+        f"{line['kv_tokens']:,}",
+        str(line["running"]),
+        f"{line['preemptions']:g}",
+        f"{line['requests_per_s']:.2f}",
+        f"{total['verdict']} ± {total['spread']:.2f}",
+        f"{total['predicted_speedup']:.2f}x",
+        f"{total['ratio']:.2f}",
+    )

@@ -1,0 +1,170 @@
+"""Pictures of the results, each to be read without a caption.
+
+    python benchmarks/plots.py [--results benchmarks/results] [--out benchmarks/results]
+
+speedup.svg: decode speedup by sublayers dropped, with the limit as a band (within 5% of it). context.svg: decode
+tokens/s by context. fits.svg: sequences that fit into the KV cache. latency.svg: time per token by requests at once.
+Each is made from the result files that hold what it needs; what is missing is said.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.record import RESULTS
+from llmdrop_vllm import InputError
+
+# Okabe and Ito's colours, which colour-blind people tell apart; markers and line styles say the same again.
+STYLES: dict[str, dict[str, Any]] = {
+    "vLLM": {"color": "#555555", "marker": "s", "linestyle": "--"},
+    "llmdrop": {"color": "#0072B2", "marker": "o"},
+    "vLLM no-op": {"color": "#E69F00", "marker": "^", "linestyle": ":"},
+    "Transformers": {"color": "#D55E00", "marker": "D", "linestyle": "-."},
+}
+LIMIT = {"color": "#009E73", "alpha": 0.3}
+Lines = Sequence[Mapping[str, Any]]
+
+
+def speedup_by_dropped(result: Mapping[str, Any], axes: Axes) -> None:
+    """Speedup of the whole workload, attention sublayers only."""
+    kept = [each for each in result["lines"] if not each["mlp_dropped"] and each["variant"] in ("vLLM", "llmdrop")]
+    lines = sorted(kept, key=lambda each: each["attention_dropped"])
+    dropped = [each["attention_dropped"] for each in lines]
+    limit = [each["total"]["predicted_speedup"] for each in lines]
+    measured = [each["total"]["speedup"] for each in lines]
+    spread = [each["total"]["spread"] / 2 for each in lines]
+    axes.fill_between(dropped, [0.95 * each for each in limit], limit, label="limit, and 5% below", **LIMIT)
+    style = STYLES["llmdrop"]
+    axes.errorbar(dropped, measured, yerr=spread, capsize=3, label="llmdrop, median and quartiles", **style)
+    if published := [(each["attention_dropped"], s) for each in lines if (s := each.get("published_speedup"))]:
+        axes.plot(*zip(*published, strict=True), label="arXiv 2406.15786", **STYLES["Transformers"])
+    axes.axhline(1, **{**STYLES["vLLM"], "marker": ""}, label="vLLM, full model")
+    axes.set(xlabel=f"attention sublayers dropped, of {result['layers']}", ylabel="speedup, prefill and decode")
+    axes.set_title(f"{result['shape']}: {lines[0]['label']} tokens")
+
+
+def by_workload(
+    result: Mapping[str, Any],
+    axes: Axes,
+    x: Callable[[Mapping[str, Any]], float],
+    y: Callable[[Mapping[str, Any]], float],
+) -> None:
+    """A curve for each contender."""
+    for name in dict.fromkeys(each["contender"] for each in result["lines"]):
+        lines = sorted((each for each in result["lines"] if each["contender"] == name), key=x)
+        shade = 0.5 + 0.5 * lines[0]["attention_dropped"] / result["layers"]
+        style = STYLES[lines[0]["variant"]] | {"alpha": shade if lines[0]["variant"] == "llmdrop" else 1}
+        axes.plot([*map(x, lines)], [*map(y, lines)], label=name, **style)
+    axes.set_ylim(bottom=0)
+
+
+def decode_by_context(result: Mapping[str, Any], axes: Axes) -> None:
+    """Decode tokens per second where the context grows."""
+    by_workload(result, axes, lambda each: each["workload"]["prompt_tokens"], lambda each: each["decode_tokens_per_s"])
+    axes.set_xscale("log", base=2)
+    batch = result["lines"][0]["workload"]["batch"]
+    axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", title=f"{result['shape']}: {batch} requests at once")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def latency_by_load(result: Mapping[str, Any], axes: Axes) -> None:
+    """Median time per output token of the paper's requests."""
+    paper = {**result, "lines": [each for each in result["lines"] if each["workload"]["name"] == "paper"]}
+    by_workload(paper, axes, lambda each: each["workload"]["batch"], lambda each: 1e3 * each["tpot_s"]["median"])
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="requests at once", ylabel="time per output token, ms (median)", title=result["shape"])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
+    """Bars: measured capacity in tokens as a share of the full model's, with and without the mask."""
+    lines = [each for each in result["capacity"] if "padding_layers" in each and each["mask"] != "full"][::-1]
+    names = [f"{each['shape']}, {each['mask']}" for each in lines]
+    axes.barh(names, [each["gain_measured"] for each in lines], color=STYLES["llmdrop"]["color"])
+    for place, each in enumerate(lines):
+        padded = f", {each['padding_layers']} layers of padding" if each["padding_layers"] else ""
+        axes.text(each["gain_measured"] + 0.02, place, f"{each['gain_measured']:.2f}x{padded}", va="center")
+    axes.axvline(1, **{**STYLES["vLLM"], "marker": ""}, label="vLLM, full model")
+    axes.set_xlim(0, 1.35 * max(each["gain_measured"] for each in lines))
+    axes.set(xlabel="requests that fit into the same KV cache memory, full model = 1")
+
+
+PICTURES: tuple[
+    tuple[str, str, Callable[[Mapping[str, Any], Axes], None], Callable[[Mapping[str, Any]], bool]], ...
+] = (
+    ("speedup", "a run with --table paper", speedup_by_dropped, lambda r: _count(r, "attention_dropped") > 2),
+    ("context", "a run with --contexts", decode_by_context, lambda r: _name(r) == "context"),
+    ("latency", "a run over all workloads", latency_by_load, lambda r: _count(r, "workload", "batch") > 1),
+    ("fits", "kv_capacity.json", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
+)
+
+
+def _count(result: Mapping[str, Any], *keys: str) -> int:
+    """How many values a key has among the lines of a throughput result."""
+    if result.get("benchmark") != "throughput":
+        return 0
+    found = set()
+    for line in result["lines"]:
+        value: Any = line
+        for key in keys:
+            value = value[key]
+        found.add(value)
+    return len(found)
+
+
+def _name(result: Mapping[str, Any]) -> str | None:
+    return result["lines"][0]["workload"]["name"] if result.get("benchmark") == "throughput" else None
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
+    """A picture for each result that has what one needs, named after both."""
+    drawn = []
+    for picture, needed, paint, suits in PICTURES:
+        suitable = {name: result for name, result in results.items() if suits(result)}
+        if not suitable:
+            print(f"no {picture} picture: it needs {needed}")
+        for name, result in suitable.items():
+            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            paint(result, axes)
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+            figure.text(0.995, 0.005, result["machine"], ha="right", va="bottom", fontsize=6, color="#777777")
+            drawn.append(out / f"{name}-{picture}.svg")
+            figure.savefig(drawn[-1], metadata={"Date": None})
+            plt.close(figure)
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    try:
+        results = {path.stem: read(path) for path in sorted(args.results.glob("*.json"))}
+    except InputError as error:
+        raise SystemExit(f"plots: error: {error}") from None
+    print(json.dumps({"pictures": [str(path) for path in draw(results, args.out)]}))
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """A result file, whatever benchmark wrote it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}; expected the object that a benchmark wrote")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Contenders in turn: plan, predict, measure, one result line for each contender and workload."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks.contenders import Contender, Process, Settings
+from benchmarks.limit import Ceilings, Model, Prediction, predict
+from benchmarks.lineup import NO_OP, OURS, Lineup, contenders, free_bytes
+from benchmarks.measures import Comparison, Run, summary
+from benchmarks.shapes import Shape
+from benchmarks.workloads import Workload
+from llmdrop_vllm import DropMask, InputError
+from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first slow step."""
+
+    shape: Shape
+    settings: Settings
+    masks: dict[str, DropMask]
+    repeats: int
+    without: tuple[str, ...]
+    work: tuple[Workload, ...] = ()
+    ceilings: Ceilings = Ceilings(1, 1)
+
+    def with_work(self, work: tuple[Workload, ...], ceilings: Ceilings) -> "Plan":
+        """What to do, and what the machine can do."""
+        return replace(self, work=work, ceilings=ceilings)
+
+    def kv_tokens(self, mask: DropMask) -> int:
+        """Tokens that vLLM's KV cache holds, hybrid padding included."""
+        config = self.shape.config
+        per_layer = kv_bytes_per_layer_token(config, self.settings.dtype)
+        return self.settings.kv_bytes // (kept_layout(config, mask).stored_layers * per_layer)
+
+    def check_fits(self, workload: Workload) -> None:
+        """Raise InputError for requests longer than the full model's KV cache, or than the model can count."""
+        room = min(self.kv_tokens(DropMask(self.shape.num_layers)), self.shape.config["max_position_embeddings"])
+        if workload.tokens_per_sequence > room:
+            raise InputError(
+                f"a request of {workload.label} has {workload.tokens_per_sequence} tokens, and the full model holds "
+                f"{room}: use a smaller --scale or a larger --kv-gib"
+            )
+
+    def prediction(self, mask: DropMask, workload: Workload, *, limited: bool = True) -> Prediction:
+        """The limit for a mask; `limited` to the KV cache that vLLM is given."""
+        return predict(
+            Model.of(self.shape, mask, self.settings.dtype),
+            workload,
+            self.ceilings,
+            max_step_tokens=self.settings.max_step_tokens,
+            kv_tokens=self.kv_tokens(mask) if limited else math.inf,
+        )
+
+    def line(self) -> list[Contender]:
+        """Who takes part."""
+        return [each for each in contenders(self.shape, self.masks) if each.variant not in self.without]
+
+    def seconds(self) -> float:
+        """At least so long will all runs take, warm-up included."""
+        rounds = self.repeats + 1
+        return rounds * sum(self.prediction(each.mask, one).total_s for each in self.line() for one in self.work)
+
+
+def measure(plan: Plan, lineup: Lineup) -> Iterator[dict[str, Any]]:
+    """A line for each contender and workload, as soon as it is there."""
+    line = plan.line()
+    available = free_bytes(plan.settings.device)
+    sittings = lineup.sittings(line, available)
+    lineup.make_references(dict.fromkeys(each.mask for each in line), line, available)
+    for sitting in sittings:
+        with lineup.seated(sitting) as processes:
+            for workload in plan.work:
+                yield from lines(plan, lineup, workload, processes)
+
+
+def lines(
+    plan: Plan, lineup: Lineup, workload: Workload, processes: dict[Contender, Process]
+) -> Iterator[dict[str, Any]]:
+    """One workload, by everyone in turn."""
+    runs = interleaved(plan, workload, processes)
+    baseline, *_ = processes
+    for contender, process in processes.items():
+        found = {
+            "workload": asdict(workload),
+            "label": workload.label,
+            "contender": contender.name,
+            "variant": contender.variant,
+            "attention_dropped": len(contender.mask.attention),
+            "mlp_dropped": len(contender.mask.mlp),
+            **summary(runs[contender], workload),
+            **speedups(plan, workload, contender, runs[baseline], runs[contender]),
+            "kv_tokens": None if process.kv_tokens == math.inf else process.kv_tokens,
+            "peak_bytes": process.peak_bytes,
+            "load_s": process.load_s,
+            "max_logprob_difference": lineup.differences.get(contender.name),
+        }
+        yield found
+
+
+def interleaved(plan: Plan, workload: Workload, processes: dict[Contender, Process]) -> dict[Contender, list[Run]]:
+    """Rounds in which each has a turn, in an order that changes; the first round warms up and does not count."""
+    runs = defaultdict(list)
+    order = [*processes]
+    for turn in range(plan.repeats + 1):
+        prompts = workload.prompts(plan.shape.config["vocab_size"], seed=turn)
+        for contender in order if turn % 2 else order[::-1]:
+            reply = processes[contender].ask("run", prompts=prompts, tokens=workload.output_tokens)
+            if turn:
+                runs[contender].append(Run.of(reply, workload))
+    return runs
+
+
+def speedups(
+    plan: Plan, workload: Workload, contender: Contender, baseline: Sequence[Run], runs: Sequence[Run]
+) -> dict[str, Any]:
+    """Predicted and measured speedup over the baseline, and their ratio: of everything, of prefill and of decode."""
+    limited = contender.engine == "vllm"
+    limit = plan.prediction(contender.mask, workload, limited=limited)
+    of_full = plan.prediction(DropMask(plan.shape.num_layers), workload)
+    found: dict[str, Any] = {"limit_s": limit.total_s}
+    for part in ("total", "prefill", "decode"):
+        predicted = getattr(of_full, f"{part}_s") / getattr(limit, f"{part}_s")
+        before, after = ([getattr(run, f"{part}_s") for run in each] for each in (baseline, runs))
+        comparison = Comparison.of(before, after)
+        found[part] = {
+            "predicted_speedup": predicted,
+            "speedup": comparison.speedup,
+            "spread": comparison.spread,
+            "differs": comparison.differs,
+            "verdict": comparison.verdict,
+            "ratio": comparison.speedup / predicted,
+        }
+    found["limit_share"] = limit.total_s / statistics.median(run.total_s for run in runs)
+    return found
+
+
+def against_rivals(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How much faster the plugin is than others with the same mask, at worst."""
+    ours = {(line["label"], line["contender"].partition(", ")[2]): line for line in found if line["variant"] == OURS}
+    worst: dict[str, float] = {}
+    for line in found:
+        mine = ours.get((line["label"], line["contender"].partition(", ")[2]))
+        if mine is None or line["variant"] == OURS:
+            continue
+        key = line["variant"] if line["variant"] == NO_OP else f"{line['variant']}, batch {line['workload']['batch']}"
+        worst[key] = min(worst.get(key, math.inf), line["total_s"] / mine["total_s"])
+    return worst

@@ -1,0 +1,78 @@
+"""Every script in seconds: structure, not speed."""
+
+import json
+
+import pytest
+
+from benchmarks import kv_capacity, plots, throughput
+from benchmarks.lineup import NO_OP, OURS, STOCK, TRANSFORMERS
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Where both benchmarks have written what they found."""
+    directory = tmp_path_factory.mktemp("results")
+    throughput.main(["--smoke", "--out", str(directory / "throughput.json")])
+    kv_capacity.main(["--smoke", "--out", str(directory / "kv_capacity.json")])
+    return directory
+
+
+def test_throughput_measures_four_contenders_that_agree(results):
+    result = json.loads((results / "throughput.json").read_bytes())
+    assert result["skipped"] == {}
+    assert [line["variant"] for line in result["lines"]] == [STOCK, OURS, NO_OP, TRANSFORMERS]
+    assert all(line["max_logprob_difference"] < 1e-4 for line in result["lines"])
+    full, ours, no_op, theirs = result["lines"]
+    assert ours["kv_tokens"] == no_op["kv_tokens"] == 2 * full["kv_tokens"]
+    assert theirs["kv_tokens"] is None
+    for line in result["lines"]:
+        for part in ("total", "prefill", "decode"):
+            assert line[part]["ratio"] == pytest.approx(line[part]["speedup"] / line[part]["predicted_speedup"])
+    assert {"command", "versions", "machine", "ceilings", "worst_speedup_over"} <= result.keys()
+
+
+def test_json_lines_have_provenance_and_the_table_a_row_for_each(results):
+    lines = [json.loads(line) for line in (results / "throughput.jsonl").read_text().splitlines()]
+    assert [line["shape"] for line in lines] == ["smoke"] * 4
+    assert all({"command", "versions", "machine"} <= line.keys() for line in lines)
+    table = (results / "throughput.md").read_text()
+    assert all(f"| {line['label']} | {line['contender']} |" in table for line in lines)
+
+
+def test_kv_capacity_is_as_predicted_and_requests_wait_where_it_is_short(results):
+    result = json.loads((results / "kv_capacity.json").read_bytes())
+    assert result["all_exact"]
+    full, half = (each for each in result["capacity"] if "gain_measured" in each)
+    assert half["gain_measured"] == pytest.approx(2, rel=1e-3)
+    stock, ours = result["when_short"]["lines"]
+    assert stock["running"] == 4
+    assert ours["running"] > 4
+    assert (results / "kv_capacity.md").read_text().count("| cpu-small |") == len(result["capacity"])
+
+
+def test_pictures_are_drawn_from_whatever_is_there(results, capsys):
+    plots.main(["--results", str(results), "--out", str(results)])
+    assert "no speedup picture: it needs a run with --table paper" in capsys.readouterr().out
+    assert b"<svg" in (results / "kv_capacity-fits.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shape llama-9", "unknown shape 'llama-9'"),
+        ("--attention 8", "attention 8 does not fit cpu-small: expected 1 to 7 of 8"),
+        ("--workloads nap", "unknown workload 'nap'"),
+        ("--scale 1", "a request of long-context, 4 x .* has 16640 tokens, and the full model holds 4369"),
+        ("--repeats 0", "--repeats 0: expected 1 or more"),
+        ("--attention two", "--attention two: expected whole numbers"),
+        ("--mask nowhere.json", "nowhere.json cannot be read"),
+        ("--layers 4 --mask {mask}", "is for 8 layers; cpu-small has 4"),
+    ],
+)
+def test_bad_input_ends_with_one_line_before_anything_slow(options, message, tmp_path):
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps({"num_hidden_layers": 8, "attention": [3], "method": "by hand"}))
+    with pytest.raises(SystemExit, match=f"throughput: error: .*{message}"):
+        throughput.main(["--device", "cpu", *options.format(mask=mask).split()])
