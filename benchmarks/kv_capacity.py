@@ -130,7 +130,10 @@ def predict(shape: Shape, mask: DropMask, memory_bytes: int, block_tokens: int) 
 
 def capacity(shape: Shape, label: str, mask: DropMask, process: Process, memory_bytes: int, gain: float) -> Capacity:
     """The loaded engine's, beside what config and mask say; `gain` is over the full model."""
-    layout, full = (kept_layout(shape.config, each) for each in (mask, DropMask(shape.num_layers)))
+    layout = kept_layout(shape.config, mask)
+    of_gpu, of_full = (
+        predict(shape, each, GPU_BYTES, process.block_tokens)[0] for each in (mask, DropMask(shape.num_layers))
+    )
     tokens, sequences = predict(shape, mask, memory_bytes, process.block_tokens)
     return Capacity(
         shape=shape.name,
@@ -141,7 +144,7 @@ def capacity(shape: Shape, label: str, mask: DropMask, process: Process, memory_
         measured_tokens=int(process.kv_tokens),
         predicted_sequences=sequences,
         measured_sequences=process.kv_sequences,
-        gain_predicted=full.stored_layers / layout.stored_layers,
+        gain_predicted=of_gpu / of_full,
         gain_measured=gain,
     )
 

@@ -26,7 +26,7 @@ from benchmarks.limit import measure_ceilings
 from benchmarks.lineup import Lineup
 from benchmarks.record import RESULTS, finish, provenance
 from benchmarks.shapes import Shape, find
-from benchmarks.table import markdown
+from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
@@ -139,6 +139,11 @@ def write(out: Path, plan: Plan, lineup: Lineup, found: Sequence[dict[str, Any]]
             "repeats": plan.repeats,
             "skipped": lineup.skipped,
             "worst_ratio_to_limit": min(line["total"]["ratio"] for line in found),
+            "to_explain": [
+                f"{line['label']}: {line['contender']}, ratio {line['total']['ratio']:.2f}"
+                for line in found
+                if not EXPECTED_RATIO[0] <= line["total"]["ratio"] <= EXPECTED_RATIO[1]
+            ],
             "worst_speedup_over": against_rivals(found),
             "lines": found,
         },
