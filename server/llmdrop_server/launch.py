@@ -19,6 +19,9 @@ from llmdrop_vllm.errors import InputError
 PLUGIN = "llmdrop"
 # Streams in flight are finished when the server is told to end, and the queue has an end.
 DEFAULTS = {"--shutdown-timeout": "30", "--max-num-queued-reqs": "1024"}
+# After vLLM's 5 s, a connection whose next request has come may be closed under it when the machine was busy meanwhile:
+# the soak saw it. Proxies keep idle connections for a minute, and must not outlast the server's.
+KEEP_ALIVE_S = 75
 SSL_FILES = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
 DESCRIPTION = """Serve MODEL with vLLM's OpenAI-compatible server, a page at / and the mask at /v1/drop.
 Everything that `vllm serve` takes is passed on; `vllm serve --help=all` lists it."""
@@ -110,6 +113,7 @@ def _set_environment(ours: argparse.Namespace) -> None:
     os.environ[LIMITS_ENVIRONMENT] = text
     if ours.scores is not None:
         os.environ[SCORES_ENVIRONMENT] = str(ours.scores.absolute())
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
 
 

@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import vllm.envs
 import vllm.exceptions
 from prometheus_client import REGISTRY
 from vllm.config import CacheConfig
@@ -109,3 +110,8 @@ def test_the_server_has_the_options_that_are_looked_at_first(name):
 
 def test_the_command_line_is_read_from_sys_argv():
     assert "parser.parse_args()" in inspect.getsource(vllm_main)
+
+
+def test_idle_connections_are_kept_as_long_as_the_environment_says():
+    assert "VLLM_HTTP_TIMEOUT_KEEP_ALIVE" in vllm.envs.environment_variables
+    assert "timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE" in inspect.getsource(entry.build_and_serve)

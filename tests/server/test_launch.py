@@ -180,7 +180,7 @@ def test_a_bound_that_does_not_exist_or_is_no_number(refused, limit, words):
 
 
 def test_what_the_plugin_must_know_is_in_the_environment(monkeypatch, scores):
-    for name in (LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT, "VLLM_PLUGINS"):
+    for name in (LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_PLUGINS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("llmdrop_server.launch._run_vllm", lambda words: 0)
@@ -190,6 +190,7 @@ def test_what_the_plugin_must_know_is_in_the_environment(monkeypatch, scores):
     assert json.loads(os.environ[LIMITS_ENVIRONMENT]) == {"n": 4, "body_seconds": 2.5}
     assert os.environ[SCORES_ENVIRONMENT] == str(scores)
     assert "llmdrop" in os.environ["VLLM_PLUGINS"].split(",")
+    assert os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "75"
 
 
 def test_a_mistake_is_told_without_importing_vllm_or_torch():
