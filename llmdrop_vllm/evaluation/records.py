@@ -1,0 +1,230 @@
+"""What is measured of a mask, as it stands in the files of `llmdrop evaluate` and `llmdrop sweep`."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean, median
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, Provenance, Record, Scores, sha256
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.mask import DropMask
+
+TaskKind = Literal["multiple choice", "generation", "other"]
+
+
+class Estimate(Record):
+    """A mean with its standard error."""
+
+    value: float
+    stderr: float | None = None
+
+    @classmethod
+    def of(cls, values: "list[float]") -> Self:
+        """Of independent values; one alone has no standard error."""
+        mean = fmean(values)
+        spread = (
+            math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+        )
+        return cls(value=mean, stderr=None if spread is None else spread / math.sqrt(len(values)))
+
+
+class Perplexity(Record):
+    """exp of the mean negative log-likelihood per token, over windows of `context` tokens of held-out text.
+
+    `stderr` is of the perplexity: perplexity x the standard error of the mean over windows (delta method). `tokens`
+    counts those predicted: all of a window but its first.
+    """
+
+    value: float
+    stderr: float | None
+    tokens: int
+    context: int
+    data: DataIdentity
+
+    @classmethod
+    def of(cls, nll: list[float], context: int, data: DataIdentity) -> Self:
+        """From the mean negative log-likelihood of each window, in nats per token."""
+        mean = Estimate.of(nll)
+        value = math.exp(mean.value)
+        stderr = None if mean.stderr is None else value * mean.stderr
+        return cls(value=value, stderr=stderr, tokens=len(nll) * (context - 1), context=context, data=data)
+
+
+class Divergence(Record):
+    """Next-token distributions against the full model's on the same `tokens` positions.
+
+    `kl` is KL(full || masked) in nats per token; `agreement` the share of positions with the same most likely token.
+    Standard errors are over windows.
+    """
+
+    kl: Estimate
+    agreement: Estimate
+    tokens: int
+
+
+class TaskScore(Record):
+    """One metric of one lm-eval task, between 0 and 1. `chance` is what guessing would get, where that is known."""
+
+    task: str
+    metric: str
+    kind: TaskKind
+    value: float
+    stderr: float | None = None
+    chance: float | None = None
+    samples: int
+
+
+class Speed(Record):
+    """Tokens per second of one engine, one value per round, each round with prompts of its own.
+
+    `full_before` counts which measurement of the full model came last: the one after it is the other to compare with.
+    """
+
+    prefill_tokens_per_s: tuple[float, ...]
+    decode_tokens_per_s: tuple[float, ...]
+    full_before: int = 0
+
+
+class Quality(Record):
+    """What is left of a model's quality under a mask."""
+
+    mask: MaskRecord
+    perplexity: Perplexity
+    divergence: Divergence | None = None
+    tasks: tuple[TaskScore, ...] = ()
+
+    def task_average(self, kind: TaskKind | None = None) -> float | None:
+        """Mean score over tasks, of one kind or all; None without any."""
+        found = [task.value for task in self.tasks if kind in (None, task.kind)]
+        return fmean(found) if found else None
+
+
+class Evaluation(Record):
+    """What `llmdrop evaluate` writes. `skipped`: task to why it was not run."""
+
+    kind: Literal["llmdrop-evaluation"] = "llmdrop-evaluation"
+    quality: Quality
+    skipped: Mapping[str, str] = Field(default_factory=dict)
+    provenance: Provenance
+
+
+class Point(Record):
+    """One mask of a sweep. `kv_share` is its KV cache, as vLLM stores it, over the full model's."""
+
+    quality: Quality
+    speed: Speed | None
+    kv_share: float
+    parameters: int
+
+
+class Series(Record):
+    """Masks that drop more and more in one order. `counts[k]` sublayers (or blocks) are gone in the mask `masks[k]`."""
+
+    name: str
+    what: Literal["attention", "mlp", "blocks", "joint"]
+    order: str
+    counts: tuple[int, ...]
+    masks: tuple[str, ...]
+
+
+class SpeedWorkload(Record):
+    """What speed was measured with: `requests` at once, each with so many prompt and output tokens."""
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class SweepRequest(Record):
+    """What a sweep was asked to measure; a sweep goes on only where all of it is the same."""
+
+    fingerprint: str
+    scores_sha256: str
+    data: DataIdentity
+    context: int
+    divergence_tokens: int
+    tasks: tuple[str, ...]
+    limit: int | None
+    workload: SpeedWorkload | None
+    dtype: str
+
+
+class Sweep(Record):
+    """What `llmdrop sweep` writes, anew after each point. `points` are by mask id, `base` is the id of the full model: of
+    the mask that it came with, where it had one. A mask that several series reach, in whatever order, is one point.
+    """
+
+    kind: Literal["llmdrop-sweep"] = "llmdrop-sweep"
+    request: SweepRequest
+    base: str
+    series: tuple[Series, ...]
+    points: Mapping[str, Point] = Field(default_factory=dict)
+    full_speeds: tuple[Speed, ...] = ()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Self:
+        for name, point in self.points.items():
+            if mask_id(point.quality.mask.mask) != name:
+                raise ValueError(f"points.{name} is of another mask")
+        return self
+
+    @property
+    def full(self) -> Point:
+        """The model as it came. Raises DataError where the sweep did not get so far."""
+        if self.base not in self.points:
+            raise DataError("the sweep has no point yet, not even the full model; run `llmdrop sweep` again")
+        return self.points[self.base]
+
+    def of(self, series: Series) -> list[tuple[int, Point]]:
+        """(number dropped, point) of what is measured, the full model first as number 0."""
+        found = [
+            (n, self.points[mask]) for n, mask in zip(series.counts, series.masks, strict=True) if mask in self.points
+        ]
+        return [(0, self.full), *found]
+
+    def speedup(self, point: Point) -> float | None:
+        """Time of the full model over the point's, for the workload's prefill and decode together; None if unmeasured.
+
+        The full model was measured before and after; the mean of both cancels a machine that drifts.
+        """
+        workload, speed = self.request.workload, point.speed
+        if workload is None or speed is None or not self.full_speeds:
+            return None
+        around = self.full_speeds[speed.full_before : speed.full_before + 2]
+        return fmean(seconds(workload, each) for each in around) / seconds(workload, speed)
+
+    def speedup_spread(self, point: Point) -> tuple[float, float] | None:
+        """Smallest and largest speedup over rounds, each against the mean of the full model's."""
+        workload, speed = self.request.workload, point.speed
+        if workload is None or speed is None or not self.full_speeds:
+            return None
+        full = fmean(seconds(workload, each) for each in self.full_speeds[speed.full_before : speed.full_before + 2])
+        found = [full / each for each in rounds(workload, speed)]
+        return min(found), max(found)
+
+
+def mask_id(mask: DropMask) -> str:
+    """The same for masks that drop the same, in whatever order."""
+    if not mask:
+        return "full"
+    return sha256([mask.num_hidden_layers, *(sorted(layers) for layers in mask.dropped)])[:12]
+
+
+def rounds(workload: SpeedWorkload, speed: Speed) -> list[float]:
+    """Seconds that the workload takes by each round's speeds: prefill, then decode."""
+    prefill, decode = workload.requests * workload.prompt_tokens, workload.requests * (workload.output_tokens - 1)
+    pairs = zip(speed.prefill_tokens_per_s, speed.decode_tokens_per_s, strict=True)
+    return [prefill / fast + decode / slow for fast, slow in pairs]
+
+
+def seconds(workload: SpeedWorkload, speed: Speed) -> float:
+    """Median over rounds."""
+    return median(rounds(workload, speed))
+
+
+def scores_id(scores: Scores) -> str:
+    """Which scores a sweep followed: by what was measured, not by when."""
+    return sha256([scores.similarity.model_dump(), scores.provenance.model.fingerprint])[:16]
