@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, family_of, no_row
+from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of, no_row
+from llmdrop_vllm.family import Family
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors

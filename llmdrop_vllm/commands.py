@@ -36,9 +36,9 @@ SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
 
 def score(args: Namespace) -> None:
     """`llmdrop score`."""
-    _check_new(args.out, args.overwrite)
+    check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
-    scores = _score(checkpoint, _calibration(checkpoint, args), args, args.out)
+    scores = run_scoring(checkpoint, _calibration(checkpoint, args), args, args.out)
     write_record(scores, args.out)
     show_scores(scores)
     print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
@@ -46,7 +46,7 @@ def score(args: Namespace) -> None:
 
 def select(args: Namespace) -> None:
     """`llmdrop select`."""
-    _check_new(args.out, args.overwrite)
+    check_new(args.out, args.overwrite)
     scores = read_record(Scores, args.scores)
     chosen = _select(scores, args)
     write_record(_chosen_file(chosen, scores), args.out)
@@ -57,16 +57,8 @@ def select(args: Namespace) -> None:
 def apply(args: Namespace) -> None:
     """`llmdrop apply`."""
     check_free(args.out, overwrite=args.overwrite)
-    checkpoint, file = Checkpoint.open(args.model), None
-    if args.mask is not None:
-        if args.attention or args.mlp:
-            raise InputError("--mask and --attention/--mlp exclude each other")
-        file = read_record(MaskFile, args.mask)
-        if not args.other_model:
-            _check_same_model(file, checkpoint, args.mask)
-    elif args.attention or args.mlp:
-        mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
-        file = _mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    checkpoint = Checkpoint.open(args.model)
+    file = given_mask(args, checkpoint)
     plan = _plan(args, checkpoint, None if file is None else file.mask)
     _write(plan, args, {} if file is None else {MASK_FILE: file})
 
@@ -81,7 +73,7 @@ def drop(args: Namespace) -> None:
     kept = _beside(args.out, "scores.json")
     scores = _kept_scores(kept, checkpoint, calibration, args.dtype)
     if scores is None:
-        scores = _score(checkpoint, calibration, args, args.out)
+        scores = run_scoring(checkpoint, calibration, args, args.out)
         write_record(scores, kept)
     chosen = _select(scores, args, checkpoint, calibration)
     show_selection(chosen)
@@ -107,13 +99,29 @@ def inspect(args: Namespace) -> None:
         show_inspection(found)
 
 
+def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
+    """The mask that the arguments name or list; None where they say nothing, and the model's own stands."""
+    if args.mask is not None:
+        if args.attention or args.mlp:
+            raise InputError("--mask and --attention/--mlp exclude each other")
+        file = read_record(MaskFile, args.mask)
+        if not args.other_model:
+            _check_same_model(file, checkpoint, args.mask)
+        return file
+    if not (args.attention or args.mlp):
+        return None
+    mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
+    return _mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+
+
 def _calibration(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     return load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
 
 
-def _score(
+def run_scoring(
     checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
 ) -> Scores:
+    """Score with the arguments' device and dtype, hidden states beside `out`."""
     from llmdrop_vllm.surgery.scoring import score as score_checkpoint
 
     return score_checkpoint(
@@ -191,7 +199,7 @@ def _select(
         passes.append(_beside(args.out, f"pass-{len(passes)}.json"))
         again = _kept_scores(passes[-1], checkpoint, calibration, args.dtype, mask)
         if again is None:
-            again = _score(checkpoint, calibration, args, args.out, mask)
+            again = run_scoring(checkpoint, calibration, args, args.out, mask)
             write_record(again, passes[-1])
         return again
 
@@ -239,7 +247,8 @@ def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> Non
         )
 
 
-def _check_new(path: Path, overwrite: bool) -> None:
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raise OutputError for a file that cannot be written, or that is there and was not meant to be replaced."""
     if path.exists() and (path.is_dir() or not overwrite):
         hint = "choose another name" if path.is_dir() else "choose another name, or replace it with --overwrite"
         raise OutputError(f"{path} exists; {hint}")

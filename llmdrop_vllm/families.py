@@ -4,114 +4,9 @@ The names are mostly the same in vLLM, in Transformers and in the checkpoint's t
 Supporting a new architecture is one more row, or one more name in a row.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from llmdrop_vllm.mask import DropMask
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """Attribute names inside the decoder layer: `x + post_norm(module(pre_norm(x)))`.
-
-    `pre_norm` is None where the sublayer has none, or where it is shared with the other sublayer: then it stays.
-    `output` is the module's last projection, a regular expression where kinds of layers differ: with its weights zeroed
-    the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer: what they return is
-    added to what it returns, or is its input. `optional` are names that not every layer or config has.
-
-    `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
-    `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.
-    `transformers_adds_residual` is for modules that, in Transformers, get the residual stream as their second argument
-    and return it with their output added.
-    """
-
-    module: str
-    pre_norm: str | None
-    output: str
-    post_norm: str | None = None
-    also: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    in_vllm: str | None = None
-    in_transformers: str | None = None
-    vllm_tuple: int = 0
-    transformers_tuple: int = 0
-    transformers_adds_residual: bool = False
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """The norms that go when the sublayer is dropped."""
-        return tuple(name for name in (self.pre_norm, self.post_norm) if name is not None)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Everything that goes when the sublayer is dropped, as the checkpoint names it."""
-        return self.module, *self.also, *self.norms
-
-    @property
-    def vllm_module(self) -> str:
-        """The module's name in vLLM's decoder layer."""
-        return self.in_vllm or self.module
-
-    @property
-    def transformers_module(self) -> str:
-        """The module's name in Transformers' decoder layer."""
-        return self.in_transformers or self.module
-
-
-def _attention(
-    module: str = "self_attn", pre_norm: str | None = "input_layernorm", output: str = "o_proj", **names: Any
-) -> Sublayer:
-    return Sublayer(module, pre_norm, output, transformers_tuple=2, **names)
-
-
-ATTENTION = _attention()
-MLP = Sublayer("mlp", "post_attention_layernorm", "down_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One decoder-layer layout and the architectures that share it.
-
-    `when` is for architectures with several layouts: the values that config entries must have for this one, None
-    standing for a config that does not say.
-
-    `parallel` layers give attention and MLP the same input: `x + attention(norm(x)) + mlp(norm(x))`. `scales_outputs`
-    is for layers that, in vLLM, multiply what a sublayer returned before the next norm adds it to the residual stream,
-    `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
-    attention: Sublayer = ATTENTION
-    mlp: Sublayer = MLP
-    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
-    parallel: bool = False
-    scales_outputs: bool = False
-    transformers_layer_tuple: bool = False
-
-    def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
-        """Each sublayer with the layers that go without it."""
-        yield self.attention, mask.attention
-        yield self.mlp, mask.mlp
-
-    def fits(self, config: object) -> bool:
-        """Whether layers built from this config.json dict or config object have the layout."""
-        return all(_entry(config, key) in values for key, values in self.when.items())
-
-    def describe_when(self) -> str:
-        """For people: `parallel_attn true or unset`; empty where every config fits."""
-        return ", ".join(
-            f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
-            for key, values in self.when.items()
-        )
-
-
-def _entry(config: object, key: str) -> Any:
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-
+from llmdrop_vllm.family import Family, Sublayer, attention
 
 PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
 
@@ -136,13 +31,13 @@ FAMILIES = (
     Family(
         "apertus",
         ("ApertusForCausalLM",),
-        _attention(pre_norm="attention_layernorm"),
+        attention(pre_norm="attention_layernorm"),
         Sublayer("mlp", "feedforward_layernorm", "down_proj"),
     ),
     Family(
         "internlm2",
         ("InternLM2ForCausalLM",),
-        _attention("attention", "attention_norm", "wo"),
+        attention("attention", "attention_norm", "wo"),
         Sublayer("feed_forward", "ffn_norm", "w2"),
     ),
     Family(
@@ -174,7 +69,7 @@ FAMILIES = (
     Family(
         "pangu_sandwich",
         PANGU,
-        _attention(post_norm="post_attention_layernorm"),
+        attention(post_norm="post_attention_layernorm"),
         Sublayer("mlp", "pre_mlp_layernorm", "down_proj", "post_mlp_layernorm"),
         when={"sandwich_norm": (True,)},
         scales_outputs=True,
@@ -192,7 +87,7 @@ FAMILIES = (
     Family(
         "bailing_moe",
         ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM"),
-        _attention("attention", output="dense"),
+        attention("attention", output="dense"),
     ),
     # The router and all experts of a mixture, which Transformers calls `mlp`.
     Family(
@@ -231,66 +126,66 @@ FAMILIES = (
     Family(
         "gpt_oss",
         ("GptOssForCausalLM",),
-        _attention(in_vllm="attn"),
+        attention(in_vllm="attn"),
         Sublayer("mlp", "post_attention_layernorm", "down_proj", transformers_tuple=2),
     ),
     # A norm on either side of each sublayer.
     Family(
         "gemma2",
         ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Rnj1ForCausalLM"),
-        _attention(post_norm="post_attention_layernorm"),
+        attention(post_norm="post_attention_layernorm"),
         Sublayer("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
     ),
     Family(
         "glm4",
         ("Glm4ForCausalLM",),
-        _attention(post_norm="post_self_attn_layernorm"),
+        attention(post_norm="post_self_attn_layernorm"),
         Sublayer("mlp", "post_attention_layernorm", "down_proj", "post_mlp_layernorm"),
     ),
     Family(
         "afmoe",
         ("AfmoeForCausalLM",),
-        _attention(post_norm="post_attention_layernorm"),
+        attention(post_norm="post_attention_layernorm"),
         Sublayer("mlp", "pre_mlp_layernorm", "down_proj", "post_mlp_layernorm"),
     ),
     Family(
         "hyperclovax",
         ("HyperCLOVAXForCausalLM",),
-        _attention(post_norm="post_norm1", optional=("post_norm1",)),
+        attention(post_norm="post_norm1", optional=("post_norm1",)),
         Sublayer("mlp", "post_attention_layernorm", "down_proj", "post_norm2", optional=("post_norm2",)),
     ),
     Family(
         "plamo3",
         ("Plamo3ForCausalLM",),
-        _attention("mixer", "pre_mixer_norm", post_norm="post_mixer_norm"),
+        attention("mixer", "pre_mixer_norm", post_norm="post_mixer_norm"),
         Sublayer("mlp", "pre_mlp_norm", "down_proj", "post_mlp_norm"),
     ),
     # A norm after each sublayer only.
     Family(
         "olmo2",
         ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "FlexOlmoForCausalLM", "Exaone4ForCausalLM"),
-        _attention(pre_norm=None, post_norm="post_attention_layernorm"),
+        attention(pre_norm=None, post_norm="post_attention_layernorm"),
         Sublayer("mlp", None, "down_proj", "post_feedforward_layernorm"),
     ),
     # Attention and MLP side by side, behind one norm or two.
     Family(
         "cohere",
         ("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
-        _attention(pre_norm=None),
+        attention(pre_norm=None),
         Sublayer("mlp", None, "down_proj"),
         parallel=True,
     ),
     Family(
         "phi",
         ("PhiForCausalLM",),
-        _attention(pre_norm=None, output="dense"),
+        attention(pre_norm=None, output="dense"),
         Sublayer("mlp", None, "fc2"),
         parallel=True,
     ),
     Family(
         "gptj",
         ("GPTJForCausalLM",),
-        _attention("attn", None, "out_proj"),
+        attention("attn", None, "out_proj"),
         Sublayer("mlp", None, "fc_out"),
         parallel=True,
         transformers_layer_tuple=True,
@@ -298,7 +193,7 @@ FAMILIES = (
     Family(
         "gpt_neox",
         ("GPTNeoXForCausalLM",),
-        _attention("attention", output="dense"),
+        attention("attention", output="dense"),
         Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h"),
         when={"use_parallel_residual": (True, None)},
         parallel=True,
@@ -306,7 +201,7 @@ FAMILIES = (
     Family(
         "gpt_neox_sequential",
         ("GPTNeoXForCausalLM",),
-        _attention("attention", output="dense"),
+        attention("attention", output="dense"),
         Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h"),
         when={"use_parallel_residual": (False,)},
     ),
@@ -314,7 +209,7 @@ FAMILIES = (
     Family(
         "falcon_two_norms",
         ("FalconForCausalLM",),
-        _attention("self_attention", "ln_attn", "dense", vllm_tuple=2),
+        attention("self_attention", "ln_attn", "dense", vllm_tuple=2),
         Sublayer("mlp", "ln_mlp", "dense_4h_to_h", vllm_tuple=2),
         when={
             "parallel_attn": (True, None),
@@ -327,7 +222,7 @@ FAMILIES = (
     Family(
         "falcon",
         ("FalconForCausalLM",),
-        _attention("self_attention", None, "dense", vllm_tuple=2),
+        attention("self_attention", None, "dense", vllm_tuple=2),
         Sublayer("mlp", None, "dense_4h_to_h", vllm_tuple=2),
         when={"parallel_attn": (True, None), "num_ln_in_parallel_attn": (1, None)},
         parallel=True,
@@ -336,7 +231,7 @@ FAMILIES = (
     Family(
         "falcon_sequential",
         ("FalconForCausalLM",),
-        _attention("self_attention", output="dense", vllm_tuple=2),
+        attention("self_attention", output="dense", vllm_tuple=2),
         Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h", vllm_tuple=2),
         when={
             "parallel_attn": (False,),
@@ -348,7 +243,7 @@ FAMILIES = (
     Family(
         "bloom",
         ("BloomForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
-        _attention("self_attention", output="dense", transformers_adds_residual=True),
+        attention("self_attention", output="dense", transformers_adds_residual=True),
         Sublayer("mlp", "post_attention_layernorm", "dense_4h_to_h", transformers_adds_residual=True),
         when={"apply_residual_connection_post_layernorm": (False, None)},
         transformers_layer_tuple=True,
@@ -357,7 +252,7 @@ FAMILIES = (
     Family(
         "opt",
         ("OPTForCausalLM",),
-        _attention(pre_norm="self_attn_layer_norm", output="out_proj"),
+        attention(pre_norm="self_attn_layer_norm", output="out_proj"),
         Sublayer("fc2", "final_layer_norm", "weight|bias", also=("fc1",), vllm_tuple=2),
         when={"do_layer_norm_before": (True, None)},
     ),
@@ -365,13 +260,13 @@ FAMILIES = (
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPTBigCodeForCausalLM"),
-        _attention("attn", "ln_1", "c_proj"),
+        attention("attn", "ln_1", "c_proj"),
         Sublayer("mlp", "ln_2", "c_proj"),
     ),
     Family(
         "exaone",
         ("ExaoneForCausalLM",),
-        _attention("attn", "ln_1", "out_proj"),
+        attention("attn", "ln_1", "out_proj"),
         Sublayer("mlp", "ln_2", "c_proj"),
     ),
 )

@@ -8,7 +8,8 @@ is a PreTrainedModel like any other: it generates, trains, takes adapters, and c
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.families import EXPLICIT_PREFIX, Family, Sublayer, family_of
+from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.family import Family, Sublayer
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.shards import VARIANT
 
@@ -36,16 +38,21 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if refused := sorted(kwargs.keys() & {"cache_dir", "config", "revision", "subfolder", "token"}):
         raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
-    checkpoint = Checkpoint.open(model)
-    config = transformers_config(checkpoint)
+    return load(Checkpoint.open(model), **kwargs)
+
+
+def load(checkpoint: Checkpoint, mask: DropMask | None = None, **kwargs: Any) -> PreTrainedModel:
+    """As `from_pretrained`, for a checkpoint that is open, under a mask in place of its own."""
+    mask = checkpoint.mask if mask is None else mask
+    config = transformers_config(checkpoint, mask)
     if is_variant(checkpoint):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     loaded, info = model_class(config).from_pretrained(checkpoint.directory, **kwargs)
     if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
         raise CheckpointError(f"{checkpoint.directory} lacks weights that the mask keeps: {', '.join(wrong)}")
-    if checkpoint.mask:
-        logger.warning("%s: %s", checkpoint.directory, checkpoint.mask.summary())
+    if mask:
+        logger.warning("%s: %s", checkpoint.directory, mask.summary())
     return loaded
 
 
@@ -122,6 +129,23 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
         getattr(layers[index], family.attention.transformers_module).layer_idx = entry
+
+
+@contextmanager
+def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[None]:
+    """Within this context, the model goes without what the mask drops; to be run without a KV cache."""
+    layers = decoder_layers(model, mask.num_hidden_layers)
+    attention = [getattr(layer, family.attention.transformers_module) for layer in layers]
+    before = [
+        (dict(layer._modules), getattr(each, "layer_idx", None)) for layer, each in zip(layers, attention, strict=True)
+    ]
+    try:
+        drop(model, family, mask)
+        yield
+    finally:
+        for layer, each, (modules, layer_idx) in zip(layers, attention, before, strict=True):
+            layer._modules.update(modules)
+            each.layer_idx = layer_idx
 
 
 def _check_norms(layer: nn.Module, family: Family, index: int) -> None:

@@ -152,8 +152,8 @@ class SweepRequest(Record):
 
 
 class Sweep(Record):
-    """What `llmdrop sweep` writes, anew after each point. `points` are by mask id, `base` is the id of the full model: of
-    the mask that it came with, where it had one. A mask that several series reach, in whatever order, is one point.
+    """What `llmdrop sweep` writes, anew after each point. `points` are by mask id, `base` is the id of the full model:
+    of the mask that it came with, where it had one. A mask that several series reach, in whatever order, is one point.
     """
 
     kind: Literal["llmdrop-sweep"] = "llmdrop-sweep"

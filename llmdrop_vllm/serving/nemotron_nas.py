@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from llmdrop_vllm.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.dialects import NEMOTRON_NO_OP, block_entry
 from llmdrop_vllm.serving.dropping import Dropping
-from llmdrop_vllm.surgery.configuration_nemotron_nas import NemotronNasConfig
 
 
 def register_config() -> None:

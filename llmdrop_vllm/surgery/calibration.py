@@ -1,4 +1,4 @@
-"""Calibration tokens, from any of five sources: the same data, sizes and seed give the same token ids."""
+"""Token ids to calibrate and evaluate with: the same source, sizes and seed give the same ones."""
 
 import re
 from collections.abc import Iterable
@@ -12,14 +12,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import held_out
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.surgery.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
 
-EMBEDDED, DATASETS = "embedded", "datasets"
+EMBEDDED, HELD_OUT, DATASETS = "embedded", "held-out", "datasets"
 FILES = (".txt", ".jsonl", ".json")
 ACCEPTED = (
-    "'embedded', a .txt, a .jsonl with a \"text\" field per line, a .json list of token-id lists, or the name of a "
-    "dataset on the hub (NAME[:CONFIG[:SPLIT]])"
+    "'embedded', 'held-out', a .txt, a .jsonl with a \"text\" field per line, a .json list of token-id lists, or the "
+    "name of a dataset on the hub (NAME[:CONFIG[:SPLIT]])"
 )
 DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[^:/]*)?(:[^:/]+)?")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 256, 2048
@@ -46,11 +47,13 @@ def load_calibration(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    fewer: bool = False,
 ) -> Calibration:
     """Token ids for a model: `samples` windows of `seq_len` tokens of text, or a token-id file's sequences as they are.
 
     By default 256 windows of 2048 tokens, or of the model's context where that is shorter; of a token-id file all
-    sequences. Raises DataError for data that cannot be used or does not suffice, before it tokenizes anything.
+    sequences. With `fewer`, data that does not suffice for `samples` gives what it has, one window at least. Raises
+    DataError for data that cannot be used or does not suffice, before it tokenizes anything.
     """
     context: int | None = checkpoint.config.get("max_position_embeddings")
     _check_sizes(samples, seq_len, seed, context)
@@ -59,7 +62,9 @@ def load_calibration(
             sequences = _token_ids(Path(data), _vocab_size(checkpoint), context, samples, seq_len)
         else:
             seq_len = seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
-            sequences = [*_windows(_Encoder(checkpoint), kind, data, samples or DEFAULT_SAMPLES, seq_len, seed)]
+            samples = samples or DEFAULT_SAMPLES
+            least = 1 if fewer else samples
+            sequences = [*_windows(_Encoder(checkpoint), kind, data, samples, seq_len, seed, least)]
     except OSError as error:
         raise DataError(f"{data} cannot be read: {error.strerror or error}") from None
     lengths = {len(sequence) for sequence in sequences}
@@ -83,11 +88,11 @@ def _check_sizes(samples: int | None, seq_len: int | None, seed: int, context: i
 
 
 def _kind(data: str) -> str:
-    """EMBEDDED, DATASETS or the suffix of an existing file."""
+    """EMBEDDED, HELD_OUT, DATASETS or the suffix of an existing file."""
     path = Path(data)
     suffix = path.suffix.lower()
-    if data == EMBEDDED:
-        return EMBEDDED
+    if data in (EMBEDDED, HELD_OUT):
+        return data
     if path.is_file() and suffix in FILES:
         return suffix
     if path.exists():
@@ -165,8 +170,8 @@ class _Encoder:
         return token_ids
 
 
-def _windows(encoder: _Encoder, kind: str, data: str, samples: int, seq_len: int, seed: int) -> TokenIds:
-    """[samples, seq_len] from text."""
+def _windows(encoder: _Encoder, kind: str, data: str, samples: int, seq_len: int, seed: int, least: int) -> TokenIds:
+    """[samples, seq_len] from text, or `least` rows at least."""
     rng = np.random.default_rng(seed)
     if kind == ".txt":
         check_text(Path(data))
@@ -174,15 +179,18 @@ def _windows(encoder: _Encoder, kind: str, data: str, samples: int, seq_len: int
     else:
         if kind == EMBEDDED:
             texts = embedded(encoder.tokenizer.get_vocab(), rng)
+        elif kind == HELD_OUT:
+            texts = iter(held_out().values())
         else:
             texts = dataset(data, seed) if kind == DATASETS else json_lines(Path(data), rng)
         token_ids = encoder.encode(in_pieces(texts), samples * seq_len)
     count = len(token_ids) // seq_len
-    if count < samples:
+    if count < least:
         found = f"{count} sequences of {seq_len} tokens ({len(token_ids):,} tokens)"
         remedy = f"give more data, or {f'--samples {count} or ' if count else ''}a shorter --seq-len"
-        raise DataError(f"{data} holds {found}; {samples} asked; {remedy}")
+        raise DataError(f"{data} holds {found}; {least} asked; {remedy}")
     windows = token_ids[: count * seq_len].reshape(count, seq_len)
+    samples = min(count, samples)
     return windows[_spread(count, samples, rng)] if kind == ".txt" else windows[:samples]
 
 

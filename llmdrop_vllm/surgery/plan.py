@@ -16,7 +16,7 @@ from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.companions import companions, index_files
 from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
 
-NEMOTRON_CODE = Path(__file__).with_name("configuration_nemotron_nas.py")
+NEMOTRON_CODE = Path(__file__).parents[1] / "configuration_nemotron_nas.py"
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
 

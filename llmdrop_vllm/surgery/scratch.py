@@ -4,7 +4,6 @@ Memory then depends neither on the number of samples nor on the depth, and an in
 system's page cache holds the files as far as memory is free.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from llmdrop_vllm.artifacts import Record, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.locks import hold
 from llmdrop_vllm.raw_io import read_at, write_at
 
 
@@ -124,12 +124,7 @@ class Scratch:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{directory} cannot be made: {error.strerror}") from None
-        self.lock = os.open(directory, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise OutputError(f"{directory} is in use: another process is scoring with it") from None
+        self.lock = hold(directory, "scoring with it")
         self.progress = self._found(run)
         if not self.progress.layers:
             for path in directory.iterdir():

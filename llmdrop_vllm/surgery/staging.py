@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.locks import hold
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -85,20 +85,14 @@ def _locked(partial: Path) -> Iterator[Path]:
 def _lock(directory: Path) -> int | None:
     """A descriptor that holds the directory while it is open; None if it has just been renamed or removed."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = hold(directory, "writing the same checkpoint")
     except FileNotFoundError:
         return None
-    held = False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(FileNotFoundError):
-            held = os.path.samestat(directory.stat(), os.fstat(descriptor))
-    except BlockingIOError:
-        raise OutputError(f"{directory} is in use: another process is writing the same checkpoint") from None
-    finally:
-        if not held:
-            os.close(descriptor)
-    return descriptor if held else None
+    with suppress(FileNotFoundError):
+        if os.path.samestat(directory.stat(), os.fstat(descriptor)):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _recover(out: Path, replaced: Path) -> None:

@@ -15,38 +15,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from llmdrop_server.schemas import Drop
+
 STATIC = Path(__file__).parents[2] / "server" / "llmdrop_server" / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# As llmdrop_server.routes has them; test_page checks that. They are not imported, because vLLM would come along.
+# As llmdrop_server.routes has them; test_page_drop checks that. They are not imported, because vLLM would come along.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?")
-# The example of the schema `Drop`, with scores.
-DROP: dict[str, Any] = {
-    "model": "embedded",
-    "architecture": "LlamaForCausalLM",
-    "family": "llama",
-    "summary": "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0",
-    "mask": {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": []},
-    "kv_dtype": "bfloat16",
-    "kv_layout": "KV cache stored as 8 layers, without padding",
-    "max_model_len": 1024,
-    "full": {
-        "parameters": 5116224,
-        "attention_layers": 12,
-        "kv_bytes_per_token": 3072,
-        "kv_tokens": 349440,
-        "sequences": 341.25,
-    },
-    "served": {
-        "parameters": 4722240,
-        "attention_layers": 8,
-        "kv_bytes_per_token": 2048,
-        "kv_tokens": 524288,
-        "sequences": 512.0,
-    },
+# The example of the schema, with scores.
+DROP: dict[str, Any] = Drop.model_config["json_schema_extra"]["examples"][0] | {
     "scores": {
         "importance": {
             "attention": [0.41, 0.22, 0.13, 0.11, 0.094, 0.071, 0.052, 0.0081, 0.0093, 0.034, 0.012, 0.0042],

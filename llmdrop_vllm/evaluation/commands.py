@@ -1,0 +1,150 @@
+"""`llmdrop evaluate | sweep | recommend | report`: each makes values of its arguments, calls the library and prints."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Provenance, Scores, read_record, write_record
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.commands import check_new, given_mask, run_scoring
+from llmdrop_vllm.errors import DataError, InputError, MaskError
+from llmdrop_vllm.evaluation.console import show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.evaluation.engine import EngineSettings
+from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
+from llmdrop_vllm.evaluation.harness import find_tasks, write_results
+from llmdrop_vllm.evaluation.recommend import Goal, choose
+from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
+from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
+from llmdrop_vllm.evaluation.sweep import SWEEP_FILE, SweepPlan, measure_sweep
+from llmdrop_vllm.surgery.calibration import load_calibration
+
+SCORES_FILE = "scores.json"
+
+
+def evaluate(args: Namespace) -> None:
+    """`llmdrop evaluate`."""
+    check_new(args.out, args.overwrite)
+    checkpoint = Checkpoint.open(args.model)
+    full = Checkpoint.open(args.full) if args.full else None
+    file = given_mask(args, checkpoint)
+    measures, settings = _measures(checkpoint, args)
+    mask = checkpoint.mask if file is None else file.mask
+    found, raw = evaluate_checkpoint(checkpoint, mask, measures, settings, full=full)
+    write_record(found, args.out)
+    if raw is not None:
+        write_results(raw, args.out.with_suffix(".lm-eval.json"))
+    show_evaluation(found)
+    print(f"written to {args.out}")
+    _refuse_skipped(measures)
+
+
+def sweep(args: Namespace) -> None:
+    """`llmdrop sweep`."""
+    checkpoint = Checkpoint.open(args.model)
+    directory = results_directory(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    measures, settings = _measures(checkpoint, args)
+    scores = _scores(checkpoint, args, directory / SCORES_FILE)
+    series, masks = make_series(scores, args.series or DEFAULT_SERIES, args.counts)
+    workload = None
+    if not args.no_speed:
+        workload = SpeedWorkload(
+            requests=args.requests, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens
+        )
+    plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
+    found = measure_sweep(plan, directory, progress=True)
+    show_sweep(found)
+    print(f"written to {directory / SWEEP_FILE}; next: llmdrop report {args.model}")
+    _refuse_skipped(measures)
+
+
+def recommend(args: Namespace) -> None:
+    """`llmdrop recommend`; the exit status is 1 where no point meets the goal."""
+    if args.out is not None:
+        check_new(args.out, args.overwrite)
+    goal = Goal(args.max_loss, args.kv_budget, args.speedup)
+    found = _sweep_of(args)
+    choice, meets = choose(found, goal)
+    show_choice(found, choice, goal, meets=meets)
+    if not meets:
+        raise MaskError(f"no point of the sweep has {goal}; the nearest is above")
+    if args.out is not None:
+        mask = choice.point.quality.mask.mask
+        provenance = Provenance(model=found.provenance.model, data=found.provenance.data)
+        file = MaskFile(**MaskRecord.of(mask).model_dump(), method=f"recommended for {goal}", provenance=provenance)
+        write_record(file, args.out)
+        print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
+
+
+def report(args: Namespace) -> None:
+    """`llmdrop report`."""
+    from llmdrop_vllm.report.write import write_report
+
+    directory = results_directory(args)
+    found = _sweep_of(args)
+    scores = [read_record(Scores, path) for path in (directory / SCORES_FILE, *args.scores)]
+    written = write_report(found, scores, directory)
+    print(f"{len(written)} files written; open {directory / 'report.html'}")
+
+
+def results_directory(args: Namespace) -> Path:
+    """Where a model's sweep and report are: a directory here, named after it, unless another is given."""
+    return args.results or Path(f"{Path(args.model).resolve().name}-llmdrop")
+
+
+def _sweep_of(args: Namespace) -> Sweep:
+    """The sweep in the results directory. Raises InputError for one of other weights."""
+    path = results_directory(args) / SWEEP_FILE
+    if not path.exists():
+        raise InputError(f"{path} does not exist; run `llmdrop sweep {args.model}` first, or give its --results")
+    found = read_record(Sweep, path)
+    if found.request.fingerprint != (fingerprint := Checkpoint.open(args.model).fingerprint):
+        raise InputError(f"{path} is of the weights {found.request.fingerprint}; {args.model} has {fingerprint}")
+    return found
+
+
+def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
+    """What can be refused without an engine is refused here."""
+    harness = find_tasks(args.tasks) if args.tasks else None
+    text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
+    measures = Measures(text, context, args.divergence_tokens, harness, args.limit)
+    dtype = args.dtype or _default_dtype(checkpoint)
+    longest = max(context + 1, _longest_task(checkpoint, args))
+    return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
+
+
+def _longest_task(checkpoint: Checkpoint, args: Namespace) -> int:
+    """Tasks bring prompts of their own, and speed is measured with some."""
+    asked = args.prompt_tokens + args.output_tokens if getattr(args, "prompt_tokens", None) else 0
+    most = checkpoint.config.get("max_position_embeddings") or 4096
+    return min(most, 4096) if args.tasks else asked
+
+
+def _default_dtype(checkpoint: Checkpoint) -> str:
+    """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
+    import torch
+
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+    return stored if torch.cuda.is_available() else "float32"
+
+
+def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
+    """Those given, those in the results directory, or new ones, which are kept there."""
+    path = args.scores or (kept if kept.exists() else None)
+    if path is not None:
+        scores = read_record(Scores, path)
+        if scores.provenance.model.fingerprint != checkpoint.fingerprint:
+            raise MaskError(
+                f"{path} is of the weights {scores.provenance.model.fingerprint}; "
+                f"{checkpoint.directory} has {checkpoint.fingerprint}"
+            )
+    else:
+        data = load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
+        scores = run_scoring(checkpoint, data, args, kept)
+    write_record(scores, kept)
+    return scores
+
+
+def _refuse_skipped(measures: Measures) -> None:
+    skipped = measures.harness.skipped if measures.harness else {}
+    if skipped:
+        raise DataError("; ".join(f"task {task} was skipped: {reason}" for task, reason in skipped.items()))

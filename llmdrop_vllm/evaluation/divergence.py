@@ -1,0 +1,58 @@
+"""Next-token distributions of a masked model against the full one's, exactly, through Transformers.
+
+vLLM gives log-probabilities of the most likely tokens only; KL needs all of them, of both models.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from llmdrop_vllm import hf
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.evaluation.records import Divergence, Estimate
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.calibration import TokenIds
+
+
+class Reference:
+    """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
+
+    `windows` are token ids, [tokens] each. `mask` is what even the full model goes without: nothing, or what it came
+    without.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[TokenIds], *, dtype: str) -> None:
+        self.family = checkpoint.family
+        self.model = _load(checkpoint, mask, dtype)
+        self.windows = [torch.from_numpy(window)[None].to(self.model.device) for window in windows]
+        self.full = [_log_probabilities(self.model, window).cpu() for window in self.windows]
+
+    def under(self, mask: DropMask) -> Divergence:
+        """Of the same weights under a mask."""
+        with hf.dropped(self.model, self.family, mask):
+            return self._divergence(self.model)
+
+    def of(self, checkpoint: Checkpoint, mask: DropMask, *, dtype: str) -> Divergence:
+        """Of another checkpoint's weights, such as a model that was trained on after dropping."""
+        return self._divergence(_load(checkpoint, mask, dtype))
+
+    def _divergence(self, model: Any) -> Divergence:
+        kl, agreement = [], []
+        for window, full in zip(self.windows, self.full, strict=True):
+            masked, full = _log_probabilities(model, window), full.to(window.device)
+            kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
+            agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
+        tokens = sum(window.shape[1] for window in self.windows)
+        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens)
+
+
+def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return hf.load(checkpoint, mask, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """[tokens, vocabulary], float32, of a [1, tokens] window."""
+    with torch.inference_mode():
+        return model(window, use_cache=False).logits[0].float().log_softmax(-1)

@@ -1,0 +1,117 @@
+"""vLLM in this process for one mask at a time, and what is measured through it: likelihoods and speed."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.calibration import TokenIds
+
+# Read by vLLM when it is first imported. In one process an engine starts in seconds, and its end can be waited for.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`dtype` of weights and KV cache; `options` are vLLM's own engine arguments, and win."""
+
+    dtype: str
+    max_model_len: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
+        """What vLLM is started with."""
+        import torch
+
+        gpu = torch.cuda.is_available()
+        return {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            # Compiling for every mask takes longer than a CPU wins back.
+            "enforce_eager": not gpu,
+            "gpu_memory_utilization": 0.9 if gpu else 0.3,
+            # Speed is measured with prompts that no earlier round has left in the cache.
+            "enable_prefix_caching": False,
+            "seed": 0,
+            # A mask that the checkpoint has already needs no override, whatever dialect says it.
+            "hf_overrides": {} if mask.dropped == checkpoint.mask.dropped else mask.to_config("runtime"),
+            **self.options,
+        }
+
+
+class Engine:
+    """One engine; `harness` is lm-eval's model around it, where tasks are to be run."""
+
+    def __init__(self, checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *, harness: bool) -> None:
+        arguments = settings.arguments(checkpoint, mask)
+        self.harness: Any = None
+        if harness:
+            from lm_eval.models.vllm_causallms import VLLM
+
+            # lm-eval makes the engine itself and has no place for one that is there.
+            self.harness = VLLM(pretrained=str(checkpoint.directory), **arguments)
+            self.llm = self.harness.model
+        else:
+            from vllm import LLM
+
+            self.llm = LLM(str(checkpoint.directory), **arguments)
+        self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+
+    def negative_log_likelihoods(self, windows: Sequence[TokenIds]) -> list[float]:
+        """Per window, the mean over its tokens after the first, in nats."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": window.tolist()} for window in windows]
+        found = []
+        for request in self.llm.generate(prompts, sampling, use_tqdm=False):
+            pairs = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
+            found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
+        return found
+
+    def speed(self, workload: SpeedWorkload, *, num_rounds: int, full_before: int = 0) -> Speed:
+        """Prefill and decode by the difference of two runs, of one and of all output tokens, after a warm-up."""
+        rng = np.random.default_rng(0)
+        shape = (workload.requests, workload.prompt_tokens)
+        pairs = []
+        for _ in range(1 + num_rounds):
+            prompts = rng.integers(self.vocab_size, size=shape).tolist()
+            pairs.append((self._seconds(prompts, 1), self._seconds(prompts, workload.output_tokens)))
+        decoded = workload.requests * (workload.output_tokens - 1)
+        return Speed(
+            prefill_tokens_per_s=tuple(workload.requests * workload.prompt_tokens / first for first, _ in pairs[1:]),
+            decode_tokens_per_s=tuple(decoded / max(whole - first, 1e-9) for first, whole in pairs[1:]),
+            full_before=full_before,
+        )
+
+    def _seconds(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        start = time.perf_counter()
+        self.llm.generate(requests, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *, harness: bool) -> Iterator[Engine]:
+    """An engine that is gone afterwards, its memory with it, so that the next one can start."""
+    engine = Engine(checkpoint, mask, settings, harness=harness)
+    try:
+        yield engine
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        engine.llm.llm_engine.engine_core.shutdown()
+        del engine.llm, engine.harness
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,97 @@
+"""Perplexity, agreement with the full model and tasks, of one model under one mask."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.artifacts import MaskRecord, ModelIdentity, Provenance
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
+from llmdrop_vllm.evaluation.harness import Harness
+from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality, TaskScore
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
+
+DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 1023, 256, 4096
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What to measure: the windows of text, how many of their tokens for the divergence (0: none), and which tasks."""
+
+    text: Calibration
+    context: int
+    divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
+    harness: Harness | None = None
+    limit: int | None = None
+
+    @property
+    def divergence_windows(self) -> tuple[Any, ...]:
+        """Whole windows, at least one."""
+        return self.text.sequences[: max(1, self.divergence_tokens // self.context)] if self.divergence_tokens else ()
+
+    def quality(
+        self, engine: Engine, mask: DropMask, divergence: Divergence | None
+    ) -> tuple[Quality, dict[str, Any] | None]:
+        """What an engine under this mask is worth, and lm-eval's own results."""
+        nll = engine.negative_log_likelihoods(self.text.sequences)
+        tasks: tuple[TaskScore, ...] = ()
+        raw = None
+        if self.harness is not None and self.harness.tasks:
+            tasks, raw = self.harness.run(engine.harness, limit=self.limit)
+        perplexity = Perplexity.of(nll, self.context, self.text.identity)
+        return Quality(mask=MaskRecord.of(mask), perplexity=perplexity, divergence=divergence, tasks=tasks), raw
+
+
+def load_text(
+    checkpoint: Checkpoint, source: str, *, context: int | None, windows: int | None
+) -> tuple[Calibration, int]:
+    """Windows of `context` tokens, and that number; by default 1,023, or what the model takes with one to predict.
+
+    Raises DataError for text that is shorter than one window, for a context that leaves no token to predict and for
+    token ids in sequences of different lengths.
+    """
+    most = checkpoint.config.get("max_position_embeddings")
+    if context is not None and most is not None and context >= most:
+        raise DataError(f"--context is {context}; expected at most {most - 1}: of the model's {most}, one is to come")
+    if Path(source).suffix == ".json":
+        found = load_calibration(checkpoint, source, samples=windows, seq_len=context)
+        if found.identity.seq_len is None:
+            raise DataError(f"{source} holds sequences of different lengths; perplexity needs them to be of one")
+        return found, found.identity.seq_len
+    context = context or min(DEFAULT_CONTEXT, (most or DEFAULT_CONTEXT + 1) - 1)
+    windows, fewer = windows or DEFAULT_WINDOWS, windows is None
+    return load_calibration(checkpoint, source, samples=windows, seq_len=context, fewer=fewer), context
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    mask: DropMask,
+    measures: Measures,
+    settings: EngineSettings,
+    *,
+    full: Checkpoint | None = None,
+) -> tuple[Evaluation, dict[str, Any] | None]:
+    """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
+
+    `full` has the full model's weights, where the checkpoint lacks what the mask drops; without it there is no
+    divergence then.
+    """
+    divergence = _divergence(checkpoint, mask, measures, settings.dtype, full)
+    harness = measures.harness
+    with running(checkpoint, mask, settings, harness=bool(harness and harness.tasks)) as engine:
+        quality, raw = measures.quality(engine, mask, divergence)
+    provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
+    return Evaluation(quality=quality, skipped=harness.skipped if harness else {}, provenance=provenance), raw
+
+
+def _divergence(
+    checkpoint: Checkpoint, mask: DropMask, measures: Measures, dtype: str, full: Checkpoint | None
+) -> Divergence | None:
+    windows = measures.divergence_windows
+    if not windows or (full is None and checkpoint.is_stripped):
+        return None
+    reference = Reference(full or checkpoint, DropMask(mask.num_hidden_layers), windows, dtype=dtype)
+    return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=dtype)

@@ -1,0 +1,127 @@
+"""Tasks of lm-evaluation-harness: found by name, run by its own runner through the engine, read from its results."""
+
+import difflib
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.artifacts import write_atomically
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.records import TaskKind, TaskScore
+
+OWN_TASKS = Path(__file__).with_name("tasks")
+# What stands for a task's result, the first that it has; any other metric only where it has none of these.
+METRICS = ("acc_norm", "acc", "exact_match", "f1", "pass@1")
+KINDS: Mapping[str, TaskKind] = {"multiple_choice": "multiple choice", "generate_until": "generation"}
+
+
+@dataclass(frozen=True)
+class Harness:
+    """lm-eval's index of tasks, with ours, and those asked for. `skipped` says why a task's data could not be had."""
+
+    manager: Any
+    tasks: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, model: Any, *, limit: int | None = None) -> tuple[tuple[TaskScore, ...], dict[str, Any]]:
+        """Scores and lm-eval's own results; `model` is one of its models, `limit` rows of each task at most."""
+        from lm_eval import simple_evaluate
+
+        with _quiet():
+            results = simple_evaluate(
+                model, tasks=list(self.tasks), task_manager=self.manager, limit=limit, bootstrap_iters=1000
+            )
+        scores = tuple(_score(results, task) for task in self.tasks)
+        return scores, {key: value for key, value in results.items() if key != "samples"}
+
+
+def find_tasks(names: Sequence[str]) -> Harness:
+    """Raises DataError for a name that lm-eval does not know, with the nearest; loads the data of those it knows."""
+    with _quiet():
+        # lm-eval's own tasks are thousands of files, which take seconds to list.
+        manager = _manager(include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):
+            manager = _manager(include_defaults=True)
+        if unknown := [name for name in names if name not in manager.all_tasks]:
+            raise DataError(f"unknown task {unknown[0]}; {_nearest(unknown[0], manager.all_tasks)}")
+        skipped = {}
+        for name in names:
+            try:
+                manager.load([name])
+            except Exception as error:  # whatever its data's libraries raise
+                skipped[name] = f"its data cannot be loaded: {str(error).strip().splitlines()[0]}"
+    return Harness(manager, tuple(name for name in names if name not in skipped), skipped)
+
+
+@cache
+def _manager(*, include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(OWN_TASKS), include_defaults=include_defaults)
+
+
+def write_results(results: Mapping[str, Any], path: Path) -> None:
+    """lm-eval's own results, as its command line would write them."""
+    from lm_eval.utils import handle_non_serializable
+
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3) or [each for each in known if name in each][:3]
+    return f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists what there is"
+
+
+def _score(results: Mapping[str, Any], task: str) -> TaskScore:
+    """Of one task, or of a group as lm-eval sums it up."""
+    metrics = results["results"].get(task) or results["groups"][task]
+    leaves = _leaves(results, task)
+    found = [key for key in metrics if "," in key and "_stderr," not in key]
+    key = next((key for metric in METRICS for key in found if key.split(",")[0] == metric), found[0])
+    metric, _, chosen_filter = key.partition(",")
+    stderr = metrics.get(f"{metric}_stderr,{chosen_filter}")
+    return TaskScore(
+        task=task,
+        metric=metric,
+        kind=KINDS.get(results["configs"][leaves[0]]["output_type"], "other"),
+        value=float(metrics[key]),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        chance=_chance(results, leaves),
+        samples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+    )
+
+
+def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+    below = results.get("group_subtasks", {}).get(task) or []
+    return [leaf for name in below for leaf in _leaves(results, name)] or [task]
+
+
+def _chance(results: Mapping[str, Any], leaves: Sequence[str]) -> float | None:
+    """One over the number of choices, mean over rows; None for what is not multiple choice."""
+    if any(results["configs"][leaf]["output_type"] != "multiple_choice" for leaf in leaves):
+        return None
+    rows = [len(sample["arguments"]) for leaf in leaves for sample in results["samples"][leaf]]
+    return sum(1 / choices for choices in rows) / len(rows)
+
+
+class _quiet:
+    """lm-eval and the libraries of its data report on every step."""
+
+    def __enter__(self) -> None:
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        warnings.simplefilter("ignore")
+        self.levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "huggingface_hub")}
+        for name in self.levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        for name, level in self.levels.items():
+            logging.getLogger(name).setLevel(level)
+        self.warnings.__exit__(None, None, None)

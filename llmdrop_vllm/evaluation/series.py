@@ -1,0 +1,84 @@
+"""Which masks a sweep measures: for each order of dropping, more and more of it."""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import get_args
+
+from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.evaluation.records import Series, mask_id
+from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.candidates import Kind
+from llmdrop_vllm.surgery.orders import Deepest, LeastImportant, MostImportant, Order, Random
+from llmdrop_vllm.surgery.selection import Consecutive, Method, Ranked, select
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ORDERS: dict[str, Order] = {
+    "last": Deepest(),
+    "last-but-one": Deepest(keep_last_layer=True),
+    "reverse": MostImportant(),
+}
+DEFAULT_SERIES = (*KINDS, "consecutive", "last", "last-but-one", "reverse", "random:3")
+SHARES = tuple(map(Fraction, ("1/12", "1/6", "1/4", "1/3", "1/2", "2/3")))
+
+
+def default_counts(num_layers: int) -> tuple[int, ...]:
+    """Shares of the depth up to two thirds, in whole sublayers."""
+    return tuple(sorted({max(1, round(share * num_layers)) for share in SHARES}))
+
+
+def make_series(
+    scores: Scores, names: Sequence[str] = DEFAULT_SERIES, counts: Sequence[int] = ()
+) -> tuple[tuple[Series, ...], dict[str, DropMask]]:
+    """The series by their names, and every mask that they reach by its id; masks are chosen as `llmdrop select` does.
+
+    A name is a kind, which is dropped by importance, `consecutive`, or an order: `last`, `last-but-one`, `reverse`,
+    `random` or `random:SEEDS`, each for attention, or for another kind as in `last/blocks`. Counts that a series cannot
+    reach are left out. Raises InputError for an unknown name and where no count can be reached.
+    """
+    counts = tuple(counts) or default_counts(scores.num_hidden_layers)
+    found: list[Series] = []
+    masks: dict[str, DropMask] = {}
+    for name in names:
+        for title, kind, methods in _methods(name, counts):
+            reached = dict(_reachable(scores, counts, methods))
+            if not reached:
+                raise InputError(f"series {title}: none of {', '.join(map(str, counts))} can be dropped")
+            masks |= {mask_id(mask): mask for mask in reached.values()}
+            ids = tuple(mask_id(mask) for mask in reached.values())
+            order = str(methods[0]).split(maxsplit=2)[2]
+            found.append(Series(name=title, what=kind, order=order, counts=tuple(reached), masks=ids))
+    return tuple(found), masks
+
+
+def _methods(name: str, counts: Sequence[int]) -> Iterator[tuple[str, Kind, list[Method]]]:
+    """Title, what goes, and one method per count."""
+    if name == "consecutive":
+        yield name, "blocks", [Consecutive(count) for count in counts]
+    elif name in KINDS:
+        yield name, name, [Ranked(name, count, LeastImportant()) for count in counts]
+    else:
+        order_name, _, kind = name.partition("/")
+        for title, order in _orders(order_name, name):
+            if (kind or "attention") not in KINDS:
+                raise InputError(f"series {name}: {kind} is not one of {', '.join(KINDS)}")
+            what: Kind = next(each for each in KINDS if each == (kind or "attention"))
+            yield title + (f"/{kind}" if kind else ""), what, [Ranked(what, count, order) for count in counts]
+
+
+def _orders(name: str, asked: str) -> list[tuple[str, Order]]:
+    base, _, seeds = name.partition(":")
+    if base == "random" and (not seeds or seeds.isdigit()):
+        return [(f"random {seed}", Random(seed)) for seed in range(int(seeds or 1))]
+    if name in ORDERS:
+        return [(name, ORDERS[name])]
+    known = ", ".join((*KINDS, "consecutive", *ORDERS, "random:SEEDS"))
+    raise InputError(f"series {asked} is unknown; expected {known}, an order also as in last/blocks")
+
+
+def _reachable(scores: Scores, counts: Sequence[int], methods: Sequence[Method]) -> Iterator[tuple[int, DropMask]]:
+    for count, method in zip(counts, methods, strict=True):
+        try:
+            yield count, select(scores, method).mask
+        except MaskError:  # more than there is
+            continue

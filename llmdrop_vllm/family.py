@@ -1,0 +1,108 @@
+"""What one row of the family table says: how a decoder layer names its sublayers and adds their outputs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmdrop_vllm.mask import DropMask
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Attribute names inside the decoder layer: `x + post_norm(module(pre_norm(x)))`.
+
+    `pre_norm` is None where the sublayer has none, or where it is shared with the other sublayer: then it stays.
+    `output` is the module's last projection, a regular expression where kinds of layers differ: with its weights zeroed
+    the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer: what they return is
+    added to what it returns, or is its input. `optional` are names that not every layer or config has.
+
+    `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
+    `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.
+    `transformers_adds_residual` is for modules that, in Transformers, get the residual stream as their second argument
+    and return it with their output added.
+    """
+
+    module: str
+    pre_norm: str | None
+    output: str
+    post_norm: str | None = None
+    also: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    in_vllm: str | None = None
+    in_transformers: str | None = None
+    vllm_tuple: int = 0
+    transformers_tuple: int = 0
+    transformers_adds_residual: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms that go when the sublayer is dropped."""
+        return tuple(name for name in (self.pre_norm, self.post_norm) if name is not None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that goes when the sublayer is dropped, as the checkpoint names it."""
+        return self.module, *self.also, *self.norms
+
+    @property
+    def vllm_module(self) -> str:
+        """The module's name in vLLM's decoder layer."""
+        return self.in_vllm or self.module
+
+    @property
+    def transformers_module(self) -> str:
+        """The module's name in Transformers' decoder layer."""
+        return self.in_transformers or self.module
+
+
+def attention(
+    module: str = "self_attn", pre_norm: str | None = "input_layernorm", output: str = "o_proj", **names: Any
+) -> Sublayer:
+    return Sublayer(module, pre_norm, output, transformers_tuple=2, **names)
+
+
+ATTENTION = attention()
+MLP = Sublayer("mlp", "post_attention_layernorm", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One decoder-layer layout and the architectures that share it.
+
+    `when` is for architectures with several layouts: the values that config entries must have for this one, None
+    standing for a config that does not say.
+
+    `parallel` layers give attention and MLP the same input: `x + attention(norm(x)) + mlp(norm(x))`. `scales_outputs`
+    is for layers that, in vLLM, multiply what a sublayer returned before the next norm adds it to the residual stream,
+    `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    attention: Sublayer = ATTENTION
+    mlp: Sublayer = MLP
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
+    parallel: bool = False
+    scales_outputs: bool = False
+    transformers_layer_tuple: bool = False
+
+    def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
+        """Each sublayer with the layers that go without it."""
+        yield self.attention, mask.attention
+        yield self.mlp, mask.mlp
+
+    def fits(self, config: object) -> bool:
+        """Whether layers built from this config.json dict or config object have the layout."""
+        return all(_entry(config, key) in values for key, values in self.when.items())
+
+    def describe_when(self) -> str:
+        """For people: `parallel_attn true or unset`; empty where every config fits."""
+        return ", ".join(
+            f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
+            for key, values in self.when.items()
+        )
+
+
+def _entry(config: object, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)

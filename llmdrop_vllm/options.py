@@ -1,0 +1,236 @@
+"""Groups of options that the commands of `llmdrop` share, and how their values are read."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.dialects import ON_DISK
+
+UNITS = ("", "k", "m", "g", "t")
+Parser = argparse.ArgumentParser
+
+
+def add_model(command: Parser) -> None:
+    """What every command is about."""
+    command.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id")
+
+
+def add_file(command: Parser, what: str) -> None:
+    """Where a command's JSON goes."""
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=f"where {what} go{'es' * (what == 'the mask')} (JSON)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def add_directory(command: Parser) -> None:
+    """Where a command's checkpoint goes."""
+    command.add_argument("out", type=Path, metavar="OUT", help="the new checkpoint's directory")
+
+
+def add_results(command: Parser) -> None:
+    """Where a sweep and what is made of it are kept."""
+    command.add_argument(
+        "--results", type=Path, metavar="DIR", help="directory of the sweep (MODEL's name with -llmdrop, here)"
+    )
+
+
+def add_mask(command: Parser) -> None:
+    """A mask in a file, or as lists of layers."""
+    mask = command.add_argument_group("mask (without any, the one in MODEL's config)")
+    mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
+    mask.add_argument("--attention", type=layers, default=(), metavar="25,26", help="layers whose attention goes")
+    mask.add_argument("--mlp", type=layers, default=(), metavar="24", help="layers whose MLP goes")
+    mask.add_argument(
+        "--other-model", action="store_true", help="take a mask that was chosen for another model's weights"
+    )
+
+
+def add_calibration(command: Parser) -> None:
+    """What to score with."""
+    group = command.add_argument_group("calibration")
+    group.add_argument(
+        "--data",
+        default="embedded",
+        help="'embedded' text (default), a .txt, a .jsonl with a text field, a .json list of token-id lists, or a "
+        "`datasets` name, NAME[:CONFIG[:SPLIT]]",
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="sequences (256)")
+    group.add_argument("--seq-len", type=int, metavar="N", help="tokens in each (2048, or the model's context)")
+    # `select` has a seed of its own for --random; together they are one.
+    if not any(action.dest == "seed" for action in command._actions):
+        group.add_argument("--seed", type=int, default=0, help="of the choice of sequences")
+
+
+def add_precision(command: Parser) -> None:
+    """What to score on."""
+    command.add_argument("--device", help="cpu or cuda; default a GPU where there is one")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; default the checkpoint's")
+
+
+def add_selection(command: Parser) -> None:
+    """The methods of `llmdrop_vllm.surgery.selection`."""
+    group = command.add_argument_group("what to drop (several may be combined)")
+    for name, what in {
+        "attention": "the N least important attention sublayers",
+        "mlp": "the N least important MLP sublayers",
+        "blocks": "the N least important blocks (attention and MLP)",
+        "consecutive": "the run of N blocks that changes the residual stream least",
+        "joint": "the N least important sublayers, attention and MLP in one list",
+        "last": "the N deepest",
+        "random": "N at random (--seed), as a control",
+        "least": "the N most important ones: reverse order, as a control",
+    }.items():
+        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    group.add_argument("--kv-budget", metavar="50%", help="attention until the KV cache is at most this share")
+    group.add_argument(
+        "--kind",
+        choices=("attention", "mlp", "blocks", "joint"),
+        help="for --last, --random, --least (attention)",
+    )
+    group.add_argument("--keep-last-layer", action="store_true", help="for --last: spare the very last layer")
+    group.add_argument("--seed", type=int, default=0, help="for --random")
+    group.add_argument("--iterative", action="store_true", help="score again after each drop")
+    group.add_argument("--protect", type=layers, default=(), metavar="0,1,31", help="layers that keep everything")
+    group.add_argument("--allow-padding", action="store_true", help="never trade importance against KV cache padding")
+
+
+def add_output(command: Parser) -> None:
+    """How a checkpoint is written."""
+    group = command.add_argument_group("output")
+    group.add_argument("--dialect", choices=ON_DISK, default="llm-drop", help="how the config says the mask (llm-drop)")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--portable", action="store_true", help="keep the dropped weights, output projections zeroed")
+    how.add_argument("--config-only", action="store_true", help="write the config and link to MODEL's weights")
+    group.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
+
+
+def add_measures(command: Parser) -> None:
+    """What quality is measured by, and the engine that it is measured with."""
+    group = command.add_argument_group("quality")
+    group.add_argument(
+        "--text",
+        default="held-out",
+        metavar="DATA",
+        help="for perplexity: 'held-out' (default: text that the embedded model has not seen), a .txt, a .jsonl, "
+        "a .json list of token-id lists, or a dataset's name as for --data",
+    )
+    group.add_argument("--context", type=int, metavar="N", help="tokens in a window (1023, or the model's context - 1)")
+    group.add_argument("--windows", type=int, metavar="N", help="windows of text (256, or as many as there are)")
+    group.add_argument(
+        "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
+    )
+    group.add_argument(
+        "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks; ours: llmdrop_docstring, llmdrop_name"
+    )
+    group.add_argument("--limit", type=_count, metavar="N", help="rows of each task (all)")
+    engine = command.add_argument_group("engine")
+    engine.add_argument("--dtype", help="float32, bfloat16 or float16; default the checkpoint's, float32 on a CPU")
+    engine.add_argument(
+        "--engine-args",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""for vLLM: '{"tensor_parallel_size": 2}'""",
+    )
+    command.set_defaults(device=None)
+
+
+def add_series(command: Parser) -> None:
+    """Which masks a sweep measures."""
+    group = command.add_argument_group("masks")
+    group.add_argument(
+        "--series",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="attention, mlp, blocks, joint, consecutive, last, last-but-one, reverse, random:SEEDS; the last four "
+        "also as in last/blocks (default: each of them once, random:3)",
+    )
+    group.add_argument(
+        "--counts", type=layers, default=(), metavar="1,2,4", help="sublayers to drop (1/12 to 2/3 of them)"
+    )
+
+
+def add_speed(command: Parser) -> None:
+    """The workload that speed is measured with."""
+    group = command.add_argument_group("speed, in the engine, without HTTP")
+    group.add_argument("--requests", type=_count, default=8, metavar="N", help="at once (8)")
+    group.add_argument("--prompt-tokens", type=_count, default=256, metavar="N", help="of each (256)")
+    group.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="of each (64)")
+    group.add_argument("--no-speed", action="store_true", help="quality only")
+
+
+def add_goal(command: Parser) -> None:
+    """What a mask is wanted for."""
+    group = command.add_argument_group("goal (several must be met together)")
+    group.add_argument(
+        "--max-loss",
+        type=share,
+        metavar="1%",
+        help="of the full model's score in the worse of multiple choice and generation, or without tasks of perplexity",
+    )
+    group.add_argument("--kv-budget", type=share, metavar="50%", help="KV cache, as a share of the full model's")
+    group.add_argument("--speedup", type=_factor, metavar="1.3", help="as measured by the sweep")
+    command.add_argument("--out", type=Path, metavar="FILE", help="where the mask goes (JSON)")
+    command.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """`25,26`."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 25,26") from None
+
+
+def memory(text: str) -> int:
+    """Bytes, from `80GiB`."""
+    match = re.fullmatch(r"([0-9.]+)([kmgt]?)(i?b?)", text.lower())
+    try:
+        # 80GB are 80 * 1000^3 bytes; 80GiB, and 80G as vLLM reads it, 80 * 1024^3.
+        number, unit, suffix = match.groups() if match else ("", "", "")
+        return int(float(number) * (1000 if suffix == "b" and unit else 1024) ** UNITS.index(unit))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GiB") from None
+
+
+def share(text: str) -> float:
+    """`1%` or `0.01`; a bare `1` could mean either and is refused."""
+    match = re.fullmatch(r"(?P<percent>[0-9]+(?:\.[0-9]+)?) ?%|(?P<decimal>0?\.[0-9]+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1% or 0.01")
+    percent, decimal = match.groups()
+    return float(percent) / 100 if percent else float(decimal)
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a speedup such as 1.3")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found

@@ -1,0 +1,148 @@
+"""`llmdrop evaluate | sweep | recommend` as their user meets them, on the embedded model."""
+
+import json
+
+import pytest
+
+import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.artifacts import MaskFile, MaskRecord, read_record, write_record
+from llmdrop_vllm.cli import main
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.evaluation.records import Evaluation, Sweep
+from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from tests.evaluation.sweeps import point, sweep
+
+QUICK = ["--context", "32", "--windows", "2", "--divergence-tokens", "32"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The directory of a small sweep."""
+    directory = tmp_path_factory.mktemp("results")
+    command = ["sweep", str(MODEL), "--results", str(directory), "--series", "attention", "--counts", "1,4"]
+    scoring = ["--samples", "4", "--seq-len", "64"]
+    speed = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "4"]
+    assert main([*command, *QUICK, *scoring, *speed, "--tasks", "llmdrop_name", "--limit", "8"]) == 0
+    return directory
+
+
+def error_of(capsys):
+    """The one line that says what is wrong."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmdrop: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_path, capsys):
+    out = tmp_path / "dropped.json"
+    command = ["evaluate", str(MODEL), "--attention", "11,7", "--tasks", "llmdrop_docstring", "--limit", "8"]
+    assert main([*command, *QUICK, "--out", str(out)]) == 0
+    found = read_record(Evaluation, out)
+    assert found.quality.mask.mask == DropMask(12, attention=(11, 7))
+    (task,) = found.quality.tasks
+    raw = json.loads((tmp_path / "dropped.lm-eval.json").read_text())
+    assert raw["results"]["llmdrop_docstring"]["acc_norm,none"] == task.value
+    shown = capsys.readouterr().out
+    assert f"{found.quality.perplexity.value:.3f}" in shown
+    assert f"{task.value:.1%}" in shown
+
+
+def test_evaluate_skips_a_task_out_of_reach_and_says_so_in_the_file_and_the_exit_status(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    out = tmp_path / "dropped.json"
+    assert main(["evaluate", str(MODEL), "--tasks", "arc_easy", *QUICK, "--out", str(out)]) == 1
+    assert "task arc_easy was skipped" in error_of(capsys)
+    assert "no route to the hub" in read_record(Evaluation, out).skipped["arc_easy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "llmdrop_nam"], "the nearest are llmdrop_name"),
+        (["--context", "2000"], "expected at most 1023"),
+        (["--attention", "12"], "12"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_evaluate_refuses_before_an_engine_starts(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "llmdrop_vllm.evaluation.evaluate.running", lambda *a, **k: pytest.fail("an engine was started")
+    )
+    assert main(["evaluate", str(MODEL), *options, "--out", str(tmp_path / "out.json")]) == 1
+    assert message in error_of(capsys)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_evaluate_refuses_a_mask_of_another_model(tmp_path, capsys):
+    other = sweep().provenance
+    mask = MaskFile(**MaskRecord.of(DropMask(12, (1,))).model_dump(), method="by hand", provenance=other)
+    write_record(mask, tmp_path / "mask.json")
+    command = ["evaluate", str(MODEL), "--mask", str(tmp_path / "mask.json"), "--out", str(tmp_path / "out.json")]
+    assert main(command) == 1
+    assert "has other weights" in error_of(capsys)
+
+
+def test_sweep_keeps_scores_points_and_lm_evals_output(swept):
+    found = read_record(Sweep, swept / "sweep.json")
+    assert [len(each.quality.tasks) for each in found.points.values()] == [1, 1, 1]
+    assert {path.stem for path in (swept / "lm-eval").iterdir()} == found.points.keys()
+    assert (swept / "scores.json").exists()
+
+
+def test_recommend_writes_a_mask_that_apply_takes(swept, tmp_path, capsys):
+    mask_file = tmp_path / "mask.json"
+    command = ["recommend", str(MODEL), "--results", str(swept), "--kv-budget", "70%"]
+    assert main([*command, "--out", str(mask_file)]) == 0
+    assert len(read_record(MaskFile, mask_file).mask.attention) == 4
+    assert "recommended for a KV cache of at most 70%: attention dropped in 4 of 12" in capsys.readouterr().out
+    assert main(["apply", str(MODEL), str(tmp_path / "out"), "--mask", str(mask_file)]) == 0
+
+
+def test_recommend_shows_the_nearest_and_fails_where_nothing_meets_the_goal(swept, tmp_path, capsys):
+    command = [
+        "recommend",
+        str(MODEL),
+        "--results",
+        str(swept),
+        "--kv-budget",
+        "10%",
+        "--out",
+        str(tmp_path / "mask.json"),
+    ]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "nearest for a KV cache of at most 10%: attention dropped in 4 of 12" in captured.out
+    assert "no point of the sweep has a KV cache of at most 10%" in captured.err
+    assert not (tmp_path / "mask.json").exists()
+
+
+def test_recommend_says_where_generation_was_not_measured(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model", TINY_LLAMA)
+    from llmdrop_vllm.checkpoint import Checkpoint
+
+    found = sweep(point(DropMask(8, (1,)), generation=None, kv_share=0.5), full=point(DropMask(8), generation=None))
+    request = found.request.model_copy(update={"fingerprint": Checkpoint.open(path).fingerprint})
+    write_record(found.model_copy(update={"request": request}), tmp_path / "sweep.json")
+    assert main(["recommend", str(path), "--results", str(tmp_path), "--kv-budget", "50%"]) == 0
+    assert "measured no generation task" in capsys.readouterr().out
+
+
+def test_results_of_another_model_and_missing_ones_are_refused(swept, tmp_path, capsys):
+    other = write_checkpoint(tmp_path / "other", TINY_LLAMA)
+    assert main(["recommend", str(other), "--results", str(swept), "--kv-budget", "50%"]) == 1
+    assert "is of the weights" in error_of(capsys)
+    assert main(["recommend", str(MODEL), "--results", str(tmp_path), "--kv-budget", "50%"]) == 1
+    assert "run `llmdrop sweep" in error_of(capsys)
+
+
+@pytest.mark.parametrize("value", ["1", "1.5.2%", "half"])
+def test_a_share_without_a_unit_is_refused(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["recommend", str(MODEL), "--max-loss", value])
+    assert "is not a share such as 1% or 0.01" in capsys.readouterr().err

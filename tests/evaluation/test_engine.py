@@ -1,0 +1,129 @@
+"""What is measured through vLLM and Transformers, against plain Transformers on the embedded model."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.engine import EngineSettings, running
+from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
+from llmdrop_vllm.evaluation.records import SpeedWorkload
+
+MASK = DropMask(12, attention=(7, 11), mlp=(3,))
+CONTEXT = 64
+SETTINGS = EngineSettings(dtype="float32", max_model_len=CONTEXT + 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return Checkpoint.open(MODEL)
+
+
+@pytest.fixture(scope="module")
+def text(checkpoint):
+    return load_text(checkpoint, "held-out", context=CONTEXT, windows=4)[0]
+
+
+@pytest.fixture(scope="module")
+def logprobs(checkpoint, text):
+    """[window, token, vocabulary], of the full model by Transformers itself and of the masked one by `hf`."""
+    windows = torch.from_numpy(np.stack(text.sequences))
+    models = (
+        AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+        hf.load(checkpoint, MASK, dtype="float32"),
+    )
+    with torch.inference_mode():
+        return [model(windows, use_cache=False).logits.log_softmax(-1) for model in models]
+
+
+def naive_nll(logprobs, text):
+    targets = torch.from_numpy(np.stack(text.sequences))[:, 1:, None]
+    return -logprobs[:, :-1].gather(-1, targets)[..., 0].mean(-1)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["full", "masked"])
+def test_likelihoods_through_vllm_are_transformers(which, checkpoint, text, logprobs):
+    mask = (DropMask(12), MASK)[which]
+    with running(checkpoint, mask, SETTINGS, harness=False) as engine:
+        found = engine.negative_log_likelihoods(text.sequences)
+    assert found == pytest.approx(naive_nll(logprobs[which], text).tolist(), abs=1e-4)
+
+
+def test_divergence_is_that_of_two_models_side_by_side(checkpoint, text, logprobs):
+    full, masked = logprobs
+    found = Reference(checkpoint, checkpoint.mask, text.sequences, dtype="float32").under(MASK)
+    assert found.kl.value == pytest.approx((full.exp() * (full - masked)).sum(-1).mean().item(), rel=1e-4)
+    assert found.agreement.value == pytest.approx((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
+    assert found.tokens == 4 * CONTEXT
+    assert 0.2 < found.agreement.value < 0.95
+    assert found.kl.value > 0.05
+
+
+def test_a_mask_leaves_the_full_model_as_it_was(checkpoint, text):
+    reference = Reference(checkpoint, checkpoint.mask, text.sequences, dtype="float32")
+    before = {name: id(module) for name, module in reference.model.named_modules()}
+    reference.under(MASK)
+    assert {name: id(module) for name, module in reference.model.named_modules()} == before
+    nothing = reference.under(DropMask(12))
+    assert (nothing.kl.value, nothing.agreement.value) == (0.0, 1.0)
+
+
+def test_an_error_under_a_mask_leaves_the_model_as_it_was(checkpoint):
+    model = hf.load(checkpoint, dtype="float32")
+    before = dict(model.named_modules())
+    with pytest.raises(DataError), hf.dropped(model, checkpoint.family, MASK):
+        load_text(checkpoint, "held-out", context=1 << 20, windows=1)
+    assert dict(model.named_modules()) == before
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(12))
+
+
+def test_evaluation_holds_together(checkpoint, text, logprobs):
+    found, raw = evaluate_checkpoint(checkpoint, MASK, Measures(text, CONTEXT, divergence_tokens=2 * CONTEXT), SETTINGS)
+    assert raw is None
+    assert found.quality.perplexity.value == pytest.approx(naive_nll(logprobs[1], text).mean().exp().item(), rel=1e-4)
+    assert found.quality.perplexity.tokens == 4 * (CONTEXT - 1)
+    assert found.quality.divergence.tokens == 2 * CONTEXT
+    assert found.quality.mask.mask == MASK
+    assert found.provenance.data == text.identity
+
+
+def test_speed_has_a_value_per_round(checkpoint):
+    workload = SpeedWorkload(requests=2, prompt_tokens=32, output_tokens=8)
+    with running(checkpoint, MASK, SETTINGS, harness=False) as engine:
+        found = engine.speed(workload, num_rounds=3, full_before=2)
+    assert len(found.prefill_tokens_per_s) == len(found.decode_tokens_per_s) == 3
+    assert min(found.prefill_tokens_per_s + found.decode_tokens_per_s) > 0
+    assert found.full_before == 2
+
+
+def test_text_is_cut_into_windows_of_the_context(checkpoint):
+    found, context = load_text(checkpoint, "held-out", context=None, windows=None)
+    assert context == 1023  # one of the model's 1,024 is to come
+    assert 10 < len(found.sequences) < 256
+    assert {len(window) for window in found.sequences} == {1023}
+
+
+@pytest.mark.parametrize(
+    ("content", "context", "windows", "message"),
+    [
+        ("short text", 64, None, "holds 0 sequences of 64 tokens"),
+        ("word " * 100, 64, 50, "50 asked"),
+        ("word " * 100, 1024, None, "--context is 1024; expected at most 1023"),
+    ],
+)
+def test_text_that_does_not_suffice_is_refused(checkpoint, tmp_path, content, context, windows, message):
+    (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_text(checkpoint, str(tmp_path / "text.txt"), context=context, windows=windows)
+
+
+def test_token_ids_of_different_lengths_are_refused(checkpoint, tmp_path):
+    (tmp_path / "ids.json").write_text("[[1, 2, 3], [1, 2]]")
+    with pytest.raises(DataError, match="different lengths"):
+        load_text(checkpoint, str(tmp_path / "ids.json"), context=None, windows=None)

@@ -1,0 +1,93 @@
+"""lm-eval's runner on our tasks, through vLLM: scores are those of its own Transformers backend."""
+
+import json
+
+import pytest
+
+import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import MODEL, held_out
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.engine import EngineSettings, running
+from llmdrop_vllm.evaluation.harness import OWN_TASKS, find_tasks, write_results
+from llmdrop_vllm.evaluation.make_rows import choice_rows, functions
+
+TASKS = ("llmdrop_docstring", "llmdrop_name")
+MASK = DropMask(12, attention=(11, 7, 8, 10))
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def harness():
+    return find_tasks(TASKS)
+
+
+@pytest.fixture(scope="module")
+def scores(harness):
+    """By mask, each task's score; and lm-eval's own results of the full model."""
+    checkpoint, found = Checkpoint.open(MODEL), {}
+    for mask in (DropMask(12), MASK):
+        with running(checkpoint, mask, EngineSettings(dtype="float32", max_model_len=1024), harness=True) as engine:
+            found[mask], raw = harness.run(engine.harness, limit=ROWS)
+    return found, raw
+
+
+def test_the_embedded_model_is_clearly_above_chance(scores):
+    choice, name = scores[0][DropMask(12)]
+    assert (choice.task, choice.kind, choice.chance, choice.samples) == (TASKS[0], "multiple choice", 0.25, ROWS)
+    assert choice.value - 5 * choice.stderr > 0.25
+    assert (name.task, name.kind, name.metric, name.chance) == (TASKS[1], "generation", "exact_match", None)
+    assert name.value > 0.5
+
+
+def test_scores_are_those_of_the_transformers_backend(scores, harness):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    model = hf.load(Checkpoint.open(MODEL), MASK, dtype="float32")
+    backend = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(MODEL), batch_size=16)
+    theirs, _ = harness.run(backend, limit=ROWS)
+    assert [score.value for score in theirs] == pytest.approx([score.value for score in scores[0][MASK]], abs=1e-3)
+
+
+def test_a_mask_moves_the_scores(scores):
+    assert [each.value for each in scores[0][MASK]] != [each.value for each in scores[0][DropMask(12)]]
+
+
+def test_results_are_written_as_lm_eval_has_them(scores, tmp_path):
+    write_results(scores[1], tmp_path / "results.json")
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert set(TASKS) == written["results"].keys()
+    assert written["configs"]["llmdrop_name"]["output_type"] == "generate_until"
+
+
+def test_an_unknown_task_is_refused_with_the_nearest():
+    with pytest.raises(DataError, match="unknown task llmdrop_names; the nearest are .*llmdrop_name"):
+        find_tasks(["llmdrop_names"])
+
+
+def test_a_task_whose_data_is_out_of_reach_is_skipped_with_the_reason(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    found = find_tasks(["arc_easy", "llmdrop_name"])
+    assert found.tasks == ("llmdrop_name",)
+    assert "no route to the hub" in found.skipped["arc_easy"]
+
+
+def test_the_rows_are_what_the_script_makes_of_the_held_out_text():
+    rows = functions()
+    assert [json.loads(line) for line in (OWN_TASKS / "choice.jsonl").read_text().splitlines()] == [*choice_rows(rows)]
+    names = [json.loads(line) for line in (OWN_TASKS / "name.jsonl").read_text().splitlines()]
+    assert names == [{"subject": row["subject"], "name": row["name"]} for row in rows]
+    assert {row["subject"] for row in rows} <= held_out().keys()
+
+
+def test_every_row_has_its_docstring_among_four_different_ones():
+    for row, source in zip(choice_rows(functions()), functions(), strict=True):
+        assert row["choices"][row["label"]] == source["docstring"]
+        assert len(set(row["choices"])) == 4

@@ -1,0 +1,62 @@
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Sweep, mask_id
+from tests.evaluation.sweeps import DATA, DEPTH, point, sweep
+
+ONE = DropMask(DEPTH, attention=(6,))
+
+
+def test_an_estimate_has_the_standard_error_of_the_mean():
+    found = Estimate.of([1.0, 2.0, 3.0, 4.0])
+    assert found.value == 2.5
+    assert found.stderr == pytest.approx(math.sqrt(5 / 3) / 2)  # sample deviation over sqrt(4)
+    assert Estimate.of([3.0]).stderr is None
+
+
+def test_perplexity_is_the_exponential_of_the_mean_with_its_error_carried_over():
+    found = Perplexity.of([1.0, 2.0], 16, DATA)
+    assert found.value == pytest.approx(math.exp(1.5))
+    assert found.stderr == pytest.approx(math.exp(1.5) * 0.5)
+    assert found.tokens == 30
+
+
+def test_masks_that_drop_the_same_have_one_id_whatever_their_order():
+    assert mask_id(DropMask(8, (3, 5), (1,))) == mask_id(DropMask(8, (5, 3), (1,)))
+    assert mask_id(DropMask(8, (3, 5))) != mask_id(DropMask(8, (), (3, 5)))
+    assert mask_id(DropMask(8, (3,))) != mask_id(DropMask(9, (3,)))
+    assert mask_id(DropMask(8)) == "full"
+
+
+def test_speedup_is_against_the_mean_of_the_full_model_before_and_after():
+    found = sweep(point(ONE, faster=2.0), full_speeds=(1.0, 0.5))
+    # The full model took 3 s before and 6 s after; the point takes 1.5 s.
+    assert found.speedup(found.points[mask_id(ONE)]) == pytest.approx(4.5 / 1.5)
+    assert found.speedup_spread(found.points[mask_id(ONE)]) == pytest.approx((3.0, 3.0))
+
+
+def test_without_speeds_there_is_no_speedup():
+    found = sweep(point(ONE, faster=None), full=point(DropMask(DEPTH), faster=None), full_speeds=(), workload=None)
+    assert found.speedup(found.points[mask_id(ONE)]) is None
+
+
+def test_a_series_begins_with_the_full_model_and_leaves_out_what_is_not_measured():
+    found = sweep(point(ONE))
+    series = found.series[0].model_copy(update={"counts": (1, 2), "masks": (mask_id(ONE), "later")})
+    assert [count for count, _ in found.of(series)] == [0, 1]
+
+
+def test_a_sweep_without_the_full_model_says_so():
+    with pytest.raises(DataError, match="no point yet"):
+        _ = sweep().model_copy(update={"points": {}}).full
+
+
+def test_a_point_under_another_masks_id_is_refused():
+    record = sweep(point(ONE)).model_dump()
+    record["points"]["other"] = record["points"].pop(mask_id(ONE))
+    with pytest.raises(ValidationError, match="another mask"):
+        Sweep.model_validate(record)

@@ -1,0 +1,116 @@
+"""Sweeps of the embedded model: resumable, every point once, refused where something else was measured."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.artifacts import Scores, read_record
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.evaluation import sweep as sweep_module
+from llmdrop_vllm.evaluation.engine import EngineSettings
+from llmdrop_vllm.evaluation.evaluate import Measures, load_text
+from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep, mask_id
+from llmdrop_vllm.evaluation.series import make_series
+from llmdrop_vllm.evaluation.sweep import SweepPlan, mask_title, measure_sweep
+from llmdrop_vllm.locks import hold
+
+WORKLOAD = SpeedWorkload(requests=2, prompt_tokens=16, output_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Two series that share their first mask: four masks in all, with the full model."""
+    checkpoint = Checkpoint.open(MODEL)
+    unmeasured = Scores.unmeasured(checkpoint)
+    series, masks = make_series(unmeasured, ["attention", "joint"], [1, 2])
+    assert [len(each.masks) for each in series] == [2, 2]
+    text, context = load_text(checkpoint, "held-out", context=32, windows=2)
+    measures = Measures(text, context, divergence_tokens=32)
+    settings = EngineSettings(dtype="float32", max_model_len=64)
+    return SweepPlan(checkpoint, unmeasured, series, masks, measures, settings, WORKLOAD)
+
+
+@pytest.fixture(scope="module")
+def measured(plan, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sweep")
+    return directory, measure_sweep(plan, directory)
+
+
+def test_every_mask_is_measured_once_and_the_full_model_too(plan, measured):
+    directory, found = measured
+    assert found.points.keys() == {"full", *plan.masks}
+    assert read_record(Sweep, directory / "sweep.json") == found
+    # Before the points and after them.
+    assert len(found.full_speeds) == 2
+    for point in found.points.values():
+        assert found.speedup(point) > 0
+        assert point.quality.perplexity.tokens == 2 * 31
+
+
+def test_kv_share_and_parameters_are_those_of_the_mask(measured):
+    _, found = measured
+    one = next(point for point in found.points.values() if len(point.quality.mask.attention) == 1)
+    assert one.kv_share == pytest.approx(11 / 12)
+    config = Checkpoint.open(MODEL).config
+    hidden, head = config["hidden_size"], config["head_dim"]
+    attention = 2 * hidden * head * (config["num_attention_heads"] + config["num_key_value_heads"]) + hidden
+    assert found.full.parameters - one.parameters == attention
+
+
+def test_a_sweep_that_was_killed_goes_on_where_it_was(plan, measured, tmp_path, monkeypatch):
+    measure, count = sweep_module._Keeper.measure, 0
+
+    def killed_at_the_third(self, mask, divergence):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        measure(self, mask, divergence)
+
+    monkeypatch.setattr(sweep_module._Keeper, "measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sweep(plan, tmp_path)
+    kept = read_record(Sweep, tmp_path / "sweep.json")
+    assert len(kept.points) == 2
+    monkeypatch.undo()
+    found = measure_sweep(plan, tmp_path)
+    assert found.points.keys() == measured[1].points.keys()
+    # What was there is as it was.
+    assert {name: found.points[name] for name in kept.points} == dict(kept.points)
+    qualities = {name: point.quality.perplexity.value for name, point in found.points.items()}
+    assert qualities == pytest.approx({name: p.quality.perplexity.value for name, p in measured[1].points.items()})
+
+
+def test_a_finished_sweep_measures_nothing_again(plan, measured, monkeypatch):
+    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    assert measure_sweep(plan, measured[0]) == measured[1]
+
+
+def test_another_request_is_refused_by_what_differs(plan, measured):
+    other = replace(plan, measures=replace(plan.measures, context=16))
+    with pytest.raises(OutputError, match="context was 32 and is 16; choose another directory"):
+        measure_sweep(other, measured[0])
+
+
+def test_two_sweeps_do_not_share_a_directory(plan, tmp_path):
+    lock = hold(tmp_path, "measuring into it")
+    with pytest.raises(OutputError, match="in use"):
+        measure_sweep(plan, tmp_path)
+    os.close(lock)
+
+
+def test_more_series_go_into_the_same_file(plan, measured, monkeypatch):
+    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    fewer = replace(plan, series=plan.series[:1], masks={name: plan.masks[name] for name in plan.series[0].masks})
+    assert [each.name for each in measure_sweep(fewer, measured[0]).series] == ["attention", "joint"]
+
+
+def test_titles_say_what_goes():
+    assert mask_title(DropMask(4)) == "full model"
+    assert mask_title(DropMask(4, (1, 2), (3,))) == "attention -2, MLP -1"
+    assert mask_id(DropMask(4)) == "full"
