@@ -189,7 +189,7 @@ def test_token_ids_may_differ_in_length_and_need_no_tokenizer(tmp_path):
         ("a.json", "[[1, 2], [3, 4, 5]]", {"seq_len": 2}, "sequence 1 .* has 3 token ids, --seq-len asks for 2"),
         ("a.txt", "ab\0c", {}, "a.txt is binary"),
         ("a.jsonl", '{"texts": "a"}', {}, r"a\.jsonl, line 1: Field required"),
-        ("a.csv", "text\nabc", {}, r"a\.csv is a '\.csv' file; expected 'embedded', a \.txt, a \.jsonl"),
+        ("a.csv", "text\nabc", {}, r"a\.csv is a '\.csv' file; expected 'embedded', 'held-out', a \.txt, a \.jsonl"),
         ("a", "text", {}, "a is a '' file; expected"),
         (".", None, {}, "is not a file; expected 'embedded'"),
         ("x" * 300 + ".txt", None, {}, "x.txt cannot be read: File name too long"),
