@@ -9,11 +9,9 @@ from benchmarks.contenders import Settings
 from benchmarks.limit import measure_ceilings
 from benchmarks.lineup import NO_OP, TRANSFORMERS, Lineup
 from benchmarks.shapes import find
-from benchmarks.turns import Plan, measure
+from benchmarks.turns import Plan, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import Workload
-from llmdrop_vllm import DropMask
-from llmdrop_vllm.accounting import kv_bytes_per_layer_token
 
 SEQUENCES_THAT_FIT = 4
 COLUMNS = ("contender", "KV tokens", "running at once", "preempted", "requests/s", "speedup ± spread", "limit", "ratio")
@@ -25,15 +23,8 @@ def throughput_when_short(*, repeats: int, smoke: bool = False) -> dict[str, Any
     workload = Workload("KV memory short", 4 * SEQUENCES_THAT_FIT, 128, 128)
     if smoke:
         workload, repeats = Workload("KV memory short", 4 * SEQUENCES_THAT_FIT, 16, 112), 1
-    token_bytes = shape.num_layers * kv_bytes_per_layer_token(shape.config, "float32")
-    settings = Settings(
-        dtype="float32",
-        device="cpu",
-        # vLLM keeps one block of 128 tokens for itself.
-        kv_bytes=token_bytes * (SEQUENCES_THAT_FIT * workload.tokens_per_sequence + 128),
-        max_step_tokens=2048,
-        compiled=False,
-    )
+    settings = Settings("float32", "cpu", kv_bytes=0, max_step_tokens=2048, compiled=False)
+    settings = with_room_for(SEQUENCES_THAT_FIT, workload, shape, settings)
     mask = shape.mask("attention", shape.num_layers // 2)
     masks = {f"attention {len(mask.attention)}": mask}
     plan = Plan(shape, settings, masks, repeats, (NO_OP, TRANSFORMERS))
@@ -43,7 +34,7 @@ def throughput_when_short(*, repeats: int, smoke: bool = False) -> dict[str, Any
         lines = [*measure(plan, Lineup(shape, settings, write_random(Path(name) / "full", shape, "float32")))]
     return {
         "shape": shape.name,
-        "layers": DropMask(shape.num_layers).num_hidden_layers,
+        "layers": shape.num_layers,
         "workload": asdict(workload),
         "kv_bytes": settings.kv_bytes,
         "columns": COLUMNS,

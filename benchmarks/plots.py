@@ -4,6 +4,7 @@
 
 speedup.svg: decode speedup by sublayers dropped, with the limit as a band (within 5% of it). context.svg: decode
 tokens/s by context. fits.svg: sequences that fit into the KV cache. latency.svg: time per token by requests at once.
+ttft.svg: time to first token by requests per second.
 Each is made from the result files that hold what it needs; what is missing is said.
 """
 
@@ -51,6 +52,12 @@ def speedup_by_dropped(result: Mapping[str, Any], axes: Axes) -> None:
     axes.set_title(f"{result['shape']}: {lines[0]['label']} tokens")
 
 
+def style_of(line: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A contender's; the more is dropped, the stronger."""
+    shade = 0.5 + 0.5 * line["attention_dropped"] / layers
+    return STYLES[line["variant"]] | {"alpha": shade if line["variant"] == "llmdrop" else 1}
+
+
 def by_workload(
     result: Mapping[str, Any],
     axes: Axes,
@@ -60,9 +67,7 @@ def by_workload(
     """A curve for each contender."""
     for name in dict.fromkeys(each["contender"] for each in result["lines"]):
         lines = sorted((each for each in result["lines"] if each["contender"] == name), key=x)
-        shade = 0.5 + 0.5 * lines[0]["attention_dropped"] / result["layers"]
-        style = STYLES[lines[0]["variant"]] | {"alpha": shade if lines[0]["variant"] == "llmdrop" else 1}
-        axes.plot([*map(x, lines)], [*map(y, lines)], label=name, **style)
+        axes.plot([*map(x, lines)], [*map(y, lines)], label=name, **style_of(lines[0], result["layers"]))
     axes.set_ylim(bottom=0)
 
 
@@ -84,6 +89,29 @@ def latency_by_load(result: Mapping[str, Any], axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
+def ttft_under_load(result: Mapping[str, Any], axes: Axes) -> None:
+    """Median and 95th percentile of the time to first token by the rate of requests, and the rate served at most."""
+    for name in dict.fromkeys(each["contender"] for each in result["lines"]):
+        lines = [each for each in result["lines"] if each["contender"] == name]
+        style = style_of(lines[0], result["layers"])
+        at_once = [each for each in lines if each["rate_per_s"] is None]
+        at_rates = sorted((each for each in lines if each not in at_once), key=lambda each: each["rate_per_s"])
+        for part, look in {"median": {}, "p95": {"markerfacecolor": "white", "linewidth": 0.8}}.items():
+            points = [(each["rate_per_s"], 1e3 * each["ttft_s"][part]) for each in at_rates]
+            axes.plot(*zip(*points, strict=True), label=f"{name}: {part}", **style | look)
+        for each in at_once:
+            axes.axvline(each["requests_per_s"], color=style["color"], linestyle=":", label=f"{name}: served at most")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    fits, workload = result["requests_that_fit"], result["workload"]
+    axes.set(xlabel="requests sent per second", ylabel="time to first token, ms")
+    axes.set_title(
+        f"{result['shape']}: requests of {workload['prompt_tokens']} + {workload['output_tokens']} tokens; the same KV "
+        f"memory holds {' or '.join(map(str, fits.values()))}",
+        fontsize=10,
+    )
+
+
 def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
     """Bars: measured capacity in tokens as a share of the full model's, with and without the mask."""
     lines = [each for each in result["capacity"] if "padding_layers" in each and each["mask"] != "full"][::-1]
@@ -95,16 +123,6 @@ def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
     axes.axvline(1, **{**STYLES["vLLM"], "marker": ""}, label="vLLM, full model")
     axes.set_xlim(0, 1.35 * max(each["gain_measured"] for each in lines))
     axes.set(xlabel="requests that fit into the same KV cache memory, full model = 1")
-
-
-PICTURES: tuple[
-    tuple[str, str, Callable[[Mapping[str, Any], Axes], None], Callable[[Mapping[str, Any]], bool]], ...
-] = (
-    ("speedup", "a run with --table paper", speedup_by_dropped, lambda r: _count(r, "attention_dropped") > 2),
-    ("context", "a run with --contexts", decode_by_context, lambda r: _name(r) == "context"),
-    ("latency", "a run over all workloads", latency_by_load, lambda r: _count(r, "workload", "batch") > 1),
-    ("fits", "kv_capacity.json", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
-)
 
 
 def _count(result: Mapping[str, Any], *keys: str) -> int:
@@ -122,6 +140,21 @@ def _count(result: Mapping[str, Any], *keys: str) -> int:
 
 def _name(result: Mapping[str, Any]) -> str | None:
     return result["lines"][0]["workload"]["name"] if result.get("benchmark") == "throughput" else None
+
+
+def _has_rates(result: Mapping[str, Any]) -> bool:
+    return result.get("benchmark") == "load" and any(line["rate_per_s"] for line in result["lines"])
+
+
+PICTURES: tuple[
+    tuple[str, str, Callable[[Mapping[str, Any], Axes], None], Callable[[Mapping[str, Any]], bool]], ...
+] = (
+    ("speedup", "a run with --table paper", speedup_by_dropped, lambda r: _count(r, "attention_dropped") > 2),
+    ("context", "a run with --contexts", decode_by_context, lambda r: _name(r) == "context"),
+    ("latency", "a run over all workloads", latency_by_load, lambda r: _count(r, "workload", "batch") > 1),
+    ("ttft", "a run of load.py", ttft_under_load, _has_rates),
+    ("fits", "kv_capacity.json", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
+)
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +23,11 @@ def finish(result: Mapping[str, Any], out: Path) -> None:
     whole = {**result, **provenance()}
     out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(whole))
+
+
+def finish_lines(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], table: str, out: Path) -> None:
+    """The same for a result of many lines: beside it JSON lines, each with where it comes from, and a table."""
+    origin = {"shape": result["shape"], "layers": result["layers"], **provenance()}
+    out.with_suffix(".jsonl").write_text("".join(json.dumps({**line, **origin}) + "\n" for line in lines))
+    out.with_suffix(".md").write_text(table)
+    finish({**result, "lines": lines}, out)

@@ -22,13 +22,11 @@ from pathlib import Path
 import httpx
 
 from benchmarks.record import RESULTS, finish
-from benchmarks.servers import MASK, Served, serving
+from benchmarks.servers import MASK, Served, leave_a_core, serving
 
 PAIRS_PER_ROUND, CLIENTS, TOKENS = 20, 16, 128
 PROMPT = "<|user|>What does os.path.join return for an absolute path?<|assistant|>"
 OVERRIDES = f'{{"drop_attn_list": [{MASK}]}}'
-# On a CPU, OpenMP threads of two engines on the same cores wait for each other; the other core is for HTTP and clients.
-ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "1"}
 MAX_TTFT_S, MIN_THROUGHPUT = 0.001, 0.99
 
 Pair = tuple[float, float]  # ours, vLLM's
@@ -102,8 +100,8 @@ def main() -> None:
         ours, theirs = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
         vllm = ("vllm", "serve")
         servers = (
-            stack.enter_context(serving(ours, "--drop-attention", MASK, env=ONE_CORE)),
-            stack.enter_context(serving(theirs, "--hf-overrides", OVERRIDES, command=vllm, env=ONE_CORE)),
+            stack.enter_context(serving(ours, "--drop-attention", MASK, env=leave_a_core())),
+            stack.enter_context(serving(theirs, "--hf-overrides", OVERRIDES, command=vllm, env=leave_a_core())),
         )
         first_tokens, throughputs, cpu_s = asyncio.run(measure(servers, args.rounds))
     requests = args.rounds * (PAIRS_PER_ROUND + CLIENTS)

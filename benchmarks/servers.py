@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,24 +66,43 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def engine_cores() -> list[int]:
+    """All but the first, which is for HTTP and clients.
+
+    OpenMP threads that share their cores wait for each other at every step, so the busiest thread sets the pace.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[1:] or cores
+
+
+def leave_a_core() -> dict[str, str]:
+    """Environment for an engine on a CPU that keeps to its cores."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, engine_cores()))}
+
+
 @contextmanager
 def serving(
     directory: Path,
     *arguments: str,
     command: tuple[str, ...] = ("llmdrop", "serve"),
-    env: Mapping[str, str] = {},
+    model: Sequence[str] = EMBEDDED,
+    env: Mapping[str, str | None] = {},
     port: int | None = None,
 ) -> Iterator[Served]:
-    """The embedded model behind `llmdrop serve`, or another command of this environment; ended with all it started."""
+    """A model behind `llmdrop serve`, or another command of this environment; ended with all it started.
+
+    `env` is added to this process's environment; what is None there is taken out of it.
+    """
     port, log = port or free_port(), directory / "log"
     program, *words = command
-    line = [str(BIN / program), *words, *EMBEDDED, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    line = [str(BIN / program), *words, *model, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict(env)
     with log.open("w") as stdout:
         process = subprocess.Popen(
             line,
             stdout=stdout,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict(env),
+            env={name: value for name, value in environment.items() if value is not None},
             start_new_session=True,
         )
     try:

@@ -13,57 +13,30 @@ TPOT are taken per request, at the end of the step that made the token. Writes r
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import published
-from benchmarks.contenders import Settings
+from benchmarks import options, published
 from benchmarks.limit import measure_ceilings
 from benchmarks.lineup import Lineup
-from benchmarks.record import RESULTS, finish, provenance
+from benchmarks.record import RESULTS, finish_lines
 from benchmarks.shapes import Shape, find
 from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
-from llmdrop_vllm import DropMask, InputError, MaskError
-from llmdrop_vllm.artifacts import MaskFile, read_record
+from llmdrop_vllm import InputError
 
-KINDS = ("attention", "mlp", "block")
 SMOKE = {"shape": "smoke", "attention": "2", "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
-
-
-def masks(args: argparse.Namespace, shape: Shape) -> dict[str, DropMask]:
-    """Label to mask. Raises InputError for a mask that does not fit the shape."""
-    wanted = [(kind, count) for kind in KINDS for count in numbers(f"--{kind}", getattr(args, kind))]
-    if args.table:
-        wanted += [(kind, count) for kind, count, _ in published.table(shape.name, shape.num_layers)]
-    found = {f"{kind} {count}": shape.mask(kind, count) for kind, count in wanted}
-    if args.mask is not None:
-        mask = read_record(MaskFile, args.mask).mask
-        if mask.num_hidden_layers != shape.num_layers:
-            raise MaskError(f"{args.mask} is for {mask.num_hidden_layers} layers; {shape.name} has {shape.num_layers}")
-        found[args.mask.stem] = mask
-    return found or {f"attention {shape.num_layers // 2}": shape.mask("attention", shape.num_layers // 2)}
-
-
-def numbers(option: str, text: str | None) -> list[int]:
-    """`2,4` as numbers."""
-    if text is None:
-        return []
-    if not all(each.isdigit() for each in text.split(",")):
-        raise InputError(f"{option} {text}: expected whole numbers separated by commas")
-    return [int(each) for each in text.split(",")]
 
 
 def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[Workload, ...]:
     """What the options ask for; raises InputError for what they misspell."""
     if args.contexts:
-        return at_contexts(numbers("--contexts", args.contexts))
+        return at_contexts(options.numbers("--contexts", args.contexts))
     if args.table and not args.workloads:
         return (PAPER.scaled(scale),)
     found = tuple(each.scaled(scale) for each in chosen(args.workloads))
@@ -74,22 +47,9 @@ def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[W
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, tuple[Workload, ...]]:
     """Everything that can be refused is refused here, before the first slow step."""
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device == "cuda"
-    scale = args.scale if args.scale is not None else (1 if on_gpu else 1 / 32)
-    shape = find(args.shape, args.layers)
-    if args.repeats < 1:
-        raise InputError(f"--repeats {args.repeats}: expected 1 or more")
-    settings = Settings(
-        dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
-        device=device,
-        kv_bytes=int((args.kv_gib or (8 if on_gpu else 0.2)) * 2**30),
-        max_step_tokens=8192 if on_gpu else 2048,
-        compiled=on_gpu if args.compile is None else args.compile,
-    )
-    plan = Plan(shape, settings, masks(args, shape), args.repeats, tuple(args.without))
+    shape, settings = find(args.shape, args.layers), options.settings(args)
+    scale = args.scale if args.scale is not None else (1 if settings.device == "cuda" else 1 / 32)
+    plan = Plan(shape, settings, options.masks(args, shape), args.repeats, tuple(args.without))
     work = workload_list(args, plan, scale)
     for each in work:
         plan.check_fits(each)
@@ -125,30 +85,20 @@ def published_speedup(shape: Shape, line: dict[str, Any]) -> dict[str, float]:
 
 def write(out: Path, plan: Plan, lineup: Lineup, found: Sequence[dict[str, Any]]) -> None:
     """JSON lines, the table, and the result whose JSON is the last line on the standard output."""
-    origin = {"shape": plan.shape.name, "layers": plan.shape.num_layers, **provenance()}
-    out.with_suffix(".jsonl").write_text("".join(json.dumps({**line, **origin}) + "\n" for line in found))
-    out.with_suffix(".md").write_text(markdown(plan.shape, found, lineup.skipped))
-    finish(
-        {
-            "benchmark": "throughput",
-            "shape": plan.shape.name,
-            "layers": plan.shape.num_layers,
-            "masks": {label: {"attention": mask.attention, "mlp": mask.mlp} for label, mask in plan.masks.items()},
-            "settings": asdict(plan.settings),
-            "ceilings": asdict(plan.ceilings),
-            "repeats": plan.repeats,
-            "skipped": lineup.skipped,
-            "worst_ratio_to_limit": min(line["total"]["ratio"] for line in found),
-            "to_explain": [
-                f"{line['label']}: {line['contender']}, ratio {line['total']['ratio']:.2f}"
-                for line in found
-                if not EXPECTED_RATIO[0] <= line["total"]["ratio"] <= EXPECTED_RATIO[1]
-            ],
-            "worst_speedup_over": against_rivals(found),
-            "lines": found,
-        },
-        out,
-    )
+    result = {
+        "benchmark": "throughput",
+        **plan.description(),
+        "ceilings": asdict(plan.ceilings),
+        "skipped": lineup.skipped,
+        "worst_ratio_to_limit": min(line["total"]["ratio"] for line in found),
+        "to_explain": [
+            f"{line['label']}: {line['contender']}, ratio {line['total']['ratio']:.2f}"
+            for line in found
+            if not EXPECTED_RATIO[0] <= line["total"]["ratio"] <= EXPECTED_RATIO[1]
+        ],
+        "worst_speedup_over": against_rivals(found),
+    }
+    finish_lines(result, found, markdown(plan.shape, found, lineup.skipped), out)
 
 
 def show(line: dict[str, Any]) -> None:
@@ -162,25 +112,14 @@ def show(line: dict[str, Any]) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="cpu-small", help="one of benchmarks/shapes.py")
-    parser.add_argument("--layers", type=int, help="the shape's layers at another depth")
-    for kind in ("attention", "mlp", "block"):
-        parser.add_argument(f"--{kind}", metavar="N[,N]", help=f"masks that drop so many {kind} sublayers each")
-    parser.add_argument("--mask", type=Path, help="a mask that `llmdrop select` wrote")
+    options.add_shared(parser)
     parser.add_argument("--table", choices=["paper"], help="the paper's workload and numbers of dropped sublayers")
     names = ", ".join(dict.fromkeys(each.name for each in WORKLOADS))
     parser.add_argument("--workloads", metavar="NAME[,NAME]", help=f"default: {names} and as many as fit")
     parser.add_argument("--contexts", metavar="N[,N]", help="instead: decode at contexts of so many tokens, batch 4")
     parser.add_argument("--scale", type=float, help="of the workloads' tokens; default: 1 on a GPU, 1/32 on a CPU")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: what torch finds")
-    parser.add_argument("--kv-gib", type=float, help="KV cache; default: 8 on a GPU, 0.2 on a CPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--without", action="append", default=[], metavar="CONTENDER", help="such as Transformers")
-    parser.add_argument("--directory", type=Path, help="where there is room for the checkpoint")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/throughput-SHAPE.json")
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that everything works")
     args = parser.parse_args(arguments)
     if args.smoke:
         vars(args).update(SMOKE)

@@ -16,6 +16,9 @@ from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
 
+# vLLM's defaults.
+BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,7 +48,7 @@ class Plan:
         if workload.tokens_per_sequence > room:
             raise InputError(
                 f"a request of {workload.label} has {workload.tokens_per_sequence} tokens, and the full model holds "
-                f"{room}: use a smaller --scale or a larger --kv-gib"
+                f"{room}: ask for fewer tokens or a larger --kv-gib"
             )
 
     def prediction(self, mask: DropMask, workload: Workload, *, limited: bool = True) -> Prediction:
@@ -66,6 +69,25 @@ class Plan:
         """At least so long will all runs take, warm-up included."""
         rounds = self.repeats + 1
         return rounds * sum(self.prediction(each.mask, one).total_s for each in self.line() for one in self.work)
+
+    def description(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {
+            "shape": self.shape.name,
+            "layers": self.shape.num_layers,
+            "masks": {label: {"attention": mask.attention, "mlp": mask.mlp} for label, mask in self.masks.items()},
+            "settings": asdict(self.settings),
+            "repeats": self.repeats,
+        }
+
+
+def with_room_for(requests: int, workload: Workload, shape: Shape, settings: Settings) -> Settings:
+    """KV cache that holds so many requests of the full model at once."""
+    block_tokens = BLOCK_TOKENS[settings.device]
+    blocks = 1 + requests * -(-workload.tokens_per_sequence // block_tokens)  # one is vLLM's own
+    layers = kept_layout(shape.config, DropMask(shape.num_layers)).stored_layers
+    block_bytes = block_tokens * layers * kv_bytes_per_layer_token(shape.config, settings.dtype)
+    return replace(settings, kv_bytes=blocks * block_bytes)
 
 
 def measure(plan: Plan, lineup: Lineup) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import Shape
 from llmdrop_vllm import DropMask
@@ -17,7 +21,7 @@ SHARD_BYTES = 2 * 10**9
 BLOCK_VALUES = 15_485_863
 
 
-def write_random(directory: Path, shape: Shape, dtype: str, seed: int = 0) -> Path:
+def write_random(directory: Path, shape: Shape, dtype: str, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the full model, a shard at a time; weights keep the size of what passes through them."""
     directory.mkdir()
     kind = getattr(torch, dtype)
@@ -25,7 +29,7 @@ def write_random(directory: Path, shape: Shape, dtype: str, seed: int = 0) -> Pa
     block = torch.randn(BLOCK_VALUES, generator=torch.Generator().manual_seed(seed))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, size in shape.tensors().items():
-        if sum(map(math.prod, shards[-1].values())) * kind.itemsize > SHARD_BYTES:
+        if sum(map(math.prod, shards[-1].values())) * kind.itemsize > shard_bytes:
             shards.append({})
         shards[-1][name] = size
     weight_map, start = {}, 0
@@ -62,3 +66,11 @@ def with_mask(full: Path, directory: Path, mask: DropMask, dialect: str) -> Path
     if not directory.exists():
         write_checkpoint(plan_surgery(full, mask, dialect=dialect, config_only=dialect == "llm-drop"), directory)
     return directory
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A word for each token, so that text has as many tokens as it has words, there and back."""
+    words = {f"w{token}": token for token in range(vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

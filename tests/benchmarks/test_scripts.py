@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import kv_capacity, plots, throughput
+from benchmarks import kv_capacity, load, plots, throughput
 from benchmarks.lineup import NO_OP, OURS, STOCK, TRANSFORMERS
 
 pytestmark = pytest.mark.processes
@@ -12,10 +12,11 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Where both benchmarks have written what they found."""
+    """Where the benchmarks have written what they found."""
     directory = tmp_path_factory.mktemp("results")
     throughput.main(["--smoke", "--out", str(directory / "throughput.json")])
     kv_capacity.main(["--smoke", "--out", str(directory / "kv_capacity.json")])
+    load.main(["--smoke", "--out", str(directory / "load.json")])
     return directory
 
 
@@ -52,10 +53,27 @@ def test_kv_capacity_is_as_predicted_and_requests_wait_where_it_is_short(results
     assert (results / "kv_capacity.md").read_text().count("| cpu-small |") == len(result["capacity"])
 
 
+def test_under_load_nothing_fails_and_the_full_model_has_room_for_half_as_many_requests(results):
+    result = json.loads((results / "load.json").read_bytes())
+    assert result["failures"] == 0
+    assert result["requests_that_fit"] == {"vLLM, full": 2, "llmdrop, attention 2": 5}
+    *_, full, ours = result["lines"]
+    assert [line["variant"] for line in result["lines"]] == [STOCK, OURS] * 2
+    assert (full["rate_per_s"], full["rate_of_saturation"]) == (None, None)
+    assert full["queue_s"] > 0
+    for line in (full, ours):
+        assert len(line["runs"]) == result["repeats"] == 2
+        assert line["output_tokens_per_s"] == pytest.approx(112 * line["requests_per_s"], rel=0.05)
+        assert 0 < line["ttft_s"]["median"] <= line["ttft_s"]["p95"] <= line["e2e_s"]["p95"]
+    assert len((results / "load.jsonl").read_text().splitlines()) == 4
+    assert (results / "load.md").read_text().count("| all at once |") == 2
+
+
 def test_pictures_are_drawn_from_whatever_is_there(results, capsys):
     plots.main(["--results", str(results), "--out", str(results)])
     assert "no speedup picture: it needs a run with --table paper" in capsys.readouterr().out
-    assert b"<svg" in (results / "kv_capacity-fits.svg").read_bytes()
+    for name in ("kv_capacity-fits.svg", "load-ttft.svg"):
+        assert b"<svg" in (results / name).read_bytes()
 
 
 @pytest.mark.parametrize(
