@@ -15,17 +15,18 @@ TPOT are taken per request, at the end of the step that made the token. Writes r
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import options, published
+from benchmarks.contenders import Settings
 from benchmarks.limit import measure_ceilings
 from benchmarks.lineup import Lineup
 from benchmarks.record import RESULTS, finish_lines
 from benchmarks.shapes import Shape, find
 from benchmarks.table import EXPECTED_RATIO, markdown
-from benchmarks.turns import Plan, against_rivals, measure
+from benchmarks.turns import Plan, against_rivals, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
 from llmdrop_vllm import InputError
@@ -45,9 +46,20 @@ def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[W
     return found
 
 
+def undisturbed_decode(
+    work: Sequence[Workload], shape: Shape, settings: Settings, args: argparse.Namespace
+) -> Settings:
+    """One step for all of a prefill and KV cache for all requests: otherwise some decode while others wait for theirs."""
+    longest = max(work, key=lambda each: each.prefill_tokens)
+    settings = replace(settings, max_step_tokens=max(settings.max_step_tokens, longest.prefill_tokens))
+    return settings if args.kv_gib else with_room_for(longest.batch, longest, shape, settings)
+
+
 def make_plan(args: argparse.Namespace) -> tuple[Plan, tuple[Workload, ...]]:
     """Everything that can be refused is refused here, before the first slow step."""
     shape, settings = find(args.shape, args.layers), options.settings(args)
+    if args.contexts:
+        settings = undisturbed_decode(at_contexts(options.numbers("--contexts", args.contexts)), shape, settings, args)
     scale = args.scale if args.scale is not None else (1 if settings.device == "cuda" else 1 / 32)
     plan = Plan(shape, settings, options.masks(args, shape), args.repeats, tuple(args.without))
     work = workload_list(args, plan, scale)

@@ -237,11 +237,11 @@ def write_record(record: BaseModel, path: Path) -> None:
     write_atomically(path, record.model_dump_json(indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content at once. Raises OutputError where the directory cannot be written to."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

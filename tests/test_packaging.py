@@ -28,11 +28,12 @@ def test_it_holds_our_two_packages_and_no_other(wheel):
     assert {name for name in packages if not name.endswith(".dist-info")} == {"llmdrop_vllm", "llmdrop_server"}
 
 
-def test_it_holds_the_page_and_the_embedded_model(wheel):
+def test_it_holds_the_pages_and_the_embedded_model(wheel):
     assert {
         "llmdrop_server/static/index.html",
         "llmdrop_server/static/app.js",
         "llmdrop_server/static/style.css",
+        "llmdrop_vllm/report/page.css",
         "llmdrop_vllm/embedded/model/model.safetensors",
     } <= {*wheel[0]}
 

@@ -77,7 +77,7 @@ def recommend(args: Namespace) -> None:
 
 def report(args: Namespace) -> None:
     """`llmdrop report`."""
-    from llmdrop_vllm.report.write import write_report
+    from llmdrop_vllm.report import write_report
 
     directory = results_directory(args)
     found = _sweep_of(args)

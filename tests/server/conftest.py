@@ -1,25 +1,11 @@
 """The browser that the page is looked at with, and the stand-in for the server behind it."""
 
-import os
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
+from tests.browser import browser
 from tests.server.page_stub import Stub
 
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium, without a head."""
-    path = shutil.which("chromium")
-    if path is None and "CI" not in os.environ:
-        pytest.skip("no chromium on the PATH: apt-get install chromium")
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield browser
-        browser.close()
+__all__ = ["browser", "open_page", "server", "start"]
 
 
 @pytest.fixture

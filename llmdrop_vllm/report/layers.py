@@ -1,0 +1,101 @@
+"""Pictures of the scores, per layer: importance, and why sublayers are redundant."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llmdrop_vllm.artifacts import Diagnostics
+from llmdrop_vllm.report.findings import Findings
+from llmdrop_vllm.report.style import LOOK_OF_WHAT, LOOKS, Look, NothingToShow, label_of, legend, look, panels, scale
+
+Values = Sequence[float | None]
+
+
+def importance(findings: Findings) -> tuple[Figure, str]:
+    """A panel for attention, MLP and block each; a line for each calibration set."""
+    if not findings.calibrations:
+        raise NothingToShow("no scores were given")
+    figure, axes = panels("Importance of each sublayer: the lowest go first", findings.model, 3, 3, (4.8, 4.2))
+    present: list[float] = []
+    kinds = {"attention": "attention", "mlp": "MLP", "block": "block (both)"}
+    for each, (kind, title) in zip(axes, kinds.items(), strict=True):
+        lines = {
+            name: [None if value is None else 1 - value for value in getattr(scores.similarity, kind)]
+            for name, scores in findings.calibrations.items()
+        }
+        for place, (name, values) in enumerate(lines.items()):
+            _line(each, values, _short(name), look(place))
+        each.set(title=title, xlabel="layer")
+        present += [value for values in lines.values() for value in values if value is not None]
+    for each in axes:  # alike, so that attention can be compared with MLP
+        scale(each, present)
+    limits = [limit for each in axes for limit in each.get_ylim()]
+    for each in axes:
+        each.set_ylim(min(limits), max(limits))
+    axes[0].set_ylabel("importance\n(1 − cosine similarity)")
+    legend(figure)
+    return figure, f"Importance by layer, measured on {', '.join(findings.calibrations)}. {_lowest(findings)}"
+
+
+def redundancy(findings: Findings) -> tuple[Figure, str]:
+    """The first calibration set in full, the others paler behind it."""
+    lines = {name: _diagnostics(scores.diagnostics) for name, scores in findings.calibrations.items()}
+    titles = [
+        title for title in next(iter(lines.values()), {}) if any(_measured(each[title]) for each in lines.values())
+    ]
+    if not titles:
+        raise NothingToShow("the scores hold no diagnostics" if lines else "no scores were given")
+    figure, axes = panels("Signs that sublayers are redundant", findings.model, len(titles), 2, (6, 3.7))
+    for each, title in zip(axes, titles, strict=True):
+        for place, found in enumerate(lines.values()):
+            for label, (values, chosen) in found[title].items():
+                _line(each, values, label if place == 0 else "", chosen, alpha=1 if place == 0 else 0.35)
+        each.set(title=title, xlabel="layer")
+        each.set_ylim(bottom=min(0, each.get_ylim()[0]))
+    first, *others = map(_short, findings.calibrations)
+    legend(figure, columns=5, title=f"measured on {first}" + (f"; paler: {', '.join(others)}" if others else ""))
+    return figure, f"By layer, measured on {', '.join(findings.calibrations)}: {'; '.join(titles)}."
+
+
+def _line(axes: Axes, values: Values, label: str, look: Look, alpha: float = 1) -> None:
+    """With a gap where a layer has no such sublayer."""
+    drawn = [float("nan") if value is None else value for value in values]
+    axes.plot(range(len(drawn)), drawn, label=label_of(label), **{**look.line, "markersize": 5, "alpha": alpha})
+
+
+def _lowest(findings: Findings) -> str:
+    """For those who cannot see the picture."""
+    values = next(iter(findings.calibrations.values())).similarity.attention
+    present = [(1 - value, layer) for layer, value in enumerate(values) if value is not None]
+    if not present:
+        return "No attention is left."
+    return f"Of attention, layer {min(present)[1]} has the lowest: {min(present)[0]:.3g}."
+
+
+def _diagnostics(found: Diagnostics) -> Mapping[str, Mapping[str, tuple[Values, Look]]]:
+    """Panel title to its lines."""
+    attention, mlp = found.attention, found.mlp
+    blue, orange, grey = LOOK_OF_WHAT["attention"], LOOK_OF_WHAT["mlp"], LOOKS[6]
+    return {
+        "Size of the output: ‖sublayer(x)‖ / ‖x‖": {
+            "attention": (attention.magnitude_ratio, blue),
+            "MLP": (mlp.magnitude_ratio, orange),
+        },
+        "Likeness of tokens: mean cosine between two": {
+            "before attention": (attention.token_cosine_before, grey),
+            "after attention": (attention.token_cosine_after, blue),
+            "after MLP": (mlp.token_cosine_after, orange),
+        },
+        "Concentration of attention (1 = on one token)": {"attention": (attention.concentration, blue)},
+        "Share of attention on the first token": {"attention": (attention.first_token, blue)},
+    }
+
+
+def _measured(lines: Mapping[str, tuple[Values, Look]]) -> bool:
+    return any(value is not None for values, _ in lines.values() for value in values)
+
+
+def _short(name: str) -> str:
+    """The end of a long path or name says most."""
+    return name if len(name) <= 36 else f"…{name[-35:]}"

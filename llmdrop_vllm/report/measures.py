@@ -1,0 +1,88 @@
+"""What can be plotted and tabulated of a point: its value with its standard error, in the units people read."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from llmdrop_vllm.evaluation.records import Estimate, Point, TaskKind, TaskScore
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`of` gives None where a point was not measured so; scores and agreement are in percent."""
+
+    name: str
+    axis: str
+    of: Callable[[Point], Estimate | None]
+    lower_is_better: bool = False
+    decimals: int = 1
+    kind: TaskKind | None = None
+
+    def text(self, estimate: Estimate | None) -> str:
+        """`11.88 ± 0.21` for people; a dash for nothing."""
+        if estimate is None:
+            return "–"
+        stderr = "" if estimate.stderr is None else f" ± {number(estimate.stderr, self.decimals)}"
+        return number(estimate.value, self.decimals) + stderr
+
+    def chance(self, point: Point) -> float | None:
+        """What guessing would get; None where it is not known of every task."""
+        found = [task.chance for task in tasks(point, self.kind)] if self.kind else []
+        known = [each for each in found if each is not None]
+        return 100 * fmean(known) if known and len(known) == len(found) else None
+
+
+def number(value: float, decimals: int) -> str:
+    """With a comma for thousands, and no decimals where they say nothing."""
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"
+
+
+def tasks(point: Point, kind: TaskKind | None) -> Sequence[TaskScore]:
+    """Of one kind, or all."""
+    return [task for task in point.quality.tasks if kind in (None, task.kind)]
+
+
+def percent(value: float, stderr: float | None) -> Estimate:
+    """Of a share and its standard error."""
+    return Estimate(value=100 * value, stderr=None if stderr is None else 100 * stderr)
+
+
+def task_average(point: Point, kind: TaskKind | None = None) -> Estimate | None:
+    """In percent. Tasks are independent, so the error of k of them is the root of their squares' sum over k."""
+    value = point.quality.task_average(kind)
+    if value is None:
+        return None
+    errors = [task.stderr for task in tasks(point, kind)]
+    known = [each for each in errors if each is not None]
+    return percent(value, math.hypot(*known) / len(known) if len(known) == len(errors) else None)
+
+
+def _perplexity(point: Point) -> Estimate:
+    found = point.quality.perplexity
+    return Estimate(value=found.value, stderr=found.stderr)
+
+
+def _agreement(point: Point) -> Estimate | None:
+    found = point.quality.divergence
+    return None if found is None else percent(found.agreement.value, found.agreement.stderr)
+
+
+def _kl(point: Point) -> Estimate | None:
+    return None if point.quality.divergence is None else point.quality.divergence.kl
+
+
+def _of_kind(kind: TaskKind, name: str) -> Measure:
+    return Measure(name, f"{name}, mean score, %", lambda point: task_average(point, kind), kind=kind)
+
+
+PERPLEXITY = Measure("perplexity", "perplexity (lower is better)", _perplexity, lower_is_better=True, decimals=2)
+MULTIPLE_CHOICE = _of_kind("multiple choice", "multiple choice")
+GENERATION = _of_kind("generation", "generation")
+OTHER_TASKS = _of_kind("other", "other tasks")
+ALL_TASKS = Measure("all tasks", "mean score of all tasks, %", task_average)
+AGREEMENT = Measure("agreement", "same next token as the full model, %", _agreement)
+KL = Measure("KL divergence", "KL(full || dropped), nats/token", _kl, lower_is_better=True, decimals=3)
+TASK_MEASURES = (MULTIPLE_CHOICE, GENERATION, OTHER_TASKS)

@@ -1,0 +1,42 @@
+"""All pictures of a report, each as SVG and PNG."""
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from llmdrop_vllm.report import drop_order, layers, quality, speed
+from llmdrop_vllm.report.findings import Findings
+from llmdrop_vllm.report.picture import LeftOut, Picture
+from llmdrop_vllm.report.style import NothingToShow, as_png, as_svg, styled
+
+Paint = Callable[[Findings], tuple[Figure, str]]
+
+
+PICTURES: tuple[tuple[str, str, Paint], ...] = (
+    ("quality", "Quality against the number dropped; bars and bands are standard errors.", quality.quality),
+    ("divergence", "The next token against the full model's, on held-out text.", quality.divergence),
+    (
+        "speedup",
+        "Quality against speedup; bars, of the series by importance, are the range over rounds and the standard error.",
+        speed.speedup,
+    ),
+    ("kv_cache", "KV cache as vLLM stores it, padding included.", speed.kv_cache),
+    ("controls", "Controls: as many sublayers in another order.", quality.controls),
+    ("importance", "Importance by layer and calibration set.", layers.importance),
+    ("drop_order", "The masks: a row for each number dropped.", drop_order.drop_order),
+    ("redundancy", "Diagnostics of the intact model's sublayers, by layer.", layers.redundancy),
+)
+
+
+def draw(findings: Findings) -> list[Picture | LeftOut]:
+    """In the order of the page."""
+    found: list[Picture | LeftOut] = []
+    with styled():
+        for name, caption, paint in PICTURES:
+            try:
+                figure, alt = paint(findings)
+            except NothingToShow as error:
+                found.append(LeftOut(name, caption, str(error)))
+                continue
+            found.append(Picture(name, caption, alt, as_svg(figure), as_png(figure)))
+    return found

@@ -1,0 +1,132 @@
+"""Pictures of quality by number dropped: by importance, in other orders, and against the full model's next token."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llmdrop_vllm.evaluation.records import Estimate
+from llmdrop_vllm.report.findings import NOUNS, Curve, Findings
+from llmdrop_vllm.report.measures import AGREEMENT, ALL_TASKS, KL, PERPLEXITY, TASK_MEASURES, Measure
+from llmdrop_vllm.report.style import (
+    GREY,
+    INK,
+    LOOK_OF_WHAT,
+    LOOKS,
+    Look,
+    NothingToShow,
+    draw_curve,
+    legend,
+    panels,
+    scale,
+)
+
+DROPPED = "number dropped (sublayers, or blocks)"
+
+
+def values(curve: Curve, measure: Measure) -> list[tuple[float, Estimate]]:
+    """(number dropped, value) where it was measured."""
+    return [(n, found) for n, point in curve.points if (found := measure.of(point)) is not None]
+
+
+def quality(findings: Findings) -> tuple[Figure, str]:
+    """A panel for perplexity and for each kind of task."""
+    measures = [each for each in (PERPLEXITY, *TASK_MEASURES) if each.of(findings.sweep.full) is not None]
+    return _by_importance(findings, measures, "Quality as the least important go first", baseline=True)
+
+
+def divergence(findings: Findings) -> tuple[Figure, str]:
+    """Agreement and KL divergence; the full model against itself would be 100% and 0, and says nothing."""
+    if not any(AGREEMENT.of(point) for curve in findings.by_importance for n, point in curve.points if n):
+        raise NothingToShow("the next-token distributions were not compared with the full model's")
+    return _by_importance(findings, [AGREEMENT, KL], "How often the next token stays the same", baseline=False)
+
+
+def _by_importance(
+    findings: Findings, measures: Sequence[Measure], title: str, *, baseline: bool
+) -> tuple[Figure, str]:
+    curves = findings.by_importance
+    if not curves:
+        raise NothingToShow("no series that drops the least important first is measured yet")
+    figure, axes = panels(title, findings.model, len(measures), 3 if len(measures) == 3 else 2, (5.2, 4.2))
+    said = []
+    for each, measure in zip(axes, measures, strict=True):
+        found = [(curve, [pair for pair in values(curve, measure) if baseline or pair[0]]) for curve in curves]
+        for curve, pairs in found:
+            if pairs:
+                draw_curve(each, pairs, curve.series.name, LOOK_OF_WHAT[curve.series.what])
+                said.append(_ends(curve, pairs, measure))
+        if baseline:
+            _levels(each, measure, findings)
+        each.set(xlabel=DROPPED, ylabel=measure.axis, title=measure.name)
+        if measure.lower_is_better:
+            scale(each, [value.value for _, pairs in found for _, value in pairs])
+    legend(figure)
+    return figure, f"{title}. {' '.join(said)}"
+
+
+def _levels(axes: Axes, measure: Measure, findings: Findings) -> None:
+    """The full model as a line, with its standard error as a band, and what guessing would get."""
+    full = measure.of(findings.sweep.full)
+    if full is None:
+        return
+    axes.axhline(full.value, color=INK, linewidth=1.5, linestyle="-", label="full model", zorder=1)
+    if full.stderr:
+        axes.axhspan(full.value - full.stderr, full.value + full.stderr, color=GREY, alpha=0.2, linewidth=0)
+    if (chance := measure.chance(findings.sweep.full)) is not None:
+        axes.axhline(chance, color=GREY, linewidth=2, linestyle=(0, (1, 2)), label="guessing", zorder=1)
+
+
+def _ends(curve: Curve, pairs: Sequence[tuple[float, Estimate]], measure: Measure) -> str:
+    (first, start), (last, end) = pairs[0], pairs[-1]
+    return f"{measure.name}, {curve.series.name}: {measure.text(start)} at {first:g}, {measure.text(end)} at {last:g}."
+
+
+def controls(findings: Findings) -> tuple[Figure, str]:
+    """The same number dropped in another order: a panel for each kind of sublayer that has several orders."""
+    kinds = {
+        what: curves
+        for what in NOUNS
+        if len(curves := [curve for curve in findings.curves if curve.series.what == what]) > 1
+    }
+    if not kinds:
+        raise NothingToShow("only one order is measured")
+    measures = [PERPLEXITY, *([ALL_TASKS] if ALL_TASKS.of(findings.sweep.full) else [])]
+    title = "Does it matter which ones are dropped?"
+    figure, axes = panels(title, findings.model, len(kinds) * len(measures), 2, (6.4, 3.9))
+    looks = _looks([curve for curves in kinds.values() for curve in curves])
+    cells = [(what, curves, measure) for what, curves in kinds.items() for measure in measures]
+    said = []
+    for each, (what, curves, measure) in zip(axes, cells, strict=True):
+        ordered = [curve for curve in curves if not curve.random]
+        for curve in ordered:
+            pairs = values(curve, measure)
+            draw_curve(each, pairs, curve.series.name, looks[curve.series.name])
+            said.append(_ends(curve, pairs, measure))
+        if seeds := [curve for curve in curves if curve.random]:
+            _band(each, [dict(values(curve, measure)) for curve in seeds])
+        full = measure.of(findings.sweep.full)
+        each.axhline(full.value if full else 0, color=INK, linewidth=1.2, label="full model", zorder=1)
+        each.set(xlabel=f"{NOUNS[what]} dropped", ylabel=measure.axis, title=f"{NOUNS[what]}: {measure.name}")
+        if measure.lower_is_better:
+            scale(each, [value.value for curve in curves for _, value in values(curve, measure)])
+    legend(figure, columns=3)
+    return figure, f"{title} {' '.join(said)}"
+
+
+def _looks(curves: Sequence[Curve]) -> dict[str, Look]:
+    """By series name: by importance as in the other pictures, the others what these leave over."""
+    found = {each.series.name: LOOK_OF_WHAT[each.series.what] for each in curves if each.by_importance}
+    free = [each for each in LOOKS if each not in found.values()] or [*LOOKS]
+    others = [each.series.name for each in curves if not (each.by_importance or each.random)]
+    return found | {name: free[place % len(free)] for place, name in enumerate(others)}
+
+
+def _band(axes: Axes, seeds: Sequence[dict[float, Estimate]]) -> None:
+    """From the lowest to the highest of several seeds, and their mean."""
+    counts = sorted({n for seed in seeds for n in seed})
+    rows = [[seed[n].value for seed in seeds if n in seed] for n in counts]
+    name = f"random: mean and range of {len(seeds)}" if len(seeds) > 1 else "random"
+    axes.fill_between(counts, [*map(min, rows)], [*map(max, rows)], color=GREY, alpha=0.25, linewidth=0)
+    axes.plot(counts, [*map(fmean, rows)], color=GREY, linewidth=2, marker="s", markersize=4, label=name)

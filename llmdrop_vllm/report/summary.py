@@ -1,0 +1,152 @@
+"""How many sublayers may go: the few sentences at the top of the page, computed from the records."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmdrop_vllm.evaluation.records import Estimate, Point, Sweep
+from llmdrop_vllm.report.findings import NOUNS, Curve, Findings
+from llmdrop_vllm.report.measures import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TASK_MEASURES, Measure
+
+PERPLEXITY_LIMIT_PERCENT = 5.0
+TASK_LIMIT_POINTS = 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """By one measure: the largest number of sublayers whose loss stays within the limit.
+
+    `then` says what is left with these gone, `beyond` what with the next measured one gone as well. `blind` says why
+    the measure cannot judge, where it cannot.
+    """
+
+    measure: Measure
+    limit: str
+    full: Estimate
+    n: int
+    then: str
+    beyond: str
+    blind: str | None
+
+
+def largest_within(losses: Iterable[tuple[int, float]], limit: float) -> int:
+    """The largest number up to which every loss is at most `limit`: one that is good by luck after a bad one is not."""
+    largest = 0
+    for n, loss in sorted(losses):
+        if loss > limit:
+            break
+        largest = n
+    return largest
+
+
+def same_within_errors(one: Estimate, other: Estimate) -> bool:
+    """Whether two values differ by no more than the standard error of their difference, were they independent."""
+    if one.stderr is None or other.stderr is None:
+        return False
+    return abs(one.value - other.value) <= math.hypot(one.stderr, other.stderr)
+
+
+def loss(measure: Measure, full: Estimate, found: Estimate) -> float:
+    """Percent more perplexity, or points of a task average lost; negative for a gain."""
+    if measure is PERPLEXITY:
+        return 100 * (found.value / full.value - 1)
+    return full.value - found.value
+
+
+def blind(measure: Measure, full: Point) -> str | None:
+    """Why no loss could show: the full model does no better than guessing, within two standard errors."""
+    estimate, chance = measure.of(full), measure.chance(full)
+    if measure is PERPLEXITY or estimate is None:
+        return None
+    if estimate.value <= 0:
+        return f"the full model scores {measure.text(estimate)} in {measure.name}, so no loss can show there"
+    if chance is not None and estimate.value - chance <= 2 * (estimate.stderr or 0):
+        return (
+            f"the full model's {measure.text(estimate)} in {measure.name} is not clearly above guessing "
+            f"({chance:.1f}), so a loss can hardly show there"
+        )
+    return None
+
+
+def main_curve(findings: Findings) -> Curve | None:
+    """Attention by importance, or what comes nearest to it."""
+    ranked = [*findings.by_importance, *findings.curves]
+    return next((curve for curve in ranked if curve.series.what == "attention"), ranked[0] if ranked else None)
+
+
+def verdicts(sweep: Sweep, curve: Curve) -> list[Verdict]:
+    """One by each measure that the full model has."""
+    found = []
+    for measure in (PERPLEXITY, *TASK_MEASURES):
+        full = measure.of(sweep.full)
+        values = {n: value for n, point in curve.points if (value := measure.of(point)) is not None}
+        if full is None:
+            continue
+        limit = PERPLEXITY_LIMIT_PERCENT if measure is PERPLEXITY else TASK_LIMIT_POINTS
+        n = largest_within([(n, loss(measure, full, value)) for n, value in values.items()], limit)
+        after = next((each for each in sorted(values) if each > n), None)
+        unit = f"{limit:g}% higher" if measure is PERPLEXITY else f"{limit:g} point lower"
+        then = described(measure, full, values[n]) if n else "–"
+        beyond = "not measured" if after is None else described(measure, full, values[after])
+        found.append(Verdict(measure, f"at most {unit}", full, n, then, beyond, blind(measure, sweep.full)))
+    return found
+
+
+def change(measure: Measure, full: Estimate, found: Estimate) -> str:
+    """Of a task average, within its standard error, none. Perplexity is of the same windows each time, so its standard
+    error, which is between windows, says nothing about a difference.
+    """
+    if measure is PERPLEXITY:
+        return f"{loss(measure, full, found):+.1f}%"
+    if same_within_errors(full, found):
+        return "within the standard error"
+    return f"{-loss(measure, full, found):+.1f} points"
+
+
+def described(measure: Measure, full: Estimate, found: Estimate) -> str:
+    """`12.30 ± 0.30 (+3.4%)`."""
+    return f"{measure.text(found)} ({change(measure, full, found)})"
+
+
+def agreed(found: Iterable[Verdict]) -> int:
+    """What every measure that can judge allows."""
+    return min(each.n for each in found if each.blind is None)
+
+
+def sentences(findings: Findings) -> list[str]:
+    """Plain language, most important first."""
+    sweep, curve = findings.sweep, main_curve(findings)
+    if curve is None:
+        return ["Only the full model is measured so far; run llmdrop sweep again and it goes on."]
+    found = verdicts(sweep, curve)
+    n, what = agreed(found), NOUNS[curve.series.what]
+    if n:
+        head = f"{n} of {findings.depth} {what} can go ({curve.series.order}) within the limits below"
+        said = [f"{head}{_gains(sweep, dict(curve.points)[n])}."]
+    else:
+        first = curve.points[1][0]
+        said = [f"Not even {first} of {findings.depth} {what} ({curve.series.order}) can go within the limits below."]
+    return [*said, *_caveats(found)]
+
+
+def _gains(sweep: Sweep, point: Point) -> str:
+    speedup, spread = sweep.speedup(point), sweep.speedup_spread(point)
+    faster = "" if speedup is None or spread is None else f"; {speedup_text(speedup, spread)} times as fast"
+    return f": the KV cache is {100 * point.kv_share:.1f}% of the full model's{faster}"
+
+
+def speedup_text(speedup: float, spread: tuple[float, float]) -> str:
+    """`1.12 (1.10 to 1.13)`: the range is over rounds."""
+    return f"{speedup:.2f} ({spread[0]:.2f} to {spread[1]:.2f})"
+
+
+def _caveats(found: list[Verdict]) -> list[str]:
+    """What the numbers alone would let a reader believe."""
+    said = [f"{each.blind[0].upper()}{each.blind[1:]}." for each in found if each.blind is not None]
+    by = {each.measure.name: each for each in found if each.blind is None}
+    choice, generation = by.get(MULTIPLE_CHOICE.name), by.get(GENERATION.name)
+    if choice and generation and generation.n < choice.n:
+        said.append(f"Multiple choice alone would allow {choice.n}; generation suffers first: {generation.n}.")
+    if not any(each.measure is GENERATION for each in found):
+        said.append("No generation task was measured. It usually suffers first, so other figures may flatter a mask.")
+    return said

@@ -1,0 +1,47 @@
+import pytest
+
+from llmdrop_vllm.report.findings import Findings
+from llmdrop_vllm.report.measures import PERPLEXITY
+from llmdrop_vllm.report.speed import kv_cache, speedup
+from llmdrop_vllm.report.style import NothingToShow
+from llmdrop_vllm.report.tradeoff import pareto_front
+from tests.report.sweeps import sweep
+
+
+def test_every_measured_mask_is_a_marker_and_the_front_is_a_line():
+    records = sweep(names=["attention", "mlp", "random 0"], tasks=())
+    (axes,) = speedup(Findings.of(records, []))[0].axes
+    lines = [*axes.get_lines(), *(container.lines[0] for container in axes.containers)]
+    markers = {tuple(map(float, line.get_xydata()[0])) for line in lines if len(line.get_xydata()) == 1}
+    expected = {
+        mask: (1.0 if mask == "full" else records.speedup(point), PERPLEXITY.of(point).value)
+        for mask, point in records.points.items()
+    }
+    assert markers == {*expected.values()}
+    front = pareto_front({mask: (x, -y) for mask, (x, y) in expected.items()})
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    line = handles["Pareto front: nothing beats these"].get_xydata()
+    assert [tuple(map(float, each)) for each in line] == [expected[mask] for mask in front]
+
+
+def test_the_ends_of_the_front_are_labelled_and_few_between_them():
+    records = sweep(names=["attention"], tasks=())
+    (axes,) = speedup(Findings.of(records, []))[0].axes
+    texts = [text.get_text() for text in axes.texts]
+    assert {"full model", "attention 10"} <= {*texts}
+    assert len(texts) < 8
+
+
+@pytest.mark.parametrize("changes", [{"speed": False}, {"workload": None}, {"keep": 0}])
+def test_without_speed_there_is_no_such_picture(changes):
+    with pytest.raises(NothingToShow, match="speed was not measured"):
+        speedup(Findings.of(sweep(**changes), []))
+
+
+def test_series_of_the_same_kv_cache_are_one_line_that_names_them():
+    records = sweep(names=["attention", "mlp", "last"], keep=1.0)
+    (axes,) = kv_cache(Findings.of(records, []))[0].axes
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    assert {*handles} == {"attention, last", "mlp"}
+    assert [*handles["attention, last"].get_ydata()] == [pytest.approx(100 * (1 - n / 12)) for n in range(11)]
+    assert {*handles["mlp"].get_ydata()} == {100.0}
