@@ -49,7 +49,7 @@ def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[W
 def undisturbed_decode(
     work: Sequence[Workload], shape: Shape, settings: Settings, args: argparse.Namespace
 ) -> Settings:
-    """One step for all of a prefill and KV cache for all requests: otherwise some decode while others wait for theirs."""
+    """One step for a whole prefill and KV cache for all requests: otherwise some decode while others still wait."""
     longest = max(work, key=lambda each: each.prefill_tokens)
     settings = replace(settings, max_step_tokens=max(settings.max_step_tokens, longest.prefill_tokens))
     return settings if args.kv_gib else with_room_for(longest.batch, longest, shape, settings)
