@@ -34,13 +34,14 @@ class Perplexity(Record):
     """exp of the mean negative log-likelihood per token, over windows of `context` tokens of held-out text.
 
     `stderr` is of the perplexity: perplexity x the standard error of the mean over windows (delta method). `tokens`
-    counts those predicted: all of a window but its first.
+    counts those predicted: all of a window but its first. `window_nll` has each window's mean, in nats per token.
     """
 
     value: float
     stderr: float | None
     tokens: int
     context: int
+    window_nll: tuple[float, ...]
     data: DataIdentity
 
     @classmethod
@@ -49,7 +50,17 @@ class Perplexity(Record):
         mean = Estimate.of(nll)
         value = math.exp(mean.value)
         stderr = None if mean.stderr is None else value * mean.stderr
-        return cls(value=value, stderr=stderr, tokens=len(nll) * (context - 1), context=context, data=data)
+        tokens = len(nll) * (context - 1)
+        return cls(value=value, stderr=stderr, tokens=tokens, context=context, window_nll=tuple(nll), data=data)
+
+    def relative_to(self, full: "Perplexity") -> Estimate:
+        """This perplexity over another on the same windows, with the standard error of the difference window by window:
+        most of what makes a window hard is in both, so it is much smaller than those of the two.
+        """
+        pairs = zip(self.window_nll, full.window_nll, strict=True)
+        difference = Estimate.of([own - other for own, other in pairs])
+        ratio = math.exp(difference.value)
+        return Estimate(value=ratio, stderr=None if difference.stderr is None else ratio * difference.stderr)
 
 
 class Divergence(Record):
@@ -169,6 +180,8 @@ class Sweep(Record):
         for name, point in self.points.items():
             if mask_id(point.quality.mask.mask) != name:
                 raise ValueError(f"points.{name} is of another mask")
+            if point.speed is not None and not 0 <= point.speed.full_before < len(self.full_speeds):
+                raise ValueError(f"points.{name} was measured after a full model that is not in full_speeds")
         return self
 
     @property
@@ -190,20 +203,21 @@ class Sweep(Record):
 
         The full model was measured before and after; the mean of both cancels a machine that drifts.
         """
-        workload, speed = self.request.workload, point.speed
-        if workload is None or speed is None or not self.full_speeds:
-            return None
-        around = self.full_speeds[speed.full_before : speed.full_before + 2]
-        return fmean(seconds(workload, each) for each in around) / seconds(workload, speed)
+        full, found = self._times(point)
+        return full / median(found) if found else None
 
     def speedup_spread(self, point: Point) -> tuple[float, float] | None:
         """Smallest and largest speedup over rounds, each against the mean of the full model's."""
+        full, found = self._times(point)
+        return (full / max(found), full / min(found)) if found else None
+
+    def _times(self, point: Point) -> tuple[float, list[float]]:
+        """Seconds of the full model around the point, and of the point's rounds: none where speed is not measured."""
         workload, speed = self.request.workload, point.speed
-        if workload is None or speed is None or not self.full_speeds:
-            return None
-        full = fmean(seconds(workload, each) for each in self.full_speeds[speed.full_before : speed.full_before + 2])
-        found = [full / each for each in rounds(workload, speed)]
-        return min(found), max(found)
+        if workload is None or speed is None:
+            return 0.0, []
+        around = self.full_speeds[speed.full_before : speed.full_before + 2]
+        return fmean(median(rounds(workload, each)) for each in around), rounds(workload, speed)
 
 
 def mask_id(mask: DropMask) -> str:
@@ -218,11 +232,6 @@ def rounds(workload: SpeedWorkload, speed: Speed) -> list[float]:
     prefill, decode = workload.requests * workload.prompt_tokens, workload.requests * (workload.output_tokens - 1)
     pairs = zip(speed.prefill_tokens_per_s, speed.decode_tokens_per_s, strict=True)
     return [prefill / fast + decode / slow for fast, slow in pairs]
-
-
-def seconds(workload: SpeedWorkload, speed: Speed) -> float:
-    """Median over rounds."""
-    return median(rounds(workload, speed))
 
 
 def scores_id(scores: Scores) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llmdrop_vllm.evaluation.records import Estimate, Point, Sweep
+from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Point, Sweep
 from llmdrop_vllm.report.findings import NOUNS, Curve, Findings
 from llmdrop_vllm.report.measures import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TASK_MEASURES, Measure
 
@@ -86,26 +86,39 @@ def verdicts(sweep: Sweep, curve: Curve) -> list[Verdict]:
         n = largest_within([(n, loss(measure, full, value)) for n, value in values.items()], limit)
         after = next((each for each in sorted(values) if each > n), None)
         unit = f"{limit:g}% higher" if measure is PERPLEXITY else f"{limit:g} point lower"
-        then = described(measure, full, values[n]) if n else "–"
-        beyond = "not measured" if after is None else described(measure, full, values[after])
+        points = dict(curve.points)
+        then = described(measure, sweep.full, points[n]) if n else "–"
+        beyond = "not measured" if after is None else described(measure, sweep.full, points[after])
         found.append(Verdict(measure, f"at most {unit}", full, n, then, beyond, blind(measure, sweep.full)))
     return found
 
 
-def change(measure: Measure, full: Estimate, found: Estimate) -> str:
-    """Of a task average, within its standard error, none. Perplexity is of the same windows each time, so its standard
-    error, which is between windows, says nothing about a difference.
-    """
-    if measure is PERPLEXITY:
-        return f"{loss(measure, full, found):+.1f}%"
+def change_of_score(full: Estimate, found: Estimate) -> str:
+    """Of a task average, in points; within its standard error, none."""
     if same_within_errors(full, found):
         return "within the standard error"
-    return f"{-loss(measure, full, found):+.1f} points"
+    return f"{found.value - full.value:+.1f} points"
 
 
-def described(measure: Measure, full: Estimate, found: Estimate) -> str:
-    """`12.30 ± 0.30 (+3.4%)`."""
-    return f"{measure.text(found)} ({change(measure, full, found)})"
+def change_of_perplexity(full: Perplexity, found: Perplexity) -> str:
+    """In percent, with the standard error of the difference over the same windows."""
+    ratio = found.relative_to(full)
+    stderr = ratio.stderr
+    if stderr is not None and abs(ratio.value - 1) <= stderr:
+        return "within the standard error"
+    return f"{100 * (ratio.value - 1):+.1f}{'' if stderr is None else f' ± {100 * stderr:.1f}'}%"
+
+
+def described(measure: Measure, full: Point, found: Point) -> str:
+    """`12.30 ± 0.30 (+3.4 ± 0.2%)`."""
+    before, after = measure.of(full), measure.of(found)
+    if before is None or after is None:
+        return measure.text(after)
+    if measure is PERPLEXITY:
+        changed = change_of_perplexity(full.quality.perplexity, found.quality.perplexity)
+    else:
+        changed = change_of_score(before, after)
+    return f"{measure.text(after)} ({changed})"
 
 
 def agreed(found: Iterable[Verdict]) -> int:

@@ -1,5 +1,7 @@
 """Sweeps that were never measured, for what reads them."""
 
+import math
+
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, ModelIdentity, Provenance
 from llmdrop_vllm.evaluation.records import (
@@ -33,7 +35,7 @@ def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_s
     return Point(
         quality=Quality(
             mask=MaskRecord.of(mask),
-            perplexity=Perplexity(value=perplexity, stderr=0.1, tokens=30, context=16, data=DATA),
+            perplexity=Perplexity.of([math.log(perplexity) - 0.01, math.log(perplexity) + 0.01], 16, DATA),
             divergence=Divergence(kl=Estimate(value=0.1), agreement=Estimate(value=agreement), tokens=32),
             tasks=tuple(
                 TaskScore(task=kind, metric="acc", kind=kind, value=value, samples=10)

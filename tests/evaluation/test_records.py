@@ -25,6 +25,14 @@ def test_perplexity_is_the_exponential_of_the_mean_with_its_error_carried_over()
     assert found.tokens == 30
 
 
+def test_perplexities_are_compared_window_by_window():
+    full, dropped = Perplexity.of([1.0, 3.0], 16, DATA), Perplexity.of([1.1, 3.2], 16, DATA)
+    found = dropped.relative_to(full)
+    assert found.value == pytest.approx(math.exp(0.15))
+    # The differences are 0.1 and 0.2, whatever the windows are worth by themselves.
+    assert found.stderr == pytest.approx(math.exp(0.15) * 0.05)
+
+
 def test_masks_that_drop_the_same_have_one_id_whatever_their_order():
     assert mask_id(DropMask(8, (3, 5), (1,))) == mask_id(DropMask(8, (5, 3), (1,)))
     assert mask_id(DropMask(8, (3, 5))) != mask_id(DropMask(8, (), (3, 5)))
@@ -53,6 +61,12 @@ def test_a_series_begins_with_the_full_model_and_leaves_out_what_is_not_measured
 def test_a_sweep_without_the_full_model_says_so():
     with pytest.raises(DataError, match="no point yet"):
         _ = sweep().model_copy(update={"points": {}}).full
+
+
+def test_a_point_whose_full_model_is_missing_is_refused():
+    record = sweep(point(ONE)).model_dump() | {"full_speeds": ()}
+    with pytest.raises(ValidationError, match="not in full_speeds"):
+        Sweep.model_validate(record)
 
 
 def test_a_point_under_another_masks_id_is_refused():

@@ -1,19 +1,20 @@
 import pytest
 
-from llmdrop_vllm.evaluation.records import Estimate
+from llmdrop_vllm.evaluation.records import Estimate, Perplexity
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.measures import GENERATION, MULTIPLE_CHOICE, PERPLEXITY
 from llmdrop_vllm.report.summary import (
     agreed,
     blind,
-    change,
+    change_of_perplexity,
+    change_of_score,
     largest_within,
     main_curve,
     same_within_errors,
     sentences,
     verdicts,
 )
-from tests.report.sweeps import TASKS, sweep
+from tests.report.sweeps import TASKS, data, sweep
 
 
 def estimate(value, stderr=None):
@@ -45,9 +46,14 @@ def test_values_are_the_same_within_the_standard_error_of_their_difference():
 
 
 def test_a_change_is_said_in_the_units_of_its_measure():
-    assert change(PERPLEXITY, estimate(10, 1), estimate(10.5, 1)) == "+5.0%"
-    assert change(GENERATION, estimate(30, 1), estimate(25, 1)) == "-5.0 points"
-    assert change(GENERATION, estimate(30, 1), estimate(31, 1)) == "within the standard error"
+    assert change_of_score(estimate(30, 1), estimate(25, 1)) == "-5.0 points"
+    assert change_of_score(estimate(30, 1), estimate(31, 1)) == "within the standard error"
+
+
+def test_perplexity_changes_by_more_than_the_error_of_the_difference_or_not_at_all():
+    full, more, hardly = (Perplexity.of(nll, 512, data()) for nll in ([1.0, 3.0], [1.1, 3.2], [1.01, 2.99]))
+    assert change_of_perplexity(full, more) == "+16.2 ± 5.8%"
+    assert change_of_perplexity(full, hardly) == "within the standard error"
 
 
 def test_each_measure_is_judged_by_its_own_limit():
