@@ -117,8 +117,8 @@ def add_measures(command: Parser) -> None:
         help="for perplexity: 'held-out' (default: text that the embedded model has not seen), a .txt, a .jsonl, "
         "a .json list of token-id lists, or a dataset's name as for --data",
     )
-    group.add_argument("--context", type=int, metavar="N", help="tokens in a window (1023, or the model's context - 1)")
-    group.add_argument("--windows", type=int, metavar="N", help="windows of text (256, or as many as there are)")
+    group.add_argument("--context", type=int, metavar="N", help="tokens in a window (512)")
+    group.add_argument("--windows", type=int, metavar="N", help="windows of text (32, or as many as there are)")
     group.add_argument(
         "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
     )
@@ -158,8 +158,8 @@ def add_speed(command: Parser) -> None:
     """The workload that speed is measured with."""
     group = command.add_argument_group("speed, in the engine, without HTTP")
     group.add_argument("--requests", type=_count, default=8, metavar="N", help="at once (8)")
-    group.add_argument("--prompt-tokens", type=_count, default=256, metavar="N", help="of each (256)")
-    group.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="of each (64)")
+    group.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="of each (128)")
+    group.add_argument("--output-tokens", type=_count, default=32, metavar="N", help="of each (32)")
     group.add_argument("--no-speed", action="store_true", help="quality only")
 
 

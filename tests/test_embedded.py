@@ -1,30 +1,32 @@
 """The embedded model: what is recorded of it is what vLLM measures, and dropping matters to it."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.embedded_perplexity import perplexity
-from llmdrop_vllm import DropMask
+import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from llmdrop_vllm.artifacts import read_record
+from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL, held_out
 from llmdrop_vllm.embedded.corpus import documents
+from llmdrop_vllm.evaluation.engine import EngineSettings, running
+from llmdrop_vllm.evaluation.evaluate import load_text
+from llmdrop_vllm.evaluation.records import Sweep
 
-RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks/results/embedded_perplexity.json").read_text())
+RECORDED = read_record(Sweep, Path(__file__).parents[1] / "benchmarks/results/embedded/sweep.json")
+WINDOWS = 8
 
 
-@pytest.mark.parametrize("name", ["full", "attention 4", "MLP 2"])
-def test_recorded_perplexity_is_measured_again(name):
-    kind, _, count = name.partition(" ")
-    ranking = RECORDED["ranking"]
-    mask = DropMask(
-        12,
-        attention=tuple(ranking["attention"][: int(count)]) if kind == "attention" else (),
-        mlp=tuple(ranking["mlp"][: int(count)]) if kind == "MLP" else (),
-    )
-    value, tokens = perplexity(mask, [*held_out().values()])
-    assert tokens == RECORDED["tokens"]
-    assert value == pytest.approx(RECORDED["perplexity"][name], rel=0.01)
+@pytest.mark.parametrize(("name", "number"), [("attention", 0), ("attention", 4), ("mlp", 2)])
+def test_recorded_likelihoods_are_measured_again(name, number):
+    series = next(each for each in RECORDED.series if each.name == name)
+    quality = dict(RECORDED.of(series))[number].quality
+    checkpoint, context = Checkpoint.open(MODEL), quality.perplexity.context
+    text, _ = load_text(checkpoint, "held-out", context=context, windows=WINDOWS)
+    settings = EngineSettings(dtype="float32", max_model_len=context + 1)
+    with running(checkpoint, quality.mask.mask, settings, harness=False) as engine:
+        found = engine.negative_log_likelihoods(text.sequences)
+    assert found == pytest.approx(quality.perplexity.window_nll[:WINDOWS], abs=1e-3)
 
 
 def test_dropping_matters_and_mlps_matter_more():

@@ -16,7 +16,7 @@ MASKS = {
     "block": ["--blocks", "2"],
     "joint": ["--joint", "5", "--protect", "0"],
 }
-LEAST_IMPORTANT = [11, 7]  # benchmarks/results/embedded_perplexity.json, measured by other code on other text
+LEAST_IMPORTANT = [11, 7]  # benchmarks/results/embedded/scores.json, of more text
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from llmdrop_vllm.surgery.calibration import TokenIds
 
 # Read by vLLM when it is first imported. In one process an engine starts in seconds, and its end can be waited for.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
@@ -42,6 +42,7 @@ class EngineSettings:
             # Speed is measured with prompts that no earlier round has left in the cache.
             "enable_prefix_caching": False,
             "seed": 0,
+            "use_tqdm_on_load": False,
             # A mask that the checkpoint has already needs no override, whatever dialect says it.
             "hf_overrides": {} if mask.dropped == checkpoint.mask.dropped else mask.to_config("runtime"),
             **self.options,

@@ -14,7 +14,7 @@ from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, 
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 
-DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 1023, 256, 4096
+DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Measures:
         return self.text.sequences[: max(1, self.divergence_tokens // self.context)] if self.divergence_tokens else ()
 
     def quality(
-        self, engine: Engine, mask: DropMask, divergence: Divergence | None
+        self, engine: Engine, mask: DropMask, divergence: Divergence | None, *, bars: bool = True
     ) -> tuple[Quality, dict[str, Any] | None]:
-        """What an engine under this mask is worth, and lm-eval's own results."""
+        """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
         nll = engine.negative_log_likelihoods(self.text.sequences)
         tasks: tuple[TaskScore, ...] = ()
         raw = None
         if self.harness is not None and self.harness.tasks:
-            tasks, raw = self.harness.run(engine.harness, limit=self.limit)
+            tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
         return Quality(mask=MaskRecord.of(mask), perplexity=perplexity, divergence=divergence, tasks=tasks), raw
 
@@ -48,7 +48,7 @@ class Measures:
 def load_text(
     checkpoint: Checkpoint, source: str, *, context: int | None, windows: int | None
 ) -> tuple[Calibration, int]:
-    """Windows of `context` tokens, and that number; by default 1,023, or what the model takes with one to predict.
+    """Windows of `context` tokens, and that number; by default 512, or what the model takes with one to predict.
 
     Raises DataError for text that is shorter than one window, for a context that leaves no token to predict and for
     token ids in sequences of different lengths.

@@ -3,8 +3,11 @@
 import difflib
 import json
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +20,7 @@ from llmdrop_vllm.evaluation.records import TaskKind, TaskScore
 OWN_TASKS = Path(__file__).with_name("tasks")
 # What stands for a task's result, the first that it has; any other metric only where it has none of these.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "pass@1")
+FEWSHOT_SEED, BOOTSTRAPS = 1234, 1000  # lm-eval's own default; for metrics whose standard error is not a formula
 KINDS: Mapping[str, TaskKind] = {"multiple_choice": "multiple choice", "generate_until": "generation"}
 
 
@@ -28,14 +32,20 @@ class Harness:
     tasks: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self, model: Any, *, limit: int | None = None) -> tuple[tuple[TaskScore, ...], dict[str, Any]]:
+    def run(
+        self, model: Any, *, limit: int | None = None, bars: bool = True
+    ) -> tuple[tuple[TaskScore, ...], dict[str, Any]]:
         """Scores and lm-eval's own results; `model` is one of its models, `limit` rows of each task at most."""
-        from lm_eval import simple_evaluate
+        # Not `simple_evaluate`, which describes the machine each time: seconds of `pip list` and the like.
+        from lm_eval.evaluator import evaluate
 
-        with _quiet():
-            results = simple_evaluate(
-                model, tasks=list(self.tasks), task_manager=self.manager, limit=limit, bootstrap_iters=1000
-            )
+        with _quiet(bars=bars):
+            found = self.manager.load(list(self.tasks))
+            for task in found["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            results = evaluate(model, task_dict=found, limit=limit, bootstrap_iters=BOOTSTRAPS)
         scores = tuple(_score(results, task) for task in self.tasks)
         return scores, {key: value for key, value in results.items() if key != "samples"}
 
@@ -110,18 +120,18 @@ def _chance(results: Mapping[str, Any], leaves: Sequence[str]) -> float | None:
     return sum(1 / choices for choices in rows) / len(rows)
 
 
-class _quiet:
-    """lm-eval and the libraries of its data report on every step."""
-
-    def __enter__(self) -> None:
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
+@contextmanager
+def _quiet(*, bars: bool = True) -> Iterator[None]:
+    """lm-eval and the libraries of its data report on every step, and draw a bar for each, where `bars` lets them."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
         warnings.simplefilter("ignore")
-        self.levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "huggingface_hub")}
-        for name in self.levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        for name, level in self.levels.items():
-            logging.getLogger(name).setLevel(level)
-        self.warnings.__exit__(None, None, None)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            with redirect_stderr(sys.stderr if bars else nowhere):
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

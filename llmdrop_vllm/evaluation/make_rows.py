@@ -2,7 +2,7 @@
 
     python -m llmdrop_vllm.evaluation.make_rows
 
-Only functions whose answer begins with their name and a signature, and whose docstring has a first paragraph.
+Only functions whose answer begins with their name and a signature, and whose docstring has a first sentence.
 """
 
 import json
@@ -16,28 +16,29 @@ from llmdrop_vllm.embedded import held_out
 
 TASKS = Path(__file__).with_name("tasks")
 ANSWER = re.compile(
-    r"<\|user\|>What is (?P<subject>[\w.]+)\?<\|assistant\|>(?P<signature>(?P<name>\w+)\(.*?\))\n\n(?P<docstring>.+?)"
-    r"(\n\n|<\|end\|>)",
+    r"<\|user\|>What is (?P<subject>[\w.]+)\?<\|assistant\|>(?P<signature>(?P<name>\w+)\(.*?\))\n\n"
+    r"(?P<sentence>.+?[.!?](?=\s|<)|.+?(?=\n\n|<\|end\|>))",
     re.DOTALL,
 )
-NUM_CHOICES = 4
+NUM_CHOICES, NUM_ROWS = 4, 200
 
 
 def functions() -> list[dict[str, str]]:
-    """subject, signature, name and the docstring's first paragraph, for every held-out function that has all."""
+    """subject, signature, name and the docstring's first sentence, of some held-out functions that have all."""
     found = [match.groupdict() for text in held_out().values() if (match := ANSWER.match(text))]
-    return [each for each in found if each["subject"].endswith(f".{each['name']}")]
+    fitting = [each for each in found if each["subject"].endswith(f".{each['name']}")]
+    return random.Random(0).sample(fitting, NUM_ROWS)
 
 
 def choice_rows(functions: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
-    """The right docstring among three others that differ from it, in a random but fixed order."""
+    """The right first sentence among three others that differ from it, in a random but fixed order."""
     rng = random.Random(0)
     for each in functions:
-        others = sorted({other["docstring"] for other in functions} - {each["docstring"]})
-        choices = [each["docstring"], *rng.sample(others, NUM_CHOICES - 1)]
+        others = sorted({other["sentence"] for other in functions} - {each["sentence"]})
+        choices = [each["sentence"], *rng.sample(others, NUM_CHOICES - 1)]
         rng.shuffle(choices)
         row = {key: each[key] for key in ("subject", "signature")}
-        yield row | {"choices": choices, "label": choices.index(each["docstring"])}
+        yield row | {"choices": choices, "label": choices.index(each["sentence"])}
 
 
 def write(file: str, rows: Iterable[dict[str, Any]]) -> None:

@@ -35,7 +35,7 @@ from llmdrop_vllm.surgery.inspection import count_parameters
 
 SWEEP_FILE, HARNESS_DIRECTORY = "sweep.json", "lm-eval"
 # The full model's speed is measured again after so many points, for machines drift.
-POINTS_BETWEEN, NUM_ROUNDS = 5, 5
+POINTS_BETWEEN, NUM_ROUNDS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Keeper:
         """One point."""
         plan, harness = self.plan, self.plan.measures.harness
         with self._running(mask, harness=bool(harness and harness.tasks)) as engine:
-            quality, raw = plan.measures.quality(engine, mask, divergence)
+            quality, raw = plan.measures.quality(engine, mask, divergence, bars=False)
             speed = None
             if plan.workload is not None:
                 full_before = len(self.found.full_speeds) - 1

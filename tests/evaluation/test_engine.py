@@ -104,9 +104,16 @@ def test_speed_has_a_value_per_round(checkpoint):
 
 def test_text_is_cut_into_windows_of_the_context(checkpoint):
     found, context = load_text(checkpoint, "held-out", context=None, windows=None)
-    assert context == 1023  # one of the model's 1,024 is to come
-    assert 10 < len(found.sequences) < 256
-    assert {len(window) for window in found.sequences} == {1023}
+    assert (context, len(found.sequences)) == (512, 32)
+    assert {len(window) for window in found.sequences} == {512}
+    longest, _ = load_text(checkpoint, "held-out", context=1023, windows=None)
+    assert len(longest.sequences) == 32  # one token of the model's 1,024 is to come
+
+
+def test_short_text_gives_the_windows_that_it_has(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 200)
+    found, _ = load_text(checkpoint, str(tmp_path / "text.txt"), context=64, windows=None)
+    assert 1 <= len(found.sequences) < 32
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_rows_are_what_the_script_makes_of_the_held_out_text():
     assert {row["subject"] for row in rows} <= held_out().keys()
 
 
-def test_every_row_has_its_docstring_among_four_different_ones():
+def test_every_row_has_its_sentence_among_four_different_ones():
     for row, source in zip(choice_rows(functions()), functions(), strict=True):
-        assert row["choices"][row["label"]] == source["docstring"]
+        assert row["choices"][row["label"]] == source["sentence"]
         assert len(set(row["choices"])) == 4
