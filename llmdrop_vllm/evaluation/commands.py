@@ -1,6 +1,7 @@
 """`llmdrop evaluate | sweep | recommend | report`: each makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Provenance, Scores, read_record, write_record
@@ -50,6 +51,7 @@ def sweep(args: Namespace) -> None:
         workload = SpeedWorkload(
             requests=args.requests, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens
         )
+    settings = replace(settings, engines=1 if workload is None else 2)  # the full model's runs beside the others
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
     show_sweep(found)

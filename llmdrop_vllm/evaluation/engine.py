@@ -1,5 +1,6 @@
 """vLLM in this process for one mask at a time, and what is measured through it: likelihoods and speed."""
 
+import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`dtype` of weights and KV cache; `options` are vLLM's own engine arguments, and win."""
+    """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win."""
 
     dtype: str
     max_model_len: int
+    engines: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
@@ -38,7 +40,7 @@ class EngineSettings:
             "max_model_len": self.max_model_len,
             # Compiling for every mask takes longer than a CPU wins back.
             "enforce_eager": not gpu,
-            "gpu_memory_utilization": 0.9 if gpu else 0.3,
+            "gpu_memory_utilization": 0.9 / self.engines if gpu else 0.3,
             # Speed is measured with prompts that no earlier round has left in the cache.
             "enable_prefix_caching": False,
             "seed": 0,
@@ -79,20 +81,15 @@ class Engine:
             found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
         return found
 
-    def speed(self, workload: SpeedWorkload, *, num_rounds: int, full_before: int = 0) -> Speed:
-        """Prefill and decode by the difference of two runs, of one and of all output tokens, after a warm-up."""
-        rng = np.random.default_rng(0)
-        shape = (workload.requests, workload.prompt_tokens)
-        pairs = []
-        for _ in range(1 + num_rounds):
-            prompts = rng.integers(self.vocab_size, size=shape).tolist()
-            pairs.append((self._seconds(prompts, 1), self._seconds(prompts, workload.output_tokens)))
-        decoded = workload.requests * (workload.output_tokens - 1)
-        return Speed(
-            prefill_tokens_per_s=tuple(workload.requests * workload.prompt_tokens / first for first, _ in pairs[1:]),
-            decode_tokens_per_s=tuple(decoded / max(whole - first, 1e-9) for first, whole in pairs[1:]),
-            full_before=full_before,
-        )
+    def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
+        """Until all requests have their first token, and all their tokens, of two runs."""
+        return self._seconds(prompts, 1), self._seconds(prompts, workload.output_tokens)
+
+    def close(self) -> None:
+        """End the engine and give its memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.harness
+        gc.collect()
 
     def _seconds(self, prompts: Sequence[list[int]], tokens: int) -> float:
         from vllm import SamplingParams
@@ -104,15 +101,47 @@ class Engine:
         return time.perf_counter() - start
 
 
+_running: list[Engine] = []
+
+
 @contextmanager
 def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *, harness: bool) -> Iterator[Engine]:
-    """An engine that is gone afterwards, its memory with it, so that the next one can start."""
+    """An engine that is gone afterwards, its memory with it.
+
+    A second one can run at the same time. Its end takes vLLM's process groups along; the first can compute again when
+    the next one has started.
+    """
     engine = Engine(checkpoint, mask, settings, harness=harness)
+    _running.append(engine)
     try:
         yield engine
     finally:
-        from vllm.distributed import cleanup_dist_env_and_memory
+        _running.remove(engine)
+        engine.close()
+        if not _running:
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-        engine.llm.llm_engine.engine_core.shutdown()
-        del engine.llm, engine.harness
-        cleanup_dist_env_and_memory()
+            cleanup_dist_env_and_memory()
+
+
+def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:
+    """The same prompts to each engine in turn, in an order that changes, after a round that warms them up.
+
+    Machines drift by more in a minute than many masks gain, so only what was measured within seconds is compared.
+    """
+    rng = np.random.default_rng(0)
+    shape = (workload.requests, workload.prompt_tokens)
+    pairs: dict[int, list[tuple[float, float]]] = {place: [] for place in range(len(engines))}
+    for turn in range(1 + num_rounds):
+        prompts = rng.integers(engines[0].vocab_size, size=shape).tolist()
+        for place in sorted(pairs, reverse=bool(turn % 2)):
+            pairs[place].append(engines[place].seconds(prompts, workload))
+    return [_speed(workload, found[1:]) for found in pairs.values()]
+
+
+def _speed(workload: SpeedWorkload, pairs: Sequence[tuple[float, float]]) -> Speed:
+    prefilled, decoded = workload.requests * workload.prompt_tokens, workload.requests * (workload.output_tokens - 1)
+    return Speed(
+        prefill_tokens_per_s=tuple(prefilled / first for first, _ in pairs),
+        decode_tokens_per_s=tuple(decoded / max(whole - first, 1e-9) for first, whole in pairs),
+    )

@@ -88,14 +88,10 @@ class TaskScore(Record):
 
 
 class Speed(Record):
-    """Tokens per second of one engine, one value per round, each round with prompts of its own.
-
-    `full_before` counts which measurement of the full model came last: the one after it is the other to compare with.
-    """
+    """Tokens per second of one engine, one value per round, each round with prompts of its own."""
 
     prefill_tokens_per_s: tuple[float, ...]
     decode_tokens_per_s: tuple[float, ...]
-    full_before: int = 0
 
 
 class Quality(Record):
@@ -122,10 +118,14 @@ class Evaluation(Record):
 
 
 class Point(Record):
-    """One mask of a sweep. `kv_share` is its KV cache, as vLLM stores it, over the full model's."""
+    """One mask of a sweep. `kv_share` is its KV cache, as vLLM stores it, over the full model's.
+
+    `full_speed` is the full model's on the same prompts, the two in turns.
+    """
 
     quality: Quality
     speed: Speed | None
+    full_speed: Speed | None
     kv_share: float
     parameters: int
 
@@ -172,7 +172,6 @@ class Sweep(Record):
     base: str
     series: tuple[Series, ...]
     points: Mapping[str, Point] = Field(default_factory=dict)
-    full_speeds: tuple[Speed, ...] = ()
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -180,8 +179,6 @@ class Sweep(Record):
         for name, point in self.points.items():
             if mask_id(point.quality.mask.mask) != name:
                 raise ValueError(f"points.{name} is of another mask")
-            if point.speed is not None and not 0 <= point.speed.full_before < len(self.full_speeds):
-                raise ValueError(f"points.{name} was measured after a full model that is not in full_speeds")
         return self
 
     @property
@@ -199,25 +196,23 @@ class Sweep(Record):
         return [(0, self.full), *found]
 
     def speedup(self, point: Point) -> float | None:
-        """Time of the full model over the point's, for the workload's prefill and decode together; None if unmeasured.
-
-        The full model was measured before and after; the mean of both cancels a machine that drifts.
+        """Time of the full model over the point's, for the workload's prefill and decode: the median over rounds,
+        in which both had the same prompts within seconds; None if unmeasured.
         """
-        full, found = self._times(point)
-        return full / median(found) if found else None
+        found = self._speedups(point)
+        return median(found) if found else None
 
     def speedup_spread(self, point: Point) -> tuple[float, float] | None:
-        """Smallest and largest speedup over rounds, each against the mean of the full model's."""
-        full, found = self._times(point)
-        return (full / max(found), full / min(found)) if found else None
+        """Smallest and largest speedup over rounds."""
+        found = self._speedups(point)
+        return (min(found), max(found)) if found else None
 
-    def _times(self, point: Point) -> tuple[float, list[float]]:
-        """Seconds of the full model around the point, and of the point's rounds: none where speed is not measured."""
-        workload, speed = self.request.workload, point.speed
-        if workload is None or speed is None:
-            return 0.0, []
-        around = self.full_speeds[speed.full_before : speed.full_before + 2]
-        return fmean(median(rounds(workload, each)) for each in around), rounds(workload, speed)
+    def _speedups(self, point: Point) -> list[float]:
+        workload = self.request.workload
+        if workload is None or point.speed is None or point.full_speed is None:
+            return []
+        pairs = zip(rounds(workload, point.full_speed), rounds(workload, point.speed), strict=True)
+        return [full / own for full, own in pairs]
 
 
 def mask_id(mask: DropMask) -> str:

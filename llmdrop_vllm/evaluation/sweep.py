@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_recor
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.divergence import Reference
-from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
+from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.records import (
@@ -34,8 +34,7 @@ from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.inspection import count_parameters
 
 SWEEP_FILE, HARNESS_DIRECTORY = "sweep.json", "lm-eval"
-# The full model's speed is measured again after so many points, for machines drift.
-POINTS_BETWEEN, NUM_ROUNDS = 5, 3
+NUM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,12 @@ class SweepPlan:
         if not out.exists():
             return fresh
         kept = read_record(Sweep, out)
-        if kept.request != fresh.request:
-            raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, fresh.request)}")
+        # A sweep of quality alone may get its speeds later, and one with speeds go on without.
+        request = fresh.request.model_copy(update={"workload": self.workload or kept.request.workload})
+        if kept.request.model_copy(update={"workload": kept.request.workload or self.workload}) != request:
+            raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, request)}")
         others = tuple(each for each in kept.series if each.name not in {own.name for own in self.series})
-        return kept.model_copy(update={"series": (*self.series, *others)})
+        return kept.model_copy(update={"request": request, "series": (*self.series, *others)})
 
 
 def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -> Sweep:
@@ -94,17 +95,15 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
     lock = hold(directory, "measuring into it")
     try:
         keeper = _Keeper(plan, directory)
-        missing = [mask for name, mask in keeper.masks.items() if name not in keeper.found.points]
-        divergences = _divergences(plan, missing)
-        with tqdm(total=len(missing), unit="point", disable=not progress) as bar:
-            for number, mask in enumerate(missing):
+        missing = [mask for mask in keeper.masks.values() if keeper.lacks(mask)]
+        divergences = _divergences(plan, [mask for mask in missing if mask_id(mask) not in keeper.found.points])
+        with ExitStack() as stack:
+            full = stack.enter_context(keeper.running(plan.checkpoint.mask)) if missing and plan.workload else None
+            bar = stack.enter_context(tqdm(total=len(missing), unit="point", disable=not progress))
+            for mask in missing:
                 bar.set_description(mask_title(mask))
-                if number % POINTS_BETWEEN == 0:
-                    keeper.measure_full()
-                keeper.measure(mask, next(divergences))
+                keeper.measure(mask, divergences, full)
                 bar.update()
-        if missing:
-            keeper.measure_full()
         return keeper.keep()
     finally:
         os.close(lock)
@@ -125,28 +124,29 @@ class _Keeper:
         self.masks = {self.found.base: plan.checkpoint.mask} | dict(plan.masks)
         self.config = transformers_config(plan.checkpoint, DropMask(plan.checkpoint.mask.num_hidden_layers)).to_dict()
 
-    def measure_full(self) -> None:
-        """The full model's speed, before and after others'."""
-        if self.plan.workload is not None:
-            with self._running(self.plan.checkpoint.mask, harness=False) as engine:
-                speed = engine.speed(self.plan.workload, num_rounds=NUM_ROUNDS)
-            self.keep(full_speeds=(*self.found.full_speeds, speed))
+    def lacks(self, mask: DropMask) -> bool:
+        """Whether a mask is to be measured, or its speed is."""
+        point = self.found.points.get(mask_id(mask))
+        return point is None or (self.plan.workload is not None and point.speed is None)
 
-    def measure(self, mask: DropMask, divergence: Divergence | None) -> None:
-        """One point."""
-        plan, harness = self.plan, self.plan.measures.harness
-        with self._running(mask, harness=bool(harness and harness.tasks)) as engine:
-            quality, raw = plan.measures.quality(engine, mask, divergence, bars=False)
-            speed = None
-            if plan.workload is not None:
-                full_before = len(self.found.full_speeds) - 1
-                speed = engine.speed(plan.workload, num_rounds=NUM_ROUNDS, full_before=full_before)
+    def measure(self, mask: DropMask, divergences: Iterator[Divergence | None], full: Engine | None) -> None:
+        """One point, or its speed alone where its quality is there already."""
+        plan, point, harness = self.plan, self.found.points.get(mask_id(mask)), self.plan.measures.harness
+        with self.running(mask, harness=point is None and bool(harness and harness.tasks)) as engine:
+            if point is None:
+                point = self._point(engine, mask, next(divergences))
+            if plan.workload is not None and full is not None:
+                own, whole = speeds_in_turns((engine, full), plan.workload, num_rounds=NUM_ROUNDS)
+                point = point.model_copy(update={"speed": own, "full_speed": whole})
+        self.keep(points={**self.found.points, mask_id(mask): point})
+
+    def _point(self, engine: Engine, mask: DropMask, divergence: Divergence | None) -> Point:
+        quality, raw = self.plan.measures.quality(engine, mask, divergence, bars=False)
         if raw is not None:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{mask_id(mask)}.json")
-        stored, whole = (kept_layout(self.config, each).stored_layers for each in (mask, plan.checkpoint.mask))
-        parameters = count_parameters(transformers_config(plan.checkpoint, mask))
-        point = Point(quality=quality, speed=speed, kv_share=stored / whole, parameters=parameters)
-        self.keep(points={**self.found.points, mask_id(mask): point})
+        stored, whole = (kept_layout(self.config, each).stored_layers for each in (mask, self.plan.checkpoint.mask))
+        parameters = count_parameters(transformers_config(self.plan.checkpoint, mask))
+        return Point(quality=quality, speed=None, full_speed=None, kv_share=stored / whole, parameters=parameters)
 
     def keep(self, **changes: Any) -> Sweep:
         """Write what is new."""
@@ -154,7 +154,8 @@ class _Keeper:
         write_record(self.found, self.directory / SWEEP_FILE)
         return self.found
 
-    def _running(self, mask: DropMask, *, harness: bool) -> AbstractContextManager[Engine]:
+    def running(self, mask: DropMask, *, harness: bool = False) -> AbstractContextManager[Engine]:
+        """An engine for a mask."""
         return running(self.plan.checkpoint, mask, self.plan.settings, harness=harness)
 
 

@@ -24,9 +24,10 @@ DATA = DataIdentity(source="held-out", sequences=2, tokens=32, seq_len=16, seed=
 WORKLOAD = SpeedWorkload(requests=2, prompt_tokens=100, output_tokens=51)
 
 
-def speed(factor=1.0, full_before=0):
-    """The workload takes 2 s of prefill and 1 s of decode at factor 1."""
-    return Speed(prefill_tokens_per_s=(100.0 * factor,), decode_tokens_per_s=(100.0 * factor,), full_before=full_before)
+def speed(*factors):
+    """The workload takes 2 s of prefill and 1 s of decode at factor 1; a round for each factor."""
+    rates = tuple(100.0 * factor for factor in factors)
+    return Speed(prefill_tokens_per_s=rates, decode_tokens_per_s=rates)
 
 
 def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_share=1.0, agreement=1.0):
@@ -44,12 +45,13 @@ def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_s
             ),
         ),
         speed=None if faster is None else speed(faster),
+        full_speed=None if faster is None else speed(1.0),
         kv_share=kv_share,
         parameters=1000,
     )
 
 
-def sweep(*points, full=None, full_speeds=(1.0, 1.0), workload=WORKLOAD):
+def sweep(*points, full=None, workload=WORKLOAD):
     """One series of these points, each with one more attention sublayer dropped, after the full model."""
     full = full or point(DropMask(DEPTH))
     masks = [each.quality.mask.mask for each in points]
@@ -73,6 +75,5 @@ def sweep(*points, full=None, full_speeds=(1.0, 1.0), workload=WORKLOAD):
         base=mask_id(full.quality.mask.mask),
         series=(series,),
         points={mask_id(each.quality.mask.mask): each for each in (full, *points)},
-        full_speeds=tuple(map(speed, full_speeds)),
         provenance=Provenance(model=ModelIdentity(path="m", architecture="a", fingerprint="f")),
     )

@@ -11,7 +11,7 @@ from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation.divergence import Reference
-from llmdrop_vllm.evaluation.engine import EngineSettings, running
+from llmdrop_vllm.evaluation.engine import EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload
 
@@ -45,14 +45,6 @@ def logprobs(checkpoint, text):
 def naive_nll(logprobs, text):
     targets = torch.from_numpy(np.stack(text.sequences))[:, 1:, None]
     return -logprobs[:, :-1].gather(-1, targets)[..., 0].mean(-1)
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["full", "masked"])
-def test_likelihoods_through_vllm_are_transformers(which, checkpoint, text, logprobs):
-    mask = (DropMask(12), MASK)[which]
-    with running(checkpoint, mask, SETTINGS, harness=False) as engine:
-        found = engine.negative_log_likelihoods(text.sequences)
-    assert found == pytest.approx(naive_nll(logprobs[which], text).tolist(), abs=1e-4)
 
 
 def test_divergence_is_that_of_two_models_side_by_side(checkpoint, text, logprobs):
@@ -93,13 +85,24 @@ def test_evaluation_holds_together(checkpoint, text, logprobs):
     assert found.provenance.data == text.identity
 
 
-def test_speed_has_a_value_per_round(checkpoint):
+def test_speeds_in_turns_have_a_value_per_round_and_engine(checkpoint):
     workload = SpeedWorkload(requests=2, prompt_tokens=32, output_tokens=8)
-    with running(checkpoint, MASK, SETTINGS, harness=False) as engine:
-        found = engine.speed(workload, num_rounds=3, full_before=2)
-    assert len(found.prefill_tokens_per_s) == len(found.decode_tokens_per_s) == 3
-    assert min(found.prefill_tokens_per_s + found.decode_tokens_per_s) > 0
-    assert found.full_before == 2
+    with (
+        running(checkpoint, DropMask(12), SETTINGS, harness=False) as full,
+        running(checkpoint, MASK, SETTINGS, harness=False) as masked,
+    ):
+        found = speeds_in_turns((masked, full), workload, num_rounds=3)
+    assert [len(each.prefill_tokens_per_s) for each in found] == [3, 3]
+    assert min(rate for each in found for rate in (*each.prefill_tokens_per_s, *each.decode_tokens_per_s)) > 0
+
+
+def test_two_engines_at_once_each_compute_their_own_as_transformers_does(checkpoint, text, logprobs):
+    with running(checkpoint, DropMask(12), SETTINGS, harness=False) as full:
+        for _ in range(2):  # the second one after the first has ended
+            with running(checkpoint, MASK, SETTINGS, harness=False) as masked:
+                for which, engine in enumerate((full, masked)):
+                    found = engine.negative_log_likelihoods(text.sequences)
+                    assert found == pytest.approx(naive_nll(logprobs[which], text).tolist(), abs=1e-4)
 
 
 def test_text_is_cut_into_windows_of_the_context(checkpoint):

@@ -84,7 +84,15 @@ def scores(source="embedded", depth=12, tilt=1.0, fingerprint=FINGERPRINT, diagn
     )
 
 
-def point(mask, tasks=TASKS, speed=True, divergence=True, full_before=0):
+def rounds_at(rates):
+    """Tokens per second that are these times the full model's."""
+    return Speed(
+        prefill_tokens_per_s=tuple(9000 * rate for rate in rates),
+        decode_tokens_per_s=tuple(400 * rate for rate in rates),
+    )
+
+
+def point(mask, tasks=TASKS, speed=True, divergence=True):
     """What such a mask would measure: it follows from `weight`, so that tests can expect an order."""
     depth = mask.num_hidden_layers
     cost = sum(weight(layer, depth) for layer in mask.attention) + sum(weight(x, depth, True) for x in mask.mlp)
@@ -111,13 +119,8 @@ def point(mask, tasks=TASKS, speed=True, divergence=True, full_before=0):
             divergence=apart if divergence and mask else None,
             tasks=found,
         ),
-        speed=Speed(
-            prefill_tokens_per_s=tuple(9000 * r for r in rates),
-            decode_tokens_per_s=tuple(400 * r for r in rates),
-            full_before=full_before,
-        )
-        if speed
-        else None,
+        speed=rounds_at(rates) if speed else None,
+        full_speed=rounds_at([1.0, 1.0, 1.0]) if speed else None,
         kv_share=1 - len(mask.attention) / depth,
         parameters=10_000_000 - 400_000 * len(mask.attention) - 600_000 * len(mask.mlp),
     )
@@ -163,7 +166,6 @@ def sweep(
         series.append(Series(name=name, what=what, order=order, counts=tuple(steps), masks=ids))
     speed = kinds.get("speed", True)
     kept = [*masks.items()][: max(1, round(keep * len(masks)))]
-    full = point(DropMask(depth)).speed
     tasks = tuple(task for task, *_ in kinds.get("tasks", TASKS))
     return Sweep(
         request=SweepRequest(
@@ -180,6 +182,5 @@ def sweep(
         base="full",
         series=tuple(series),
         points={name: point(mask, **kinds) for name, mask in kept},
-        full_speeds=(full, full) if speed else (),
         provenance=provenance(path=path),
     )
