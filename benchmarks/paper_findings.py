@@ -99,6 +99,10 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
     full = sweep.full.quality.perplexity.value
     kinds = perplexities(sweep, ("attention", "mlp", "blocks", "joint"))
     orders = perplexities(sweep, [each.name for each in sweep.series if each.what == "attention"])
+    tasks = {
+        name: {n: point.quality.task_average() for n, point in curve(sweep, name).items()}
+        for name in ("attention", "mlp")
+    }
     counts = [n for n in kinds["attention"] if n and all(n in kinds[each] for each in ("mlp", "joint"))]
     last = [n for n in orders["last"] if n and n in orders["last-but-one"]]
     return [
@@ -106,6 +110,11 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
             "finding": "dropping MLPs costs more than dropping as much attention",
             "agrees": all(kinds["mlp"][n] > kinds["attention"][n] for n in counts),
             "perplexity": {"full": full, **{each: kinds[each] for each in ("attention", "mlp")}},
+        },
+        {
+            "finding": "dropping MLPs costs more than dropping as much attention, by the mean score of the tasks",
+            "agrees": all(tasks["mlp"][n] < tasks["attention"][n] for n in counts),
+            "task_average": tasks,
         },
         {
             "finding": "joint drop is no worse than attention or MLP alone at equal count",
@@ -176,7 +185,7 @@ def main() -> None:
     sweep, trained = measured_sweep(args.sweep)
     with tempfile.TemporaryDirectory() as directory:
         twin = random_twin(Path(directory))
-        twin_scores = score(twin, load_calibration(twin), dtype="float32")
+        twin_scores = score(twin, load_calibration(twin, samples=64), dtype="float32")
         divergence = twin_divergence(twin, twin_scores)
     findings = [*by_redundancy(trained, twin_scores), *by_quality(sweep)]
     for each in findings:

@@ -17,10 +17,14 @@ RECORDED = read_record(Sweep, Path(__file__).parents[1] / "benchmarks/results/em
 WINDOWS = 8
 
 
+def curve(name):
+    """Number dropped to point, of one series."""
+    return dict(RECORDED.of(next(each for each in RECORDED.series if each.name == name)))
+
+
 @pytest.mark.parametrize(("name", "number"), [("attention", 0), ("attention", 4), ("mlp", 2)])
 def test_recorded_likelihoods_are_measured_again(name, number):
-    series = next(each for each in RECORDED.series if each.name == name)
-    quality = dict(RECORDED.of(series))[number].quality
+    quality = curve(name)[number].quality
     checkpoint, context = Checkpoint.open(MODEL), quality.perplexity.context
     text, _ = load_text(checkpoint, "held-out", context=context, windows=WINDOWS)
     settings = EngineSettings(dtype="float32", max_model_len=context + 1)
@@ -30,16 +34,27 @@ def test_recorded_likelihoods_are_measured_again(name, number):
 
 
 def test_dropping_matters_and_mlps_matter_more():
-    values = RECORDED["perplexity"]
-    assert values["full"] < 25
-    for n in (1, 2, 4):
-        assert values["full"] < values[f"attention {n}"] < values[f"MLP {n}"]
-    assert values["attention 1"] < values["attention 2"] < values["attention 4"]
+    attention, mlp = ({n: p.quality.perplexity.value for n, p in curve(name).items()} for name in ("attention", "mlp"))
+    assert attention[0] < 25
+    for n in (1, 2, 3, 4):
+        assert attention[0] < attention[n] < mlp[n]
+    assert attention[1] < attention[2] < attention[4]
+
+
+def test_the_readme_says_what_was_measured():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in ("attention", "mlp"):
+        points = curve(name).values()
+        rows = {"perplexity": [point.quality.perplexity.value for point in points]}
+        for place, task in enumerate(RECORDED.request.tasks):
+            rows[f"{task}, %"] = [100 * point.quality.tasks[place].value for point in points]
+        for what, values in rows.items():
+            assert f"| {name}: {what} | {' | '.join(f'{value:.1f}' for value in values)} |" in readme
 
 
 def test_make_serve_drops_what_was_measured():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    mask = ",".join(map(str, RECORDED["ranking"]["attention"][:4]))
+    mask = ",".join(map(str, curve("attention")[4].quality.mask.attention))
     assert f"EMBEDDED_MASK := {mask}\n" in makefile
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from llmdrop_vllm.evaluation.recommend import Choice, Goal, choices
+from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal, choices
 from llmdrop_vllm.evaluation.records import Evaluation, Quality, Sweep
 
 
@@ -58,17 +58,16 @@ def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> Non
     for column in table.columns[1:]:
         column.justify = "right"
     before = {row[0]: row[1] for row in _rows(full)}
-    for name, value, *_ in _rows(quality):
-        table.add_row(name, before.get(name, "-"), value, _loss(name, choice))
+    losses = choice.losses | {f"{kind}, mean": loss for kind, loss in choice.losses.items()}
+    means = [(f"{kind}, mean", *(_score(each.task_average(kind)) for each in (full, quality))) for kind in TASK_KINDS]
+    rows = [(name, before.get(name, "-"), value) for name, value, *_ in _rows(quality)]
+    for name, whole, value in [*rows, *(row for row in means if row[0] in losses)]:
+        table.add_row(name, whole, value, f"{losses[name]:+.1%}" if name in losses else "")
     table.add_row("KV cache", "100%", f"{choice.kv_share:.0%}", "")
     table.add_row("speed", "1.00x", f"{choice.speedup:.2f}x" if choice.speedup else "not measured", "")
     Console().print(table)
     if full.task_average("generation") is None:
         print("note: the sweep measured no generation task, and generation breaks first; give one with --tasks")
-
-
-def _loss(name: str, choice: Choice) -> str:
-    return f"{choice.losses[name]:+.1%}" if name in choice.losses else ""
 
 
 def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:

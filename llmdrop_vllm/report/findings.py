@@ -71,7 +71,8 @@ class Findings:
         path = Path(self.sweep.provenance.model.path)
         if path.parent.name == "snapshots":
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return path.name or str(path)
+        # A directory that is called like every other says little.
+        return str(Path(path.parent.name, path.name)) if path.name == "model" else path.name or str(path)
 
     @property
     def curves(self) -> list[Curve]:
