@@ -136,7 +136,7 @@ def _add_writing(commands: Commands) -> None:
 
 
 def _add_measuring(commands: Commands) -> None:
-    module = "llmdrop_vllm.evaluation.commands"
+    module = "llmdrop_vllm.evaluation_commands"
     example = "llmdrop evaluate MODEL --attention 25,26 --tasks arc_easy,gsm8k --out dropped.json"
     evaluate = commands.add("evaluate", "measure what is left of a model's quality under a mask", example, module)
     options.add_model(evaluate)

@@ -23,7 +23,7 @@ DOWNWARD = {
     "llmdrop_vllm.serving": ("surgery", "evaluation", "report", "cli", "commands", "hf"),
     "llmdrop_vllm.surgery": ("serving", "evaluation", "report", "cli", "commands"),
     "llmdrop_vllm.hf": ("serving", "surgery", "evaluation", "report", "cli", "commands"),
-    "llmdrop_vllm.evaluation": ("serving", "report", "cli"),
+    "llmdrop_vllm.evaluation": ("serving", "report", "cli", "commands", "evaluation_commands"),
     "llmdrop_vllm.report": ("serving", "cli", "commands"),
     "llmdrop_server": ("evaluation", "report", "cli", "commands"),
 }
