@@ -2,7 +2,7 @@
 
     python benchmarks/plots.py [--results benchmarks/results] [--out benchmarks/results]
 
-speedup.svg: decode speedup by sublayers dropped, with the limit as a band (within 5% of it). context.svg: decode
+speedup.svg: speedup by sublayers dropped, with what is predicted as a band. context.svg: decode
 tokens/s by context. fits.svg: sequences that fit into the KV cache. latency.svg: time per token by requests at once.
 ttft.svg: time to first token by requests per second.
 Each is made from the result files that hold what it needs; what is missing is said.
@@ -42,7 +42,13 @@ def speedup_by_dropped(result: Mapping[str, Any], axes: Axes) -> None:
     limit = [each["total"]["predicted_speedup"] for each in lines]
     measured = [each["total"]["speedup"] for each in lines]
     spread = [each["total"]["spread"] / 2 for each in lines]
-    axes.fill_between(dropped, [0.95 * each for each in limit], limit, label="limit, and 5% below", **LIMIT)
+    axes.fill_between(
+        dropped,
+        [0.95 * each for each in limit],
+        limit,
+        label="predicted, and 5% below",
+        **LIMIT,
+    )
     style = STYLES["llmdrop"]
     axes.errorbar(dropped, measured, yerr=spread, capsize=3, label="llmdrop, median and quartiles", **style)
     if published := [(each["attention_dropped"], s) for each in lines if (s := each.get("published_speedup"))]:
@@ -122,7 +128,9 @@ def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
         axes.text(each["gain_measured"] + 0.02, place, f"{each['gain_measured']:.2f}x{padded}", va="center")
     axes.axvline(1, **{**STYLES["vLLM"], "marker": ""}, label="vLLM, full model")
     axes.set_xlim(0, 1.35 * max(each["gain_measured"] for each in lines))
-    axes.set(xlabel="requests that fit into the same KV cache memory, full model = 1")
+    axes.set(
+        xlabel="requests that fit into the same KV cache memory, full model = 1", title="KV cache capacity, measured"
+    )
 
 
 def _count(result: Mapping[str, Any], *keys: str) -> int:
@@ -165,10 +173,11 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
         if not suitable:
             print(f"no {picture} picture: it needs {needed}")
         for name, result in suitable.items():
-            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
             paint(result, axes)
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
+            # Below the axes, where it covers nothing.
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
             figure.text(0.995, 0.005, result["machine"], ha="right", va="bottom", fontsize=6, color="#777777")
             drawn.append(out / f"{name}-{picture}.svg")
             figure.savefig(drawn[-1], metadata={"Date": None})
