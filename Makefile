@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 MODEL ?= llmdrop_vllm/embedded/model
 PORT ?= 8000
-# What the embedded model loses least by (benchmarks/results/embedded/scores.json); another MODEL brings its own mask.
+# Four of the least important (benchmarks/results/embedded/scores.json); another MODEL brings its own mask.
 # Eager, for compiling takes longer than a model of this size can win back.
 EMBEDDED_MASK := 11,7,8,10
 ifeq ($(MODEL),llmdrop_vllm/embedded/model)

@@ -1,6 +1,7 @@
 """vLLM in this process for one mask at a time, and what is measured through it: likelihoods and speed."""
 
 import gc
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,8 @@ from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.calibration import TokenIds
 
-# Read by vLLM when it is first imported. In one process an engine starts in seconds, and its end can be waited for.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class Engine:
     """One engine; `harness` is lm-eval's model around it, where tasks are to be run."""
 
     def __init__(self, checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *, harness: bool) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         arguments = settings.arguments(checkpoint, mask)
         self.harness: Any = None
         if harness:
@@ -111,17 +112,33 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
     A second one can run at the same time. Its end takes vLLM's process groups along; the first can compute again when
     the next one has started.
     """
-    engine = Engine(checkpoint, mask, settings, harness=harness)
-    _running.append(engine)
-    try:
-        yield engine
-    finally:
-        _running.remove(engine)
-        engine.close()
-        if not _running:
-            from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-            cleanup_dist_env_and_memory()
+    with _errors_only():
+        engine = Engine(checkpoint, mask, settings, harness=harness)
+        _running.append(engine)
+        try:
+            yield engine
+        finally:
+            _running.remove(engine)
+            engine.close()
+            if not _running:
+                cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
+
+    Not by its environment variable, which processes started later would inherit.
+    """
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmdrop_server.limits import Limits, RequestError
@@ -151,6 +151,8 @@ def test_text_that_speaks_of_an_address_passes():
     check(chat({"type": "text", "text": "http://example.org is an address"}))
 
 
+# Beside other tests, two cores can be too slow for its patience.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, JSON))
 def test_any_json_passes_or_is_refused_with_a_status(request_body):
     try:
