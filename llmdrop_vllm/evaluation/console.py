@@ -20,17 +20,9 @@ def show_evaluation(found: Evaluation) -> None:
 
 def show_sweep(found: Sweep) -> None:
     """One row per point, series by series."""
-    table = Table(title="against the full model")
-    for name in (
-        "series",
-        "dropped",
-        "perplexity",
-        "agreement",
-        "multiple choice",
-        "generation",
-        "speedup",
-        "KV cache",
-    ):
+    # Short names: all of it fits 80 columns.
+    table = Table(title="n dropped; mean scores of tasks; speed and KV cache: full model = 1")
+    for name in ("series", "n", "perplexity", "agree", "choice", "generation", "speed", "KV"):
         table.add_column(name, justify="left" if name == "series" else "right")
     by_point = {id(choice.point): choice for choice in choices(found)}
     for series in found.series:
