@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.contenders import ContenderError
 from benchmarks.servers import Served
 from benchmarks.workloads import Workload
+from llmdrop_vllm.quiet import only_from
 
 MODEL_NAME = "loaded"
 # Ours, and the name that vLLM has for it: e2e_s is the time from the request to its last token.
@@ -91,24 +92,14 @@ def _vllm_bench_serve(server: Served, *arguments: str) -> dict[str, Any]:
     parser, run = _entry()
     result = server.log.with_name("bench.json")
     saved = ("--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name)
-    with server.log.with_name("bench.log").open("a") as log, contextlib.redirect_stdout(log), _warnings_only():
+    # It announces every data set on the standard output that vLLM found when it was imported.
+    quiet = only_from(logging.WARNING, "vllm")
+    with server.log.with_name("bench.log").open("a") as log, contextlib.redirect_stdout(log), quiet:
         run(parser.parse_args(["--base-url", server.url, "--disable-tqdm", *arguments, *saved]))
     # It hides all objects from the garbage collector, and extension modules complain of them when the process ends.
     gc.unfreeze()
     found: dict[str, Any] = json.loads(result.read_bytes())
     return found
-
-
-@contextlib.contextmanager
-def _warnings_only() -> Iterator[None]:
-    """vLLM announces every data set on the standard output that it has found when it was imported."""
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @cache

@@ -16,7 +16,6 @@ import argparse
 import math
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -170,12 +169,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(arguments)
-    try:
-        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            run(args, Path(directory))
-    except InputError as error:
-        raise SystemExit(f"load: error: {error}") from None
+    options.run_in_directory("load", run, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Options that scripts share: a named shape, the masks to measure on it, and what all contenders have in common."""
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import published
@@ -26,6 +28,15 @@ def add_shared(parser: argparse.ArgumentParser, *, repeats: int = 5, kv_gib: str
     parser.add_argument("--kv-gib", type=float, help=f"KV cache; default: {kv_gib}")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that everything works")
+
+
+def run_in_directory(name: str, run: Callable[[argparse.Namespace, Path], None], args: argparse.Namespace) -> None:
+    """Run with a directory that is gone afterwards; what the user can mend ends the script with one line."""
+    try:
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            run(args, Path(directory))
+    except InputError as error:
+        raise SystemExit(f"{name}: error: {error}") from None
 
 
 def settings(args: argparse.Namespace) -> Settings:

@@ -104,6 +104,7 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
         for name in ("attention", "mlp")
     }
     counts = [n for n in kinds["attention"] if n and all(n in kinds[each] for each in ("mlp", "joint"))]
+    gaps = dict(_generation_gaps(sweep))
     last = [n for n in orders["last"] if n and n in orders["last-but-one"]]
     return [
         {
@@ -135,8 +136,8 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
         },
         {
             "finding": "generation breaks before multiple choice",
-            "agrees": fmean(gap for _, gap in _generation_gaps(sweep)) > 0,
-            "extra_share_of_generation_lost": dict(_generation_gaps(sweep)),
+            "agrees": fmean(gaps.values()) > 0,
+            "extra_share_of_generation_lost": gaps,
         },
     ]
 

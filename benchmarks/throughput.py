@@ -13,7 +13,6 @@ TPOT are taken per request, at the end of the step that made the token. Writes r
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
-from llmdrop_vllm import InputError
 
 SMOKE = {"shape": "smoke", "attention": "2", "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
 
@@ -139,12 +137,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(arguments)
-    try:
-        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            run(args, Path(directory))
-    except InputError as error:
-        raise SystemExit(f"throughput: error: {error}") from None
+    options.run_in_directory("throughput", run, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def score(args: Namespace) -> None:
     """`llmdrop score`."""
     check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
-    scores = run_scoring(checkpoint, _calibration(checkpoint, args), args, args.out)
+    scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, args.out)
     write_record(scores, args.out)
     show_scores(scores)
     print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
@@ -69,7 +69,7 @@ def drop(args: Namespace) -> None:
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask
     check_destination(_plan(args, checkpoint, possible), args.out, overwrite=args.overwrite)
-    calibration = _calibration(checkpoint, args)
+    calibration = calibration_of(checkpoint, args)
     kept = _beside(args.out, "scores.json")
     scores = _kept_scores(kept, checkpoint, calibration, args.dtype)
     if scores is None:
@@ -111,10 +111,11 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
     if not (args.attention or args.mlp):
         return None
     mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
-    return _mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    return mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
 
 
-def _calibration(checkpoint: Checkpoint, args: Namespace) -> Calibration:
+def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
+    """The tokens that the arguments ask to score with."""
     return load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
 
 
@@ -210,13 +211,16 @@ def _select(
 
 
 def _scored_checkpoint(scores: Scores, model: str | None) -> Checkpoint:
-    where = scores.provenance.model
-    checkpoint = Checkpoint.open(model or where.path)
-    if checkpoint.fingerprint != where.fingerprint:
-        raise MaskError(
-            f"{checkpoint.directory} has the weights {checkpoint.fingerprint}; the scores are of {where.fingerprint}"
-        )
+    checkpoint = Checkpoint.open(model or scores.provenance.model.path)
+    check_scored(scores, checkpoint)
     return checkpoint
+
+
+def check_scored(scores: Scores, checkpoint: Checkpoint) -> None:
+    """Raise MaskError for scores of other weights."""
+    scored = scores.provenance.model.fingerprint
+    if checkpoint.fingerprint != scored:
+        raise MaskError(f"{checkpoint.directory} has the weights {checkpoint.fingerprint}; the scores are of {scored}")
 
 
 def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
@@ -229,13 +233,14 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
     return again
 
 
-def _mask_file(mask: DropMask, method: str, provenance: Provenance) -> MaskFile:
+def mask_file(mask: DropMask, method: str, provenance: Provenance) -> MaskFile:
+    """A mask with how it was chosen and for what."""
     return MaskFile(**MaskRecord.of(mask).model_dump(), method=method, provenance=provenance)
 
 
 def _chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
     measured = scores.provenance
-    return _mask_file(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
+    return mask_file(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
 
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:

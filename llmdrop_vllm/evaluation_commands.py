@@ -4,9 +4,9 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Provenance, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import Provenance, Scores, read_record, write_record
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.commands import check_new, given_mask, run_scoring
+from llmdrop_vllm.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
 from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.evaluation.engine import EngineSettings
@@ -16,9 +16,10 @@ from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SWEEP_FILE, SweepPlan, measure_sweep
-from llmdrop_vllm.surgery.calibration import load_calibration
+from llmdrop_vllm.surgery.inspection import weights_dtype
 
 SCORES_FILE = "scores.json"
+LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
 
 def evaluate(args: Namespace) -> None:
@@ -41,11 +42,13 @@ def evaluate(args: Namespace) -> None:
 def sweep(args: Namespace) -> None:
     """`llmdrop sweep`."""
     checkpoint = Checkpoint.open(args.model)
+    measures, settings = _measures(checkpoint, args)
+    names = args.series or DEFAULT_SERIES
+    make_series(Scores.unmeasured(checkpoint), names, args.counts)  # refused before the scores, which may take hours
     directory = results_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
-    measures, settings = _measures(checkpoint, args)
     scores = _scores(checkpoint, args, directory / SCORES_FILE)
-    series, masks = make_series(scores, args.series or DEFAULT_SERIES, args.counts)
+    series, masks = make_series(scores, names, args.counts)
     workload = None
     if not args.no_speed:
         workload = SpeedWorkload(
@@ -72,8 +75,7 @@ def recommend(args: Namespace) -> None:
     if args.out is not None:
         mask = choice.point.quality.mask.mask
         provenance = Provenance(model=found.provenance.model, data=found.provenance.data)
-        file = MaskFile(**MaskRecord.of(mask).model_dump(), method=f"recommended for {goal}", provenance=provenance)
-        write_record(file, args.out)
+        write_record(mask_file(mask, f"recommended for {goal}", provenance), args.out)
         print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
 
 
@@ -110,23 +112,29 @@ def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engine
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
     measures = Measures(text, context, args.divergence_tokens, harness, args.limit)
     dtype = args.dtype or _default_dtype(checkpoint)
-    longest = max(context + 1, _longest_task(checkpoint, args))
+    longest = _max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
 
 
-def _longest_task(checkpoint: Checkpoint, args: Namespace) -> int:
-    """Tasks bring prompts of their own, and speed is measured with some."""
-    asked = args.prompt_tokens + args.output_tokens if getattr(args, "prompt_tokens", None) else 0
-    most = checkpoint.config.get("max_position_embeddings") or 4096
-    return min(most, 4096) if args.tasks else asked
+def _max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
+    """For a window of text, for the requests that speed is measured with, and for the tasks' own prompts.
+
+    Raises DataError for requests that are longer than the model's context.
+    """
+    most = checkpoint.config.get("max_position_embeddings") or LONGEST_TASK
+    request = 0 if getattr(args, "no_speed", True) else args.prompt_tokens + args.output_tokens
+    if request > most:
+        raise DataError(
+            f"--prompt-tokens and --output-tokens are {request} together; the model's context is {most} tokens"
+        )
+    return max(context + 1, request, min(most, LONGEST_TASK) if args.tasks else 0)
 
 
 def _default_dtype(checkpoint: Checkpoint) -> str:
     """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
     import torch
 
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
-    return stored if torch.cuda.is_available() else "float32"
+    return weights_dtype(checkpoint) if torch.cuda.is_available() else "float32"
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
@@ -134,14 +142,9 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
     path = args.scores or (kept if kept.exists() else None)
     if path is not None:
         scores = read_record(Scores, path)
-        if scores.provenance.model.fingerprint != checkpoint.fingerprint:
-            raise MaskError(
-                f"{path} is of the weights {scores.provenance.model.fingerprint}; "
-                f"{checkpoint.directory} has {checkpoint.fingerprint}"
-            )
+        check_scored(scores, checkpoint)
     else:
-        data = load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
-        scores = run_scoring(checkpoint, data, args, kept)
+        scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, kept)
     write_record(scores, kept)
     return scores
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.dialects import ON_DISK
+from llmdrop_vllm.shares import parse_share
 
 UNITS = ("", "k", "m", "g", "t")
 Parser = argparse.ArgumentParser
@@ -199,11 +200,10 @@ def memory(text: str) -> int:
 
 def share(text: str) -> float:
     """`1%` or `0.01`; a bare `1` could mean either and is refused."""
-    match = re.fullmatch(r"(?P<percent>[0-9]+(?:\.[0-9]+)?) ?%|(?P<decimal>0?\.[0-9]+)", text)
-    if match is None:
+    found = parse_share(text)
+    if found is None or ("%" not in text and found >= 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1% or 0.01")
-    percent, decimal = match.groups()
-    return float(percent) / 100 if percent else float(decimal)
+    return float(found)
 
 
 def _factor(text: str) -> float:

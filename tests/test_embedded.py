@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
+from benchmarks.paper_findings import curve
 from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL, held_out
@@ -18,14 +19,9 @@ RECORDED = read_record(Sweep, Path(__file__).parents[1] / "benchmarks/results/em
 WINDOWS = 8
 
 
-def curve(name):
-    """Number dropped to point, of one series."""
-    return dict(RECORDED.of(next(each for each in RECORDED.series if each.name == name)))
-
-
 @pytest.mark.parametrize(("name", "number"), [("attention", 0), ("attention", 4), ("mlp", 2)])
 def test_recorded_likelihoods_are_measured_again(name, number):
-    quality = curve(name)[number].quality
+    quality = curve(RECORDED, name)[number].quality
     checkpoint, context = Checkpoint.open(MODEL), quality.perplexity.context
     text, _ = load_text(checkpoint, "held-out", context=context, windows=WINDOWS)
     settings = EngineSettings(dtype="float32", max_model_len=context + 1)
@@ -35,7 +31,9 @@ def test_recorded_likelihoods_are_measured_again(name, number):
 
 
 def test_dropping_matters_and_mlps_matter_more():
-    attention, mlp = ({n: p.quality.perplexity.value for n, p in curve(name).items()} for name in ("attention", "mlp"))
+    attention, mlp = (
+        {n: p.quality.perplexity.value for n, p in curve(RECORDED, name).items()} for name in ("attention", "mlp")
+    )
     assert attention[0] < 25
     for n in (1, 2, 3, 4):
         assert attention[0] < attention[n] < mlp[n]
@@ -45,7 +43,7 @@ def test_dropping_matters_and_mlps_matter_more():
 def test_the_readme_says_what_was_measured():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for name in ("attention", "mlp"):
-        points = curve(name).values()
+        points = curve(RECORDED, name).values()
         rows = {"perplexity": [point.quality.perplexity.value for point in points]}
         for place, task in enumerate(RECORDED.request.tasks):
             rows[f"{task}, %"] = [100 * point.quality.tasks[place].value for point in points]
@@ -57,7 +55,7 @@ def test_make_serve_drops_some_of_the_least_important():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     mask = set(map(int, re.search(r"EMBEDDED_MASK := ([\d,]+)\n", makefile)[1].split(",")))
     assert len(mask) == 4
-    assert mask <= set(curve("attention")[6].quality.mask.attention)
+    assert mask <= set(curve(RECORDED, "attention")[6].quality.mask.attention)
 
 
 def test_committed_files_are_small():

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal, choices
+from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Quality, Sweep
 
 
@@ -24,16 +24,15 @@ def show_sweep(found: Sweep) -> None:
     table = Table(title="n dropped; mean scores of tasks; speed and KV cache: full model = 1")
     for name in ("series", "n", "perplexity", "agree", "choice", "generation", "speed", "KV"):
         table.add_column(name, justify="left" if name == "series" else "right")
-    by_point = {id(choice.point): choice for choice in choices(found)}
     for series in found.series:
         for number, point in found.of(series):
-            quality, speedup = point.quality, by_point[id(point)].speedup
+            quality, speedup = point.quality, found.speedup(point)
             table.add_row(
                 series.name,
                 str(number),
                 f"{quality.perplexity.value:.2f}",
                 f"{quality.divergence.agreement.value:.1%}" if quality.divergence else "-",
-                *(_score(quality.task_average(kind)) for kind in ("multiple choice", "generation")),
+                *(_score(quality.task_average(kind)) for kind in TASK_KINDS),
                 f"{speedup:.2f}x" if speedup else "-",
                 f"{point.kv_share:.0%}",
                 end_section=number == series.counts[-1],

@@ -14,6 +14,7 @@ import numpy as np
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.quiet import only_from
 from llmdrop_vllm.surgery.calibration import TokenIds
 
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
@@ -114,7 +115,8 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
     """
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    with _errors_only():
+    # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
+    with only_from(logging.ERROR, "vllm"):
         engine = Engine(checkpoint, mask, settings, harness=harness)
         _running.append(engine)
         try:
@@ -124,21 +126,6 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
             engine.close()
             if not _running:
                 cleanup_dist_env_and_memory()
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
-
-    Not by its environment variable, which processes started later would inherit.
-    """
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:

@@ -16,6 +16,7 @@ from typing import Any
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation.records import TaskKind, TaskScore
+from llmdrop_vllm.quiet import only_from
 
 OWN_TASKS = Path(__file__).with_name("tasks")
 # What stands for a task's result, the first that it has; any other metric only where it has none of these.
@@ -64,7 +65,8 @@ def find_tasks(names: Sequence[str]) -> Harness:
             try:
                 manager.load([name])
             except Exception as error:  # whatever its data's libraries raise
-                skipped[name] = f"its data cannot be loaded: {str(error).strip().splitlines()[0]}"
+                first_line, *_ = (str(error).strip() or type(error).__name__).splitlines()
+                skipped[name] = f"its data cannot be loaded: {first_line}"
     return Harness(manager, tuple(name for name in names if name not in skipped), skipped)
 
 
@@ -123,15 +125,11 @@ def _chance(results: Mapping[str, Any], leaves: Sequence[str]) -> float | None:
 @contextmanager
 def _quiet(*, bars: bool = True) -> Iterator[None]:
     """lm-eval and the libraries of its data report on every step, and draw a bar for each, where `bars` lets them."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
+    with (
+        only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
+        warnings.catch_warnings(),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stderr(sys.stderr if bars else nowhere),
+    ):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            with redirect_stderr(sys.stderr if bars else nowhere):
-                yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

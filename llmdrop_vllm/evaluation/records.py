@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,11 +23,8 @@ class Estimate(Record):
     @classmethod
     def of(cls, values: "list[float]") -> Self:
         """Of independent values; one alone has no standard error."""
-        mean = fmean(values)
-        spread = (
-            math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
-        )
-        return cls(value=mean, stderr=None if spread is None else spread / math.sqrt(len(values)))
+        stderr = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(value=fmean(values), stderr=stderr)
 
 
 class Perplexity(Record):

@@ -63,7 +63,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: s
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     whole = DropMask(mask.num_hidden_layers)
     config = transformers_config(checkpoint, whole).to_dict()
-    kv_dtype = kv_dtype or _weights_dtype(checkpoint)
+    kv_dtype = kv_dtype or weights_dtype(checkpoint)
     kept = sum(
         t.num_bytes for t in checkpoint.tensors.values() if not in_dropped_sublayer(t.name, checkpoint.family, mask)
     )
@@ -105,6 +105,7 @@ def count_parameters(config: PretrainedConfig) -> int:
         return int(model_class(config)(config).num_parameters())
 
 
-def _weights_dtype(checkpoint: Checkpoint) -> str:
+def weights_dtype(checkpoint: Checkpoint) -> str:
+    """As the config names it; bfloat16 where it names none that a KV cache can have."""
     name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
     return name if name in DTYPE_BYTES else "bfloat16"

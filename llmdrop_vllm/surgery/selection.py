@@ -5,7 +5,6 @@ drops: where the scores come from a model that was dropped already, the mask ext
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,9 @@ from llmdrop_vllm.dialects import check_indices
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_groups import cheapest_without_padding, kv_layout
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.shares import parse_share
 from llmdrop_vllm.surgery.candidates import Candidates, Kind, Unit
 from llmdrop_vllm.surgery.orders import LeastImportant, Order
-
-SHARE = re.compile(r"(?P<percent>[0-9]+(\.[0-9]+)?) ?%|(?P<decimal>[0-9]*\.[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -117,12 +115,8 @@ class KVBudget:
     @classmethod
     def parse(cls, text: str, avoid_padding: bool = True) -> Self:
         """From `50%` or `0.5`; a bare `50` or `1` could mean either and is refused."""
-        match = SHARE.fullmatch(text)
-        if match is None:
-            raise _share_error(repr(text))
-        percent, decimal = match["percent"], match["decimal"]
-        share = Fraction(decimal) if percent is None else Fraction(percent) / 100
-        if not 0 < share <= 1:
+        share = parse_share(text)
+        if share is None or not 0 < share <= 1:
             raise _share_error(repr(text))
         return cls(share, avoid_padding)
 

@@ -88,6 +88,29 @@ def test_evaluate_refuses_a_mask_of_another_model(tmp_path, capsys):
     assert "has other weights" in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--series", "atention"], "series atention is unknown"),
+        (["--series", "mlp", "--counts", "13"], "none of 13 can be dropped"),
+        (["--prompt-tokens", "1000", "--output-tokens", "25"], "are 1025 together; the model's context is 1024"),
+    ],
+)
+def test_sweep_refuses_before_it_scores_and_leaves_nothing(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmdrop_vllm.evaluation_commands.run_scoring", lambda *a: pytest.fail("the model was scored"))
+    assert main(["sweep", str(MODEL), "--results", str(tmp_path / "results"), *options]) == 1
+    assert message in error_of(capsys)
+    assert not (tmp_path / "results").exists()
+
+
+def test_sweep_refuses_scores_of_another_model(swept, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model", TINY_LLAMA)
+    (tmp_path / "ids.json").write_text("[[1, 2, 3, 4]]")
+    command = ["sweep", str(path), "--results", str(tmp_path / "results"), "--text", str(tmp_path / "ids.json")]
+    assert main([*command, "--scores", str(swept / "scores.json")]) == 1
+    assert "the scores are of" in error_of(capsys)
+
+
 def test_sweep_keeps_scores_points_and_lm_evals_output(swept):
     found = read_record(Sweep, swept / "sweep.json")
     assert [len(each.quality.tasks) for each in found.points.values()] == [1, 1, 1]

@@ -122,8 +122,8 @@ def test_what_is_not_json_is_refused(body, words):
 
 
 def test_nesting_up_to_the_bound_and_whole_surrogate_pairs_pass():
-    LIMITS.check_body(b"[" * 64 + b"]" * 64)
-    LIMITS.check_body(b'{"prompt": "\\ud83d\\ude00"}')
+    assert LIMITS.check_body(b"[" * 64 + b"]" * 64) == 1
+    assert LIMITS.check_body(b'{"prompt": "\\ud83d\\ude00"}') == 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_data_urls_and_allowed_hosts_pass(url):
 
 
 def test_text_that_speaks_of_an_address_passes():
-    check(chat({"type": "text", "text": "http://example.org is an address"}))
+    assert check(chat({"type": "text", "text": "http://example.org is an address"})) == 1
 
 
 # Beside other tests, two cores can be too slow for its patience.
