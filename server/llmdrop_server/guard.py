@@ -6,29 +6,19 @@ import secrets
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmdrop_server.admission import Admission
 from llmdrop_server.ending import Ending
+from llmdrop_server.errors import error_response
 from llmdrop_server.limits import Limits, RequestError
-from llmdrop_server.schemas import error_body
 
 # Without a key: probes, and the page's own files, which hold nothing of the model.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_PREFIX = "/static/llmdrop/"
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
-RETRY_AFTER_S = 2
 # Times the bound of what is read and thrown away, so that the client learns why.
 DRAINED = 4
-# The kind of error and headers by status. What was not read of a body would be taken for the connection's next request.
-REFUSALS = {
-    401: ("AuthenticationError", {"WWW-Authenticate": "Bearer"}),
-    408: ("RequestTimeoutError", {"Connection": "close"}),
-    413: ("RequestTooLargeError", {"Connection": "close"}),
-    429: ("RateLimitError", {"Retry-After": str(RETRY_AFTER_S)}),
-    503: ("ServiceUnavailableError", {"Connection": "close", "Retry-After": str(RETRY_AFTER_S)}),
-}
 
 
 class Guard:
@@ -124,9 +114,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: RequestErro
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": error.message})
         return
-    kind, headers = REFUSALS.get(error.status, ("BadRequestError", {}))
-    body = error_body(error.message, kind, error.status, error.param)
-    await JSONResponse(body, error.status, headers)(scope, receive, send)
+    await error_response(error.message, error.status, error.param)(scope, receive, send)
 
 
 def _digest(key: str) -> bytes:

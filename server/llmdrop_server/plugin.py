@@ -2,7 +2,6 @@
 
 import asyncio
 from argparse import Namespace
-from http import HTTPStatus
 from typing import TYPE_CHECKING, ClassVar
 
 from fastapi import FastAPI, Request
@@ -17,11 +16,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from llmdrop_server import routes, statistics
 from llmdrop_server.admission import Admission
 from llmdrop_server.ending import Ending
-from llmdrop_server.guard import OPEN_PREFIX, RETRY_AFTER_S, Guard
+from llmdrop_server.errors import error_response
+from llmdrop_server.guard import OPEN_PREFIX, Guard
 from llmdrop_server.health import Probe
 from llmdrop_server.limits import Limits
 from llmdrop_server.report import report
-from llmdrop_server.schemas import error_body
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -68,18 +67,15 @@ class LlmdropEndpoints:
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """What no route answers, in the form that OpenAI's clients read."""
     assert isinstance(error, HTTPException)
-    kind = HTTPStatus(error.status_code).phrase.replace(" ", "") + "Error"
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(error_body(message, kind, error.status_code), error.status_code, error.headers)
+    return error_response(message, error.status_code, headers=error.headers)
 
 
 async def _engine_dead(_request: Request, _error: Exception) -> JSONResponse:
     """vLLM would answer 500 and end at once; within the seconds until its watchdog looks, clients are told to go on."""
-    body = error_body("the engine has died; the server is about to end", "ServiceUnavailableError", 503)
-    return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_S)})
+    return error_response("the engine has died; the server is about to end", 503)
 
 
 async def _queue_full(_request: Request, _error: Exception) -> JSONResponse:
     """vLLM would answer 503, which clients take for a failure of the server."""
-    body = error_body("the queue is full (--max-num-queued-reqs); try again later", "RateLimitError", 429)
-    return JSONResponse(body, 429, {"Retry-After": str(RETRY_AFTER_S)})
+    return error_response("the queue is full (--max-num-queued-reqs); try again later", 429)

@@ -11,7 +11,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 from vllm.entrypoints.openai.models.api_router import show_available_models
 
-from llmdrop_server.schemas import KV, Drop, Error, ModelList, Status, error_body
+from llmdrop_server.errors import error_response
+from llmdrop_server.schemas import KV, Drop, Error, ModelList, Status
 from llmdrop_server.statistics import kv_now
 
 STATIC = Path(__file__).with_name("static")
@@ -33,7 +34,7 @@ async def drop_kv(request: Request) -> KV | JSONResponse:
     """The KV cache in use, as of the engine's last step."""
     found = kv_now(request.app.state.vllm_config.cache_config)
     if found is None:
-        return JSONResponse(error_body("statistics are off (--disable-log-stats)", "NotFoundError", 404), 404)
+        return error_response("statistics are off (--disable-log-stats)", 404)
     return found
 
 

@@ -1,6 +1,6 @@
 """What the routes of a dropped model answer, as it stands in the OpenAPI schema."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -194,8 +194,3 @@ class Error(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorInfo
-
-
-def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """An error in the form of OpenAI and vLLM."""
-    return Error(error=ErrorInfo(message=message, type=kind, param=param, code=code)).model_dump()
