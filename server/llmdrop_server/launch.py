@@ -107,21 +107,12 @@ def _overrides(text: str | None) -> dict[str, Any]:
 
 
 def _set_environment(ours: argparse.Namespace) -> None:
-    bounds = dict(each.partition("=")[::2] for each in ours.limit)
-    text = json.dumps({name: _number(name, value) for name, value in bounds.items()})
-    Limits.parse(text)
-    os.environ[LIMITS_ENVIRONMENT] = text
+    limits = Limits.parse(json.dumps(dict(each.partition("=")[::2] for each in ours.limit)))
+    os.environ[LIMITS_ENVIRONMENT] = json.dumps(limits.model_dump(exclude_unset=True))
     if ours.scores is not None:
         os.environ[SCORES_ENVIRONMENT] = str(ours.scores.absolute())
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise InputError(f"--limit {name}={text}: expected a number, as in --limit n=4") from None
 
 
 def plugins(allowed: str | None) -> list[str]:

@@ -56,10 +56,6 @@ def _count(kind: str, text: str, measured: Scores | None) -> int:
 def _least_important(measured: Scores, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
     from llmdrop_vllm.surgery.selection import Ranked, select  # brings torch along
 
-    methods = []
-    if "attention" in counts:
-        methods.append(Ranked("attention", counts["attention"]))
-    if "mlp" in counts:
-        methods.append(Ranked("mlp", counts["mlp"]))
+    methods = [Ranked(kind, counts[kind]) for kind in ("attention", "mlp") if kind in counts]
     chosen = select(measured, *methods).mask if methods else measured.dropped.mask
     return {"attention": chosen.attention, "mlp": chosen.mlp}

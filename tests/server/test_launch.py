@@ -173,7 +173,13 @@ def test_a_key_file_without_a_key(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "words"), [("m=4", "limit m: "), ("n=x", "expected a number"), ("n", "expected a number")]
+    ("limit", "words"),
+    [
+        ("m=4", "limit m: "),
+        ("n=x", "limit n: Input should be a valid integer"),
+        ("n", "limit n: Input should be a valid integer"),
+        ("body_seconds=x", "limit body_seconds: Input should be a valid number"),
+    ],
 )
 def test_a_bound_that_does_not_exist_or_is_no_number(refused, limit, words):
     assert words in refused(MODEL, "--limit", limit, "--port", "0")
