@@ -58,7 +58,7 @@ class Stub:
     """What the next requests are answered; `requests` holds (method, path, headers, JSON body) of those answered."""
 
     drop: dict[str, Any] | None = field(default_factory=lambda: copy.deepcopy(DROP))
-    kv: dict[str, Any] = field(default_factory=lambda: dict(KV))
+    kv: dict[str, Any] | None = field(default_factory=lambda: dict(KV))
     pieces: tuple[str, ...] = ("A", " short", " answer", ".")
     first_s: float = 0.02
     gap_s: float = 0.01
@@ -69,6 +69,7 @@ class Stub:
     chat_template: bool = True
     down: str | None = None
     full: bool = False
+    cut: bool = False
     models: tuple[str, ...] = ("embedded",)
     # Each reading of /metrics adds these, as if they had happened since the one before.
     prompt_tokens: int = 200
@@ -101,6 +102,8 @@ class Stub:
 
     def metrics(self) -> str:
         """Two engines, as with data parallelism, so that the page has something to sum."""
+        if self.kv is None:  # --disable-log-stats
+            return ""
         self.readings += 1
         counters = {
             "prompt_tokens_total": self.prompt_tokens * self.readings / 2,
@@ -108,7 +111,6 @@ class Stub:
             "num_requests_running": self.kv["requests_running"] / 2,
             "num_requests_waiting": self.kv["requests_waiting"] / 2,
             "kv_cache_usage_perc": self.kv["usage"],
-            "num_preemptions_total": self.kv["preemptions"] / 2,
         }
         lines = ["# HELP vllm:prompt_tokens_total Number of prefill tokens processed."]
         for engine in (0, 1):
@@ -145,13 +147,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(503 if stub.down else 200, status)
         if not self.admitted():
             return None
+        if path == "/metrics" and stub.cut:
+            return self.start(200, "text/plain", {"Content-Length": "1000"})  # and the connection ends
         if path == "/metrics":
             return self.answer(200, stub.metrics(), "text/plain")
         if path == "/v1/models":
             return self.json(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in stub.models]})
         if path == "/v1/drop" and stub.drop:
             return self.json(200, stub.drop)
-        if path == "/v1/drop/kv" and stub.drop:
+        if path == "/v1/drop/kv" and stub.kv:
             return self.json(200, stub.kv)
         return self.error(404, "Not Found")
 

@@ -126,6 +126,16 @@ def test_the_dead_engine_is_shown_and_the_page_recovers_with_the_model_that_come
     expect(page.locator("#layers .dropped")).to_have_count(0)
 
 
+def test_an_answer_that_is_cut_off_does_not_end_the_page(open_page, server):
+    page = open_page(clock=True)
+    server.cut = True
+    page.clock.fast_forward(2000)
+    expect(page.locator("#state")).to_have_text("No answer")
+    server.cut = False
+    page.clock.fast_forward(2000)
+    expect(page.locator("#state")).to_have_text("Running")
+
+
 def test_a_page_opened_while_the_engine_is_down_fills_itself_when_it_is_up(open_page, server):
     server.down = "starting"
     page = open_page(clock=True)

@@ -58,6 +58,13 @@ def test_without_scores_or_parameters_the_rest_is_shown(open_page, server):
     assert not page.complaints
 
 
+def test_without_a_kv_cache_no_gain_is_claimed(open_page, server):
+    for form in ("full", "served"):
+        server.drop[form] |= {"kv_tokens": 0, "sequences": 0.0}
+    page = open_page()
+    expect(page.locator(".headline")).to_have_text("The KV cache is that of the full model.")
+
+
 def test_a_sublayer_that_was_gone_when_scored_says_so(open_page, server):
     server.drop["scores"]["importance"]["attention"][11] = None
     page = open_page()
@@ -110,6 +117,14 @@ def test_live_numbers_are_computed_from_two_readings_of_all_engines(open_page, s
     assert 250 < generated <= 500  # 1,000 tokens in two seconds and the time between the requests
     assert prompt == pytest.approx(generated / 5, rel=0.01)
     expect(page.locator(".tile .peak").first).to_contain_text("peak")
+
+
+def test_an_engine_without_statistics_runs_all_the_same(open_page, server):
+    server.kv = None
+    page = open_page()
+    expect(page.locator("#state")).to_have_text("Running")
+    expect(page.locator("#kv-use")).to_be_empty()
+    expect(page.locator("#alert")).to_be_hidden()
 
 
 def test_a_hidden_tab_asks_nothing_and_goes_on_when_it_is_seen(open_page, server):

@@ -91,7 +91,7 @@ const watch = new Watch(own, {
   onUp: showModel,
   onReading(metrics, kv) {
     live.add(metrics);
-    capacity.showUse(kv);
+    if (kv) capacity.showUse(kv);
   },
   onState: showState,
   onPause: () => showState("paused"),

@@ -42,7 +42,7 @@ export class CapacityPanel {
 
 /** The gain in one line: the first thing to read. */
 function headline(full, served) {
-  const gain = served.sequences / full.sequences;
+  const gain = full.sequences ? served.sequences / full.sequences : 1; // without a KV cache nothing was counted
   if (gain === 1) return element("p", { className: "headline" }, "The KV cache is that of the full model.");
   return element(
     "p",

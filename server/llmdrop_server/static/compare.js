@@ -23,7 +23,7 @@ export class SecondServer {
   constructor(origin, place) {
     this.server = new Server(`${origin}/`);
     const name = element("b", {}, origin);
-    this.state = element("span", { role: "status" }, "asking…");
+    this.state = element("span", { role: "status" });
     this.help = element("div", { className: "help" });
     place.replaceChildren(element("p", {}, name, " ", this.state), this.help);
   }
@@ -34,6 +34,7 @@ export class SecondServer {
   }
 
   async connect() {
+    this.state.textContent = "asking…";
     this.help.replaceChildren();
     try {
       this.server.model = await this.server.firstModel();

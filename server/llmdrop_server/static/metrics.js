@@ -28,7 +28,6 @@ export function readMetrics(text, atSeconds) {
     waiting: sums.get("vllm:num_requests_waiting"),
     // A share of each engine's own cache: the mean, where the others are sums.
     kvUsage: sums.get("vllm:kv_cache_usage_perc") / engines.get("vllm:kv_cache_usage_perc"),
-    preemptions: sums.get("vllm:num_preemptions_total"),
     ttft: histograms.get("vllm:time_to_first_token_seconds_bucket") ?? new Map(),
     interToken: histograms.get("vllm:inter_token_latency_seconds_bucket") ?? new Map(),
   };

@@ -8,7 +8,7 @@ const DEADLINE_MS = 10000;
 
 /**
  * Calls `onState(state, reason)` after each round, with state "up", "down" (the engine), "gone" (the server) or "key"
- * (it wants one), and `onReading(metrics, kv)` if it is up. `onUp` is called, and waited for, before the first of those
+ * (it wants one), and `onReading(metrics, kv)` if it is up; kv is null where vLLM keeps no statistics. `onUp` is called, and waited for, before the first of those
  * and again after each time that the server was not up: it may have been restarted with another model.
  */
 export class Watch {
@@ -47,14 +47,18 @@ export class Watch {
       if (!this.isUp) await this.onUp();
       const [metrics, kv] = await Promise.all([
         this.server.request("metrics", options).then((response) => response.text()),
-        this.server.json("v1/drop/kv", options),
+        this.server.json("v1/drop/kv", options).catch((error) => {
+          if (error.status !== 404) throw error;
+          return null;
+        }),
       ]);
       if (round === this.round) this.onReading(readMetrics(metrics, performance.now() / 1000), kv);
       return ["up", null];
     } catch (error) {
-      if (error instanceof Unreachable) return ["gone", null];
-      if (!(error instanceof ApiError)) throw error;
-      return error.status === 401 ? ["key", null] : ["down", error.message];
+      if (error instanceof ApiError) return error.status === 401 ? ["key", null] : ["down", error.message];
+      // Whatever else it is, half an answer say, the next round comes: the page would show its last figures for good.
+      if (!(error instanceof Unreachable)) console.error(error);
+      return ["gone", null];
     }
   }
 }
