@@ -144,8 +144,7 @@ def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_r
 
 
 def _speed(workload: SpeedWorkload, pairs: Sequence[tuple[float, float]]) -> Speed:
-    prefilled, decoded = workload.requests * workload.prompt_tokens, workload.requests * (workload.output_tokens - 1)
     return Speed(
-        prefill_tokens_per_s=tuple(prefilled / first for first, _ in pairs),
-        decode_tokens_per_s=tuple(decoded / max(whole - first, 1e-9) for first, whole in pairs),
+        prefill_tokens_per_s=tuple(workload.prefill_tokens / first for first, _ in pairs),
+        decode_tokens_per_s=tuple(workload.decode_tokens / max(whole - first, 1e-9) for first, whole in pairs),
     )

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, Provenance, Record, Scores, sha256
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.surgery.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 
@@ -21,7 +22,7 @@ class Estimate(Record):
     stderr: float | None = None
 
     @classmethod
-    def of(cls, values: "list[float]") -> Self:
+    def of(cls, values: list[float]) -> Self:
         """Of independent values; one alone has no standard error."""
         stderr = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(value=fmean(values), stderr=stderr)
@@ -99,9 +100,13 @@ class Quality(Record):
     divergence: Divergence | None = None
     tasks: tuple[TaskScore, ...] = ()
 
+    def tasks_of(self, kind: TaskKind | None = None) -> list[TaskScore]:
+        """Of one kind, or all."""
+        return [task for task in self.tasks if kind in (None, task.kind)]
+
     def task_average(self, kind: TaskKind | None = None) -> float | None:
         """Mean score over tasks, of one kind or all; None without any."""
-        found = [task.value for task in self.tasks if kind in (None, task.kind)]
+        found = [task.value for task in self.tasks_of(kind)]
         return fmean(found) if found else None
 
 
@@ -131,10 +136,15 @@ class Series(Record):
     """Masks that drop more and more in one order. `counts[k]` sublayers (or blocks) are gone in the mask `masks[k]`."""
 
     name: str
-    what: Literal["attention", "mlp", "blocks", "joint"]
+    what: Kind
     order: str
     counts: tuple[int, ...]
     masks: tuple[str, ...]
+
+    @property
+    def steps(self) -> dict[int, str]:
+        """Number dropped to mask id."""
+        return dict(zip(self.counts, self.masks, strict=True))
 
 
 class SpeedWorkload(Record):
@@ -143,6 +153,16 @@ class SpeedWorkload(Record):
     requests: int
     prompt_tokens: int
     output_tokens: int
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Of all prompts."""
+        return self.requests * self.prompt_tokens
+
+    @property
+    def decode_tokens(self) -> int:
+        """Of all answers, without the first of each, which comes with the prefill; 0 where it is the only one."""
+        return self.requests * (self.output_tokens - 1)
 
 
 class SweepRequest(Record):
@@ -187,10 +207,7 @@ class Sweep(Record):
 
     def of(self, series: Series) -> list[tuple[int, Point]]:
         """(number dropped, point) of what is measured, the full model first as number 0."""
-        found = [
-            (n, self.points[mask]) for n, mask in zip(series.counts, series.masks, strict=True) if mask in self.points
-        ]
-        return [(0, self.full), *found]
+        return [(0, self.full), *((n, self.points[mask]) for n, mask in series.steps.items() if mask in self.points)]
 
     def speedup(self, point: Point) -> float | None:
         """Time of the full model over the point's, for the workload's prefill and decode: the median over rounds,
@@ -208,7 +225,7 @@ class Sweep(Record):
         workload = self.request.workload
         if workload is None or point.speed is None or point.full_speed is None:
             return []
-        pairs = zip(rounds(workload, point.full_speed), rounds(workload, point.speed), strict=True)
+        pairs = zip(_seconds(workload, point.full_speed), _seconds(workload, point.speed), strict=True)
         return [full / own for full, own in pairs]
 
 
@@ -219,11 +236,11 @@ def mask_id(mask: DropMask) -> str:
     return sha256([mask.num_hidden_layers, *(sorted(layers) for layers in mask.dropped)])[:12]
 
 
-def rounds(workload: SpeedWorkload, speed: Speed) -> list[float]:
-    """Seconds that the workload takes by each round's speeds: prefill, then decode."""
-    prefill, decode = workload.requests * workload.prompt_tokens, workload.requests * (workload.output_tokens - 1)
+def _seconds(workload: SpeedWorkload, speed: Speed) -> list[float]:
+    """That the workload takes by each round's speeds: prefill, then decode, which has a speed where it has tokens."""
+    prefill, decode = workload.prefill_tokens, workload.decode_tokens
     pairs = zip(speed.prefill_tokens_per_s, speed.decode_tokens_per_s, strict=True)
-    return [prefill / fast + decode / slow for fast, slow in pairs]
+    return [prefill / fast + (decode / slow if decode else 0) for fast, slow in pairs]
 
 
 def scores_id(scores: Scores) -> str:

@@ -1,4 +1,4 @@
-"""Sweeps that were never measured, for what reads them."""
+"""Records of sweeps that nobody ran, for what reads them: their points say what a test wants."""
 
 import math
 
@@ -20,35 +20,81 @@ from llmdrop_vllm.evaluation.records import (
 )
 
 DEPTH = 8
-DATA = DataIdentity(source="held-out", sequences=2, tokens=32, seq_len=16, seed=0, sha256="d")
-WORKLOAD = SpeedWorkload(requests=2, prompt_tokens=100, output_tokens=51)
+FINGERPRINT = "f00d"
+WORKLOAD = SpeedWorkload(requests=4, prompt_tokens=256, output_tokens=128)
+
+
+def data(source="wikitext", sequences=64):
+    return DataIdentity(source=source, sequences=sequences, tokens=sequences * 512, seq_len=512, seed=0, sha256="ab12")
+
+
+def provenance(source=None, path="/models/tiny-llama", fingerprint=FINGERPRINT):
+    return Provenance(
+        model=ModelIdentity(path=path, architecture="LlamaForCausalLM", fingerprint=fingerprint),
+        data=None if source is None else data(source),
+        dtype="bfloat16",
+        device="cpu",
+        versions={"llmdrop-vllm": "0.1.0", "torch": "2.13.0"},
+        command="llmdrop sweep /models/tiny-llama --out sweep.json",
+    )
 
 
 def speed(*factors):
-    """The workload takes 2 s of prefill and 1 s of decode at factor 1; a round for each factor."""
-    rates = tuple(100.0 * factor for factor in factors)
-    return Speed(prefill_tokens_per_s=rates, decode_tokens_per_s=rates)
+    """A round for each factor."""
+    return Speed(
+        prefill_tokens_per_s=tuple(9000.0 * factor for factor in factors),
+        decode_tokens_per_s=tuple(400.0 * factor for factor in factors),
+    )
 
 
-def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_share=1.0, agreement=1.0):
-    """Scores of None are not measured."""
-    tasks = {"multiple choice": choice, "generation": generation}
+def measured(mask, nll, tasks, divergence, factors, kv_share, parameters):
+    """A point that was as many times as fast as the full model as `factors` say, round by round; none: not timed."""
     return Point(
         quality=Quality(
             mask=MaskRecord.of(mask),
-            perplexity=Perplexity.of([math.log(perplexity) - 0.01, math.log(perplexity) + 0.01], 16, DATA),
-            divergence=Divergence(kl=Estimate(value=0.1), agreement=Estimate(value=agreement), tokens=32),
-            tasks=tuple(
-                TaskScore(task=kind, metric="acc", kind=kind, value=value, samples=10)
-                for kind, value in tasks.items()
-                if value is not None
-            ),
+            perplexity=Perplexity.of(nll, 512, data()),
+            divergence=divergence,
+            tasks=tasks,
         ),
-        speed=None if faster is None else speed(faster),
-        full_speed=None if faster is None else speed(1.0),
+        speed=speed(*factors) if factors else None,
+        full_speed=speed(*[1.0] * len(factors)) if factors else None,
         kv_share=kv_share,
-        parameters=1000,
+        parameters=parameters,
     )
+
+
+def recorded(series, points, *, base="full", path="/models/tiny-llama", **request):
+    """A sweep of these points by mask id."""
+    asked = {
+        "fingerprint": FINGERPRINT,
+        "scores_sha256": "s",
+        "data": data(),
+        "context": 512,
+        "divergence_tokens": 4096,
+        "tasks": (),
+        "limit": 500,
+        "workload": WORKLOAD,
+        "dtype": "bfloat16",
+    }
+    return Sweep(
+        request=SweepRequest(**asked | request),
+        base=base,
+        series=tuple(series),
+        points=points,
+        provenance=provenance(path=path),
+    )
+
+
+def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_share=1.0, agreement=1.0):
+    """Scores and a speed of None are not measured."""
+    tasks = tuple(
+        TaskScore(task=kind, metric="acc", kind=kind, value=value, samples=10)
+        for kind, value in {"multiple choice": choice, "generation": generation}.items()
+        if value is not None
+    )
+    nll = [math.log(perplexity) - 0.01, math.log(perplexity) + 0.01]
+    divergence = Divergence(kl=Estimate(value=0.1), agreement=Estimate(value=agreement), tokens=32)
+    return measured(mask, nll, tasks, divergence, [] if faster is None else [faster], kv_share, 1000)
 
 
 def sweep(*points, full=None, workload=WORKLOAD):
@@ -59,21 +105,5 @@ def sweep(*points, full=None, workload=WORKLOAD):
     series = Series(
         name="attention", what="attention", order="by importance", counts=counts, masks=tuple(map(mask_id, masks))
     )
-    request = SweepRequest(
-        fingerprint="f",
-        scores_sha256="s",
-        data=DATA,
-        context=16,
-        divergence_tokens=32,
-        tasks=(),
-        limit=None,
-        workload=workload,
-        dtype="float32",
-    )
-    return Sweep(
-        request=request,
-        base=mask_id(full.quality.mask.mask),
-        series=(series,),
-        points={mask_id(each.quality.mask.mask): each for each in (full, *points)},
-        provenance=Provenance(model=ModelIdentity(path="m", architecture="a", fingerprint="f")),
-    )
+    by_id = {mask_id(each.quality.mask.mask): each for each in (full, *points)}
+    return recorded([series], by_id, base=mask_id(full.quality.mask.mask), workload=workload)

@@ -5,8 +5,8 @@ from pydantic import ValidationError
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Sweep, mask_id
-from tests.evaluation.sweeps import DATA, DEPTH, point, speed, sweep
+from llmdrop_vllm.evaluation.records import Estimate, Perplexity, SpeedWorkload, Sweep, mask_id
+from tests.evaluation.sweeps import DEPTH, data, point, speed, sweep
 
 ONE = DropMask(DEPTH, attention=(6,))
 
@@ -19,14 +19,14 @@ def test_an_estimate_has_the_standard_error_of_the_mean():
 
 
 def test_perplexity_is_the_exponential_of_the_mean_with_its_error_carried_over():
-    found = Perplexity.of([1.0, 2.0], 16, DATA)
+    found = Perplexity.of([1.0, 2.0], 16, data())
     assert found.value == pytest.approx(math.exp(1.5))
     assert found.stderr == pytest.approx(math.exp(1.5) * 0.5)
     assert found.tokens == 30
 
 
 def test_perplexities_are_compared_window_by_window():
-    full, dropped = Perplexity.of([1.0, 3.0], 16, DATA), Perplexity.of([1.1, 3.2], 16, DATA)
+    full, dropped = Perplexity.of([1.0, 3.0], 16, data()), Perplexity.of([1.1, 3.2], 16, data())
     found = dropped.relative_to(full)
     assert found.value == pytest.approx(math.exp(0.15))
     # The differences are 0.1 and 0.2, whatever the windows are worth by themselves.
@@ -46,6 +46,15 @@ def test_speedup_is_of_each_round_against_the_full_model_in_the_same_round():
     found = sweep(drifting)
     assert found.speedup(drifting) == pytest.approx(2.0)
     assert found.speedup_spread(drifting) == pytest.approx((2.0, 3.0))
+
+
+def test_one_output_token_is_the_prefills_and_decoding_takes_no_time():
+    found = sweep(workload=SpeedWorkload(requests=2, prompt_tokens=100, output_tokens=1))
+    own, full = (
+        speed(factor).model_copy(update={"decode_tokens_per_s": (0.0,)})  # as it is measured: no tokens
+        for factor in (2.0, 1.0)
+    )
+    assert found.speedup(found.full.model_copy(update={"speed": own, "full_speed": full})) == pytest.approx(2.0)
 
 
 def test_without_speeds_there_is_no_speedup():

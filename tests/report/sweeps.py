@@ -5,55 +5,21 @@ import random
 
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
-    DataIdentity,
     Diagnostics,
     MaskRecord,
-    ModelIdentity,
-    Provenance,
     Scores,
     Similarities,
     SublayerDiagnostics,
 )
-from llmdrop_vllm.evaluation.records import (
-    Divergence,
-    Estimate,
-    Perplexity,
-    Point,
-    Quality,
-    Series,
-    Speed,
-    SpeedWorkload,
-    Sweep,
-    SweepRequest,
-    TaskScore,
-    mask_id,
-    scores_id,
-)
+from llmdrop_vllm.evaluation.records import Divergence, Estimate, Series, TaskScore, mask_id, scores_id
 from llmdrop_vllm.mask import DropMask
+from tests.evaluation.sweeps import FINGERPRINT, WORKLOAD, measured, provenance, recorded
 
-FINGERPRINT = "f00d"
-WORKLOAD = SpeedWorkload(requests=4, prompt_tokens=256, output_tokens=128)
 TASKS = (
     ("arc_easy", "acc", "multiple choice", 0.62, 0.25),
     ("boolq", "acc", "multiple choice", 0.71, 0.5),
     ("gsm8k", "exact_match", "generation", 0.31, None),
 )
-
-
-def data(source="wikitext", sequences=64):
-    return DataIdentity(source=source, sequences=sequences, tokens=sequences * 512, seq_len=512, seed=0, sha256="ab12")
-
-
-def provenance(source=None, path="/models/tiny-llama", fingerprint=FINGERPRINT):
-    model = ModelIdentity(path=path, architecture="LlamaForCausalLM", fingerprint=fingerprint)
-    return Provenance(
-        model=model,
-        data=None if source is None else data(source),
-        dtype="bfloat16",
-        device="cpu",
-        versions={"llmdrop-vllm": "0.1.0", "torch": "2.13.0"},
-        command="llmdrop sweep /models/tiny-llama --out sweep.json",
-    )
 
 
 def weight(layer, depth, mlp=False):
@@ -84,14 +50,6 @@ def scores(source="embedded", depth=12, tilt=1.0, fingerprint=FINGERPRINT, diagn
     )
 
 
-def rounds_at(rates):
-    """Tokens per second that are these times the full model's."""
-    return Speed(
-        prefill_tokens_per_s=tuple(9000 * rate for rate in rates),
-        decode_tokens_per_s=tuple(400 * rate for rate in rates),
-    )
-
-
 def point(mask, tasks=TASKS, speed=True, divergence=True):
     """What such a mask would measure: it follows from `weight`, so that tests can expect an order."""
     depth = mask.num_hidden_layers
@@ -100,7 +58,6 @@ def point(mask, tasks=TASKS, speed=True, divergence=True):
     kept = math.exp(-1.2 * cost)
     # The full model's windows differ by more than a mask changes any of them.
     nll = [math.log(11.9) + cost * (1 + 0.02 * side) + 0.2 * side for side in (-1, 1) * 32]
-    perplexity = Perplexity.of(nll, 512, data())
     found = tuple(
         TaskScore(task=t, metric=m, kind=k, value=(c or 0) + (v - (c or 0)) * kept, stderr=0.012, chance=c, samples=500)
         if k != "generation"
@@ -111,16 +68,12 @@ def point(mask, tasks=TASKS, speed=True, divergence=True):
         kl=Estimate(value=0.6 * cost, stderr=0.01), agreement=Estimate(value=0.95 * kept, stderr=0.004), tokens=4096
     )
     gain = 1 + 0.03 * len(mask.attention) + 0.02 * len(mask.mlp)
-    rates = [(gain * (0.98 + 0.02 * turn)) for turn in range(3)]
-    return Point(
-        quality=Quality(
-            mask=MaskRecord.of(mask),
-            perplexity=perplexity,
-            divergence=apart if divergence and mask else None,
-            tasks=found,
-        ),
-        speed=rounds_at(rates) if speed else None,
-        full_speed=rounds_at([1.0, 1.0, 1.0]) if speed else None,
+    return measured(
+        mask,
+        nll,
+        found,
+        apart if divergence and mask else None,
+        [gain * (0.98 + 0.02 * turn) for turn in range(3)] if speed else [],
         kv_share=1 - len(mask.attention) / depth,
         parameters=10_000_000 - 400_000 * len(mask.attention) - 600_000 * len(mask.mlp),
     )
@@ -166,21 +119,12 @@ def sweep(
         series.append(Series(name=name, what=what, order=order, counts=tuple(steps), masks=ids))
     speed = kinds.get("speed", True)
     kept = [*masks.items()][: max(1, round(keep * len(masks)))]
-    tasks = tuple(task for task, *_ in kinds.get("tasks", TASKS))
-    return Sweep(
-        request=SweepRequest(
-            fingerprint=FINGERPRINT,
-            scores_sha256=scores_id(scores(depth=depth)),
-            data=data(),
-            context=512,
-            divergence_tokens=4096 if kinds.get("divergence", True) else 0,
-            tasks=tasks,
-            limit=500,
-            workload=workload if speed else None,
-            dtype="bfloat16",
-        ),
-        base="full",
-        series=tuple(series),
-        points={name: point(mask, **kinds) for name, mask in kept},
-        provenance=provenance(path=path),
+    return recorded(
+        series,
+        {name: point(mask, **kinds) for name, mask in kept},
+        path=path,
+        scores_sha256=scores_id(scores(depth=depth)),
+        divergence_tokens=4096 if kinds.get("divergence", True) else 0,
+        tasks=tuple(task for task, *_ in kinds.get("tasks", TASKS)),
+        workload=workload if speed else None,
     )

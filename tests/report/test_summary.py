@@ -14,7 +14,8 @@ from llmdrop_vllm.report.summary import (
     sentences,
     verdicts,
 )
-from tests.report.sweeps import TASKS, data, sweep
+from tests.evaluation.sweeps import data
+from tests.report.sweeps import TASKS, sweep
 
 
 def estimate(value, stderr=None):
