@@ -237,6 +237,14 @@ def write_record(record: BaseModel, path: Path) -> None:
     write_atomically(path, record.model_dump_json(indent=2) + "\n")
 
 
+def make_directory(path: Path) -> None:
+    """With its parents, where it is missing. Raises OutputError for a place where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made: {error.strerror}") from None
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content at once. Raises OutputError where the directory cannot be written to."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -3,20 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Point, Series, Sweep, scores_id
 
 BY_IMPORTANCE = "by importance"
-What = Literal["attention", "mlp", "blocks", "joint"]
-NOUNS: Mapping[What, str] = {
-    "attention": "attention sublayers",
-    "mlp": "MLP sublayers",
-    "blocks": "blocks",
-    "joint": "sublayers",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Findings:
         """Mask id to what a picture calls it, by the first series that reaches it."""
         found = {self.sweep.base: "full model"}
         for series in self.sweep.series:
-            for n, mask in zip(series.counts, series.masks, strict=True):
+            for n, mask in series.steps.items():
                 found.setdefault(mask, f"{series.name} {n}")
         return found
 

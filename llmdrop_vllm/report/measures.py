@@ -1,11 +1,11 @@
 """What can be plotted and tabulated of a point: its value with its standard error, in the units people read."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from llmdrop_vllm.evaluation.records import Estimate, Point, TaskKind, TaskScore
+from llmdrop_vllm.evaluation.records import Estimate, Point, Sweep, TaskKind
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measure:
 
     def chance(self, point: Point) -> float | None:
         """What guessing would get; None where it is not known of every task."""
-        found = [task.chance for task in tasks(point, self.kind)] if self.kind else []
+        found = [task.chance for task in point.quality.tasks_of(self.kind)] if self.kind else []
         known = [each for each in found if each is not None]
         return 100 * fmean(known) if known and len(known) == len(found) else None
 
@@ -38,11 +38,6 @@ def number(value: float, decimals: int) -> str:
     if abs(value) >= 1e6:
         return f"{value:.2e}"
     return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"
-
-
-def tasks(point: Point, kind: TaskKind | None) -> Sequence[TaskScore]:
-    """Of one kind, or all."""
-    return [task for task in point.quality.tasks if kind in (None, task.kind)]
 
 
 def percent(value: float, stderr: float | None) -> Estimate:
@@ -55,9 +50,22 @@ def task_average(point: Point, kind: TaskKind | None = None) -> Estimate | None:
     value = point.quality.task_average(kind)
     if value is None:
         return None
-    errors = [task.stderr for task in tasks(point, kind)]
+    errors = [task.stderr for task in point.quality.tasks_of(kind)]
     known = [each for each in errors if each is not None]
     return percent(value, math.hypot(*known) / len(known) if len(known) == len(errors) else None)
+
+
+def speedup_degradation(lost_points: float, speedup: float) -> float | None:
+    """Lost average points (of 100) per percent of speedup (arXiv 2406.15786); None where nothing got faster."""
+    return lost_points / (100 * (speedup - 1)) if speedup > 1 else None
+
+
+def degradation_of(sweep: Sweep, point: Point) -> float | None:
+    """The speedup-degradation ratio of a point over all tasks; None without tasks, speed, or a gain in speed."""
+    full, found, speedup = task_average(sweep.full), task_average(point), sweep.speedup(point)
+    if full is None or found is None or speedup is None:
+        return None
+    return speedup_degradation(full.value - found.value, speedup)
 
 
 def _perplexity(point: Point) -> Estimate:

@@ -1,15 +1,16 @@
 """The page: one HTML file without scripts, which fetches nothing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from llmdrop_vllm.report.findings import NOUNS, Findings
-from llmdrop_vllm.report.origin import provenance_section
-from llmdrop_vllm.report.picture import LeftOut, Picture
-from llmdrop_vllm.report.summary import main_curve, sentences, verdicts
-from llmdrop_vllm.report.table import points_table
+from llmdrop_vllm.artifacts import DataIdentity, Provenance
+from llmdrop_vllm.evaluation.records import scores_id
+from llmdrop_vllm.report.findings import Findings
+from llmdrop_vllm.report.pictures import LeftOut, Picture
+from llmdrop_vllm.report.summary import sentences
+from llmdrop_vllm.report.tables import points_table, verdicts_table
 
 STYLE = Path(__file__).with_name("page.css")
 HEAD = (
@@ -33,7 +34,7 @@ def render(findings: Findings, pictures: Sequence[Picture | LeftOut]) -> str:
             f'<p class="muted">{escape(findings.sweep.provenance.model.architecture)}, {findings.depth} layers.'
             f"{missing}</p>",
             f'<section id="summary"><p class="lead">{escape(said)}</p>',
-            _verdicts(findings),
+            verdicts_table(findings),
             *(f"<p>{escape(each)}</p>" for each in more),
             '</section><section id="pictures"><h2>Pictures</h2>',
             *(_figure(each) for each in pictures),
@@ -46,30 +47,6 @@ def render(findings: Findings, pictures: Sequence[Picture | LeftOut]) -> str:
             "</section></main></body></html>\n",
         ]
     )
-
-
-def _verdicts(findings: Findings) -> str:
-    curve = main_curve(findings)
-    if curve is None:
-        return ""
-    what = NOUNS[curve.series.what]
-    head = ("full model", "limit", f"{what} that can go", "then", "with the next one gone")
-    numeric = {"full model", head[2]}
-    cells = "".join(f'<th scope="col"{_right(name in numeric)}>{escape(name)}</th>' for name in head)
-    rows = []
-    for each in verdicts(findings.sweep, curve):
-        values = (each.measure.text(each.full), each.limit, str(each.n), each.then, each.beyond)
-        if each.blind is not None:
-            values = (*values[:2], "cannot tell", *values[3:])
-        row = "".join(f"<td{_right(name in numeric)}>{escape(v)}</td>" for name, v in zip(head, values, strict=True))
-        unit = "" if each.measure.kind is None else ", %"
-        rows.append(f'<tr><th scope="row">{escape(each.measure.name)}{unit}</th>{row}</tr>')
-    table = f'<table><thead><tr><th scope="col">measure</th>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="What can go">{table}</div>'
-
-
-def _right(number: bool) -> str:
-    return ' class="number"' if number else ""
 
 
 def _figure(picture: Picture | LeftOut) -> str:
@@ -93,3 +70,60 @@ def inline(svg: str, name: str, alt: str) -> str:
     opening = re.sub(r' (?:width|height|version|xmlns(?::\w+)?)="[^"]*"', "", opening).replace("xlink:href", "href")
     rest = rest.replace("xlink:href", "href")
     return f'{opening}{largest} role="img" aria-label="{escape(alt)}">{rest.strip()}'
+
+
+def provenance_section(findings: Findings) -> str:
+    """The sweep, then each calibration set."""
+    sweep, request = findings.sweep, findings.sweep.request
+    mask, workload = sweep.full.quality.mask.mask, request.workload
+    perplexity = sweep.full.quality.perplexity
+    asked = {
+        "dropped before": mask.summary() if mask else "nothing",
+        "held-out text": _data(request.data),
+        "perplexity": f"{perplexity.tokens:,} tokens, in windows of {request.context:,}",
+        "divergence": f"{request.divergence_tokens:,} tokens" if request.divergence_tokens else "not asked for",
+        "tasks": ", ".join(request.tasks) or "none",
+        "limit per task": "none" if request.limit is None else f"{request.limit:,} samples",
+        "speed": "not asked for"
+        if workload is None
+        else f"{workload.requests:,} requests at once, {workload.prompt_tokens:,} prompt tokens and "
+        f"{workload.output_tokens:,} output tokens each; each mask in turns with the full model",
+        "precision": request.dtype,
+    }
+    parts = ["<h3>Sweep</h3>", _list({**_model(sweep.provenance), **asked, **_run(sweep.provenance)})]
+    for name, scores in findings.calibrations.items():
+        followed = "yes" if scores_id(scores) == request.scores_sha256 else "no"
+        data = scores.provenance.data
+        entries = {"calibration text": "unknown" if data is None else _data(data), "followed by the sweep": followed}
+        if scores.provenance.dtype:
+            entries["precision"] = scores.provenance.dtype
+        parts += [f"<h3>Scores: {escape(name)}</h3>", _list({**entries, **_run(scores.provenance)})]
+    return "\n".join(parts)
+
+
+def _model(provenance: Provenance) -> dict[str, str]:
+    model = provenance.model
+    return {"model": model.path, "architecture": model.architecture, "fingerprint of the weights": model.fingerprint}
+
+
+def _run(provenance: Provenance) -> dict[str, str]:
+    found = {"device": provenance.device} if provenance.device else {}
+    versions = ", ".join(f"{package} {version}" for package, version in provenance.versions.items())
+    return {**found, "versions": versions, "command": provenance.command}
+
+
+def _data(data: DataIdentity) -> str:
+    length = "" if data.seq_len is None else f" of up to {data.seq_len:,}"
+    return (
+        f"{data.source}: {data.sequences:,} sequences{length}, {data.tokens:,} tokens, seed {data.seed}, "
+        f"sha256 {data.sha256}"
+    )
+
+
+def _list(entries: Mapping[str, str]) -> str:
+    code = {"command", "fingerprint of the weights"}
+    rows = []
+    for name, value in entries.items():
+        text = f"<code>{escape(value)}</code>" if name in code else escape(value)
+        rows.append(f"<dt>{escape(name)}</dt><dd>{text}</dd>")
+    return f"<dl>{''.join(rows)}</dl>"

@@ -1,17 +1,15 @@
 """All pictures of a report, each as SVG and PNG."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from llmdrop_vllm.report import drop_order, layers, quality, speed
+from llmdrop_vllm.report import layers, quality, speed
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.picture import LeftOut, Picture
 from llmdrop_vllm.report.style import NothingToShow, as_png, as_svg, styled
 
 Paint = Callable[[Findings], tuple[Figure, str]]
-
-
 PICTURES: tuple[tuple[str, str, Paint], ...] = (
     ("quality", "Quality against the number dropped; bars and bands are standard errors.", quality.quality),
     ("divergence", "The next token against the full model's, on held-out text.", quality.divergence),
@@ -23,9 +21,29 @@ PICTURES: tuple[tuple[str, str, Paint], ...] = (
     ("kv_cache", "KV cache as vLLM stores it, padding included.", speed.kv_cache),
     ("controls", "Controls: as many sublayers in another order.", quality.controls),
     ("importance", "Importance by layer and calibration set.", layers.importance),
-    ("drop_order", "The masks: a row for each number dropped.", drop_order.drop_order),
+    ("drop_order", "The masks: a row for each number dropped.", layers.drop_order),
     ("redundancy", "Diagnostics of the intact model's sublayers, by layer.", layers.redundancy),
 )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`svg` and `png` are whole files; `alt` is for those who cannot see them."""
+
+    name: str
+    caption: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One that the records have nothing for, and why."""
+
+    name: str
+    caption: str
+    why: str
 
 
 def draw(findings: Findings) -> list[Picture | LeftOut]:

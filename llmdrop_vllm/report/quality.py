@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llmdrop_vllm.evaluation.records import Estimate
-from llmdrop_vllm.report.findings import NOUNS, Curve, Findings
+from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import AGREEMENT, ALL_TASKS, KL, PERPLEXITY, TASK_MEASURES, Measure
 from llmdrop_vllm.report.style import (
     GREY,
@@ -21,6 +21,7 @@ from llmdrop_vllm.report.style import (
     panels,
     scale,
 )
+from llmdrop_vllm.surgery.candidates import NOUNS
 
 DROPPED = "number dropped (sublayers, or blocks)"
 
@@ -87,7 +88,7 @@ def controls(findings: Findings) -> tuple[Figure, str]:
     """The same number dropped in another order: a panel for each kind of sublayer that has several orders."""
     kinds = {
         what: curves
-        for what in NOUNS
+        for what in LOOK_OF_WHAT
         if len(curves := [curve for curve in findings.curves if curve.series.what == what]) > 1
     }
     if not kinds:

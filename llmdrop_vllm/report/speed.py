@@ -1,12 +1,13 @@
 """Pictures of what is gained: speed against quality, and the KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from llmdrop_vllm.evaluation.records import Estimate, Point
+from llmdrop_vllm.evaluation.records import Estimate
 from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import ALL_TASKS, PERPLEXITY, Measure
 from llmdrop_vllm.report.quality import DROPPED
@@ -22,9 +23,9 @@ from llmdrop_vllm.report.style import (
     panels,
     scale,
 )
-from llmdrop_vllm.report.tradeoff import pareto_front
 
 Spots = dict[str, tuple[float, Estimate]]
+K = TypeVar("K", bound=Hashable)
 
 
 def speedup(findings: Findings) -> tuple[Figure, str]:
@@ -57,6 +58,18 @@ def speedup(findings: Findings) -> tuple[Figure, str]:
         said.append(f"Best trade-offs by {measure.name}: {names}.")
     legend(figure)
     return figure, f"Speedup against quality. {' '.join(said)}"
+
+
+def pareto_front(points: Mapping[K, tuple[float, float]]) -> list[K]:
+    """Those that no other one beats, slowest first, of (speedup, quality): more of both is better.
+
+    To beat is to be at least as good in both and better in one; equals stay together.
+    """
+
+    def beaten(mine: tuple[float, float]) -> bool:
+        return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in points.values())
+
+    return sorted((key for key, value in points.items() if not beaten(value)), key=lambda key: points[key])
 
 
 def _spots(findings: Findings, measure: Measure) -> Spots:
@@ -126,7 +139,7 @@ def kv_cache(findings: Findings) -> tuple[Figure, str]:
         raise NothingToShow("no series is measured yet")
     groups: list[tuple[dict[int, float], list[Curve]]] = []
     for curve in sorted(curves, key=lambda each: -len(each.points)):
-        shares = {n: _share(point) for n, point in curve.points}
+        shares = {n: 100 * point.kv_share for n, point in curve.points}
         for known, members in groups:
             if shares.items() <= known.items():
                 members.append(curve)
@@ -144,7 +157,3 @@ def kv_cache(findings: Findings) -> tuple[Figure, str]:
     axes.set(xlabel=DROPPED, ylabel="KV cache as stored,\n% of the full model's", ylim=(0, 105))
     legend(figure, columns=1)
     return figure, f"KV cache that is left, padding included. {' '.join(said)}"
-
-
-def _share(point: Point) -> float:
-    return 100 * point.kv_share

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llmdrop_vllm.evaluation.records import Estimate
-from llmdrop_vllm.report.findings import What
+from llmdrop_vllm.surgery.candidates import Kind
 
 # The page exchanges these two for its own, so that a picture follows its light or dark theme.
 INK, PAPER = "#1a1d1f", "#ffffff"
@@ -77,7 +77,7 @@ LOOKS = (
     Look("#56B4E9", "P", (0, (3, 1))),
     Look(INK, "X", (0, (1, 1))),
 )
-LOOK_OF_WHAT: dict[What, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
+LOOK_OF_WHAT: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
 
 
 def look(place: int) -> Look:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmdrop_vllm.artifacts import Record, read_record, write_record
+from llmdrop_vllm.artifacts import Record, make_directory, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.raw_io import read_at, write_at
@@ -120,10 +120,7 @@ class Scratch:
 
     def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
         self.directory, self.state = directory, directory / "progress.json"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{directory} cannot be made: {error.strerror}") from None
+        make_directory(directory)
         self.lock = hold(directory, "scoring with it")
         self.progress = self._found(run)
         if not self.progress.layers:

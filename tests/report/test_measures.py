@@ -11,10 +11,12 @@ from llmdrop_vllm.report.measures import (
     MULTIPLE_CHOICE,
     OTHER_TASKS,
     PERPLEXITY,
+    degradation_of,
     number,
+    speedup_degradation,
     task_average,
 )
-from tests.report.sweeps import TASKS, point
+from tests.report.sweeps import TASKS, point, sweep
 
 POINT = point(DropMask(12, (11,)))
 
@@ -56,3 +58,27 @@ def test_an_estimate_with_and_without_its_error():
     assert PERPLEXITY.text(Estimate(value=11.876, stderr=0.214)) == "11.88 ± 0.21"
     assert PERPLEXITY.text(Estimate(value=11.876)) == "11.88"
     assert PERPLEXITY.text(None) == "–"
+
+
+def test_the_ratio_is_points_lost_per_percent_of_speedup():
+    """Llama-2-13B of arXiv 2406.15786: 20 attention sublayers are 1.40 times as fast and cost 68.2 - 64.9 points."""
+    assert speedup_degradation(68.2 - 64.9, 1.40) == pytest.approx(0.0825)
+    assert speedup_degradation(-0.3, 1.05) == pytest.approx(-0.06)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 0.9])
+def test_without_a_gain_in_speed_there_is_no_ratio(speedup):
+    assert speedup_degradation(1.0, speedup) is None
+
+
+def test_the_ratio_of_a_point_is_over_all_its_tasks():
+    records = sweep(names=["attention"], counts=(4,))
+    (found,) = (each for mask, each in records.points.items() if mask != "full")
+    lost = 100 * (records.full.quality.task_average() - found.quality.task_average())
+    assert degradation_of(records, found) == pytest.approx(lost / (100 * (records.speedup(found) - 1)))
+
+
+def test_without_tasks_or_speed_a_point_has_no_ratio():
+    mask = DropMask(12, (11,))
+    assert degradation_of(sweep(tasks=()), point(mask, tasks=())) is None
+    assert degradation_of(sweep(), point(mask, speed=False)) is None

@@ -7,9 +7,9 @@ import pytest
 
 from llmdrop_vllm.report import write_report
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.page import inline, render
-from llmdrop_vllm.report.picture import LeftOut
-from tests.report.sweeps import TASKS, scores, sweep
+from llmdrop_vllm.report.page import inline, provenance_section, render
+from llmdrop_vllm.report.pictures import LeftOut
+from tests.report.sweeps import FINGERPRINT, TASKS, scores, sweep
 
 HOSTILE = '<img src=x onerror="window.pwned=1">'
 
@@ -85,6 +85,29 @@ def test_an_inline_picture_takes_the_colours_of_the_page_and_says_what_it_shows(
         '<svg viewBox="0 0 1 1" style="max-width: 9pt" role="img" aria-label="a &quot;b&quot;">'
         '<g id="kv-a" style="fill: currentColor"/><use href="#kv-a"/></svg>'
     )
+
+
+def test_the_provenance_says_what_it_takes_to_measure_again():
+    records = sweep()
+    text = provenance_section(Findings.of(records, [scores(), scores("c4", tilt=0.8)]))
+    for expected in (
+        records.provenance.model.path,
+        FINGERPRINT,
+        records.provenance.command,
+        "torch 2.13.0",
+        "wikitext: 64 sequences of up to 512, 32,768 tokens, seed 0, sha256 ab12",
+        "arc_easy, boolq, gsm8k",
+        "4 requests at once, 256 prompt tokens and 128 output tokens each",
+        "Scores: c4",
+    ):
+        assert expected in text
+    assert text.count("<dd>yes</dd>") == 1
+
+
+def test_what_was_not_asked_for_is_said():
+    text = provenance_section(Findings.of(sweep(tasks=(), speed=False, divergence=False), [scores(None)]))
+    assert text.count("not asked for") == 2
+    assert "<dd>unknown</dd>" in text
 
 
 @pytest.mark.parametrize("width", [375, 1280])

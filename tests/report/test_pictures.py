@@ -2,8 +2,7 @@ import xml.etree.ElementTree as ElementTree
 
 from llmdrop_vllm.report import pictures
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.picture import LeftOut
-from llmdrop_vllm.report.pictures import draw
+from llmdrop_vllm.report.pictures import LeftOut, draw
 from tests.report.sweeps import scores, sweep
 
 NAMES = ["quality", "divergence", "speedup", "kv_cache", "controls", "importance", "drop_order", "redundancy"]

@@ -1,10 +1,11 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.measures import PERPLEXITY
-from llmdrop_vllm.report.speed import kv_cache, speedup
+from llmdrop_vllm.report.speed import kv_cache, pareto_front, speedup
 from llmdrop_vllm.report.style import NothingToShow
-from llmdrop_vllm.report.tradeoff import pareto_front
 from tests.report.sweeps import sweep
 
 
@@ -45,3 +46,26 @@ def test_series_of_the_same_kv_cache_are_one_line_that_names_them():
     assert {*handles} == {"attention, last", "mlp"}
     assert [*handles["attention, last"].get_ydata()] == [pytest.approx(100 * (1 - n / 12)) for n in range(11)]
     assert {*handles["mlp"].get_ydata()} == {100.0}
+
+
+def test_the_front_is_what_no_other_point_beats():
+    points = {
+        "full": (1.0, 70.0),
+        "good": (1.2, 69.0),
+        "worse": (1.1, 68.0),
+        "slower": (1.15, 69.0),
+        "fast": (1.5, 40.0),
+    }
+    assert pareto_front(points) == ["full", "good", "fast"]
+
+
+def test_equal_points_are_both_on_the_front():
+    assert sorted(pareto_front({"a": (1.0, 2.0), "b": (1.0, 2.0)})) == ["a", "b"]
+
+
+@given(st.dictionaries(st.integers(), st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
+def test_along_the_front_quality_falls_as_speed_grows(points):
+    values = [points[key] for key in pareto_front(points)]
+    assert sorted(values) == values
+    assert [quality for _, quality in values] == sorted((quality for _, quality in values), reverse=True)
+    assert bool(values) == bool(points)

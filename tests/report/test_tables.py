@@ -2,7 +2,7 @@ import re
 from html import unescape
 
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.table import columns, points_table
+from llmdrop_vllm.report.tables import columns, points_table
 from tests.report.sweeps import TASKS, sweep
 
 

@@ -1,16 +1,46 @@
-"""The table of all points, as HTML."""
+"""The tables of the page, as HTML: how many sublayers may go by each measure, and all points."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from llmdrop_vllm.evaluation.records import Point, Sweep, TaskScore
-from llmdrop_vllm.report.findings import NOUNS, Findings
-from llmdrop_vllm.report.measures import AGREEMENT, ALL_TASKS, KL, PERPLEXITY, TASK_MEASURES, Measure, percent
-from llmdrop_vllm.report.summary import speedup_text
-from llmdrop_vllm.report.tradeoff import degradation_of
+from llmdrop_vllm.report.findings import Findings
+from llmdrop_vllm.report.measures import (
+    AGREEMENT,
+    ALL_TASKS,
+    KL,
+    PERPLEXITY,
+    TASK_MEASURES,
+    Measure,
+    degradation_of,
+    percent,
+)
+from llmdrop_vllm.report.summary import main_curve, speedup_text, verdicts
+from llmdrop_vllm.surgery.candidates import NOUNS
 
 DASH = "–"
+
+
+def verdicts_table(findings: Findings) -> str:
+    """How many sublayers may go, by one measure a row; nothing where only the full model is measured."""
+    curve = main_curve(findings)
+    if curve is None:
+        return ""
+    what = NOUNS[curve.series.what]
+    head = ("full model", "limit", f"{what} that can go", "then", "with the next one gone")
+    numeric = {"full model", head[2]}
+    cells = "".join(f'<th scope="col"{_right(name in numeric)}>{escape(name)}</th>' for name in head)
+    rows = []
+    for each in verdicts(findings.sweep, curve):
+        values = (each.measure.text(each.full), each.limit, str(each.n), each.then, each.beyond)
+        if each.blind is not None:
+            values = (*values[:2], "cannot tell", *values[3:])
+        row = "".join(f"<td{_right(name in numeric)}>{escape(v)}</td>" for name, v in zip(head, values, strict=True))
+        unit = "" if each.measure.kind is None else ", %"
+        rows.append(f'<tr><th scope="row">{escape(each.measure.name)}{unit}</th>{row}</tr>')
+    table = f'<table><thead><tr><th scope="col">measure</th>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return _scrolling(table, "What can go")
 
 
 @dataclass(frozen=True)
@@ -36,8 +66,7 @@ def points_table(findings: Findings) -> str:
         groups.append(f"<tbody>{over}{''.join(rows)}</tbody>")
     first = '<th class="number" scope="col">number dropped</th>'
     body = full + "\n".join(groups)
-    table = f'<table class="points"><thead><tr>{first}{head}</tr></thead>{body}</table>'
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="All points">{table}</div>'
+    return _scrolling(f'<table class="points"><thead><tr>{first}{head}</tr></thead>{body}</table>', "All points")
 
 
 def columns(sweep: Sweep) -> list[Column]:
@@ -85,3 +114,12 @@ def _ratio(sweep: Sweep, point: Point) -> str:
 
 def _cells(point: Point, chosen: Sequence[Column]) -> str:
     return "".join(f'<td class="number">{escape(column.text(point))}</td>' for column in chosen)
+
+
+def _right(number: bool) -> str:
+    return ' class="number"' if number else ""
+
+
+def _scrolling(table: str, name: str) -> str:
+    """In a frame of its own, so that a wide one does not widen the page."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{table}</div>'
