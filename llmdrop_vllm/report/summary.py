@@ -133,13 +133,14 @@ def sentences(findings: Findings) -> list[str]:
     if curve is None:
         return ["Only the full model is measured so far; run llmdrop sweep again and it goes on."]
     found = verdicts(sweep, curve)
-    n, what = agreed(found), NOUNS[curve.series.what]
+    total = findings.depth * (2 if curve.series.what == "joint" else 1)
+    n, what = agreed(found), f"of {total} {NOUNS[curve.series.what]}"
     if n:
-        head = f"{n} of {findings.depth} {what} can go ({curve.series.order}) within the limits below"
+        head = f"{n} {what} can go ({curve.series.order}) within the limits below"
         said = [f"{head}{_gains(sweep, dict(curve.points)[n])}."]
     else:
         first = curve.points[1][0]
-        said = [f"Not even {first} of {findings.depth} {what} ({curve.series.order}) can go within the limits below."]
+        said = [f"Not even {first} {what} ({curve.series.order}) can go within the limits below."]
     return [*said, *_caveats(found)]
 
 

@@ -103,6 +103,10 @@ def test_a_sweep_of_the_full_model_alone_says_so():
     assert "Only the full model is measured" in sentences(found_of(keep=0))[0]
 
 
+def test_attention_and_mlp_in_one_list_are_twice_as_many_as_layers():
+    assert " of 24 sublayers " in sentences(found_of(names=["joint"]))[0]
+
+
 def test_a_model_that_can_lose_nothing_is_said_to():
     findings = found_of(names=["reverse"])
     assert sentences(findings)[0].startswith("Not even 1 of 12 attention sublayers")
