@@ -1,42 +1,50 @@
 """What `llmdrop` shows: tables and lines for people."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
+from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.surgery.selection import Selection
 
 if TYPE_CHECKING:
     from llmdrop_vllm.surgery.inspection import Inspection
 
 
+def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """The first column at the left, the others, which are numbers, at the right; a line between sections of rows."""
+    table = Table(*headings, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for rows in sections:
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+    Console().print(table)
+
+
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
     weights = "gone" if found.stripped else "in the files" if found.mask.attention or found.mask.mlp else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
-    table = Table("", "full", "dropped", "share")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in found.rows():
-        table.add_row(*row)
-    Console().print(table)
+    print_table(("", "full", "dropped", "share"), found.rows())
 
 
 def show_scores(scores: Scores) -> None:
     """One row per layer."""
-    table = Table(title="importance (1 - cosine similarity); x: dropped already")
-    for column in ("layer", "attention", "MLP", "block", "attn out/in", "attn focus", "token cos"):
-        table.add_column(column, justify="right")
+    headings = ("layer", "attention", "MLP", "block", "attn out/in", "attn focus", "token cos")
     similarity, attention = scores.similarity, scores.diagnostics.attention
-    rows = zip(similarity.attention, similarity.mlp, similarity.block, strict=True)
-    for layer, values in enumerate(rows):
+    extra = (attention.magnitude_ratio, attention.concentration, attention.token_cosine_after)
+    rows = []
+    for layer, values in enumerate(zip(similarity.attention, similarity.mlp, similarity.block, strict=True)):
         importance = ["x" if value is None else f"{1 - value:.4f}" for value in values]
-        extra = (attention.magnitude_ratio, attention.concentration, attention.token_cosine_after)
         shown = ["x" if column[layer] is None else f"{column[layer]:.3f}" for column in extra]
-        table.add_row(str(layer), *importance, *shown)
-    Console().print(table)
+        rows.append((f"{layer:>5}", *importance, *shown))
+    print_table(headings, rows, title="importance (1 - cosine similarity); x: dropped already")
 
 
 def show_selection(chosen: Selection) -> None:
@@ -45,3 +53,74 @@ def show_selection(chosen: Selection) -> None:
     print(f"rank order: attention {list(chosen.mask.attention)}, MLP {list(chosen.mask.mlp)}")
     for note in chosen.notes:
         print(f"note: {note}")
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """One line per measure."""
+    print(found.quality.mask.mask.summary())
+    print_table(("", "value", "standard error", "chance", "over"), _rows(found.quality))
+
+
+def show_sweep(found: Sweep) -> None:
+    """One row per point, series by series."""
+
+    def row(name: str, number: int, point: Point) -> tuple[str, ...]:
+        quality, speedup = point.quality, found.speedup(point)
+        return (
+            name,
+            str(number),
+            f"{quality.perplexity.value:.2f}",
+            _score(quality.divergence.agreement.value if quality.divergence else None),
+            *(_score(quality.task_average(kind)) for kind in TASK_KINDS),
+            f"{speedup:.2f}x" if speedup else "-",
+            f"{point.kv_share:.0%}",
+        )
+
+    # Short names: all of it fits 80 columns.
+    print_table(
+        ("series", "n", "perplexity", "agree", "choice", "generation", "speed", "KV"),
+        *([row(series.name, *step) for step in found.of(series)] for series in found.series),
+        title="n dropped; mean scores of tasks; speed and KV cache: full model = 1",
+    )
+
+
+def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> None:
+    """The mask, what it brings and what was given up for it."""
+    full = found.full.quality
+    quality = choice.point.quality
+    print(f"{'recommended' if meets else 'nearest'} for {goal}: {quality.mask.mask.summary()}")
+    before = {name: value for name, value, *_ in _rows(full)}
+    losses = {name: f"{loss:+.1%}" for name, loss in choice.losses.items()}
+    rows: list[tuple[str, ...]] = [
+        (name, before.get(name, "-"), value, losses.get(name, "")) for name, value, *_ in _rows(quality)
+    ]
+    for kind in TASK_KINDS:
+        if kind in losses:
+            means = (_score(each.task_average(kind)) for each in (full, quality))
+            rows.append((f"{kind}, mean", *means, losses[kind]))
+    rows.append(("KV cache", "100%", f"{choice.point.kv_share:.0%}", ""))
+    rows.append(("speed", "1.00x", f"{choice.speedup:.2f}x" if choice.speedup else "not measured", ""))
+    print_table(("", "full", "dropped", "loss"), rows)
+    if full.task_average("generation") is None:
+        print("note: the sweep measured no generation task, and generation breaks first; give one with --tasks")
+
+
+def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
+    """Name, value, standard error, chance, over what."""
+    perplexity, divergence = quality.perplexity, quality.divergence
+    stderr = "-" if perplexity.stderr is None else f"{perplexity.stderr:.3f}"
+    rows = [("perplexity", f"{perplexity.value:.3f}", stderr, "", f"{perplexity.tokens:,} tokens")]
+    if divergence is not None:
+        over = f"{divergence.tokens:,} tokens"
+        rows.append(("agreement", _score(divergence.agreement.value), _score(divergence.agreement.stderr), "", over))
+        kl = divergence.kl
+        rows.append(("KL, nats", f"{kl.value:.4f}", "-" if kl.stderr is None else f"{kl.stderr:.4f}", "", over))
+    for task in quality.tasks:
+        chance = "" if task.chance is None else _score(task.chance)
+        name = f"{task.task} ({task.metric}, {task.kind})"
+        rows.append((name, _score(task.value), _score(task.stderr), chance, f"{task.samples:,} rows"))
+    return rows
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -47,18 +47,13 @@ class Choice:
         tasks = [self.losses[kind] for kind in TASK_KINDS if kind in self.losses]
         return max(tasks) if tasks else self.losses["perplexity"]
 
-    @property
-    def kv_share(self) -> float:
-        """Of the full model's KV cache."""
-        return self.point.kv_share
-
     def shortfall(self, goal: Goal) -> float:
         """How far the point is from the goal, as the largest relative miss; 0 where it is met."""
         misses = [0.0]
         if goal.max_loss is not None:
             misses.append(max(0.0, self.loss) - goal.max_loss)
         if goal.max_kv_share is not None:
-            misses.append(self.kv_share / goal.max_kv_share - 1)
+            misses.append(self.point.kv_share / goal.max_kv_share - 1)
         if goal.min_speedup is not None:
             misses.append(goal.min_speedup / (self.speedup or 1.0) - 1)
         return max(misses)
@@ -82,8 +77,8 @@ def choose(sweep: Sweep, goal: Goal) -> tuple[Choice, bool]:
     if not meeting:
         return min(found, key=lambda choice: (choice.shortfall(goal), choice.loss)), False
     if goal.max_kv_share is None and goal.min_speedup is None:
-        return min(meeting, key=lambda choice: (-(choice.speedup or 0.0), choice.kv_share, choice.loss)), True
-    return min(meeting, key=lambda choice: (choice.loss, choice.kv_share)), True
+        return min(meeting, key=lambda choice: (-(choice.speedup or 0.0), choice.point.kv_share, choice.loss)), True
+    return min(meeting, key=lambda choice: (choice.loss, choice.point.kv_share)), True
 
 
 def _losses(full: Point, point: Point) -> Iterator[tuple[str, float]]:
