@@ -21,6 +21,8 @@ class Goal:
     def __post_init__(self) -> None:
         if self.max_loss is None and self.max_kv_share is None and self.min_speedup is None:
             raise MaskError("nothing was asked for; expected --max-loss, --kv-budget or --speedup")
+        if self.max_kv_share == 0:
+            raise MaskError("--kv-budget is 0%; expected more: vLLM needs one attention sublayer, and its KV cache")
 
     def __str__(self) -> str:
         asked = {

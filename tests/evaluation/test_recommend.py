@@ -56,9 +56,11 @@ def test_losses_are_relative_to_the_full_model():
     )
 
 
-def test_nothing_asked_and_a_speedup_without_speeds_are_refused():
+def test_nothing_asked_no_kv_cache_and_a_speedup_without_speeds_are_refused():
     with pytest.raises(MaskError, match="expected --max-loss, --kv-budget or --speedup"):
         Goal()
+    with pytest.raises(MaskError, match="--kv-budget is 0%"):
+        Goal(max_kv_share=0.0)
     with pytest.raises(DataError, match="measured no speed"):
         choose(sweep(full=point(MASKS[0], faster=None), workload=None), Goal(min_speedup=1.1))
 
