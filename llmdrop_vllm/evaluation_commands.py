@@ -11,7 +11,7 @@ from llmdrop_vllm.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
-from llmdrop_vllm.evaluation.harness import find_tasks, write_results
+from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
@@ -108,7 +108,7 @@ def _sweep_of(args: Namespace) -> Sweep:
 
 def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
     """What can be refused without an engine is refused here."""
-    harness = find_tasks(args.tasks) if args.tasks else None
+    harness = find_tasks(args.tasks) if args.tasks else Harness()  # lm-eval is an extra
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
     measures = Measures(text, context, args.divergence_tokens, harness, args.limit)
     dtype = args.dtype or _default_dtype(checkpoint)
@@ -150,6 +150,5 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
 
 
 def _refuse_skipped(measures: Measures) -> None:
-    skipped = measures.harness.skipped if measures.harness else {}
-    if skipped:
+    if skipped := measures.harness.skipped:
         raise DataError("; ".join(f"task {task} was skipped: {reason}" for task, reason in skipped.items()))

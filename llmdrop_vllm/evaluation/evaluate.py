@@ -10,7 +10,7 @@ from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
-from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality, TaskScore
+from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 
@@ -24,7 +24,7 @@ class Measures:
     text: Calibration
     context: int
     divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
-    harness: Harness | None = None
+    harness: Harness = Harness()
     limit: int | None = None
 
     @property
@@ -37,10 +37,7 @@ class Measures:
     ) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
         nll = engine.negative_log_likelihoods(self.text.sequences)
-        tasks: tuple[TaskScore, ...] = ()
-        raw = None
-        if self.harness is not None and self.harness.tasks:
-            tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars)
+        tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars) if self.harness.tasks else ((), None)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
         return Quality(mask=MaskRecord.of(mask), perplexity=perplexity, divergence=divergence, tasks=tasks), raw
 
@@ -80,11 +77,10 @@ def evaluate_checkpoint(
     divergence then.
     """
     divergence = _divergence(checkpoint, mask, measures, settings.dtype, full)
-    harness = measures.harness
-    with running(checkpoint, mask, settings, harness=bool(harness and harness.tasks)) as engine:
+    with running(checkpoint, mask, settings, harness=bool(measures.harness.tasks)) as engine:
         quality, raw = measures.quality(engine, mask, divergence)
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
-    return Evaluation(quality=quality, skipped=harness.skipped if harness else {}, provenance=provenance), raw
+    return Evaluation(quality=quality, skipped=measures.harness.skipped, provenance=provenance), raw
 
 
 def _divergence(

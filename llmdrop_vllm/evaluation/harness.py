@@ -27,10 +27,10 @@ KINDS: Mapping[str, TaskKind] = {"multiple_choice": "multiple choice", "generate
 
 @dataclass(frozen=True)
 class Harness:
-    """lm-eval's index of tasks, with ours, and those asked for. `skipped` says why a task's data could not be had."""
+    """lm-eval's index of tasks, with ours, and those asked for: by default none. `skipped`: why a task is not run."""
 
-    manager: Any
-    tasks: tuple[str, ...]
+    manager: Any = None
+    tasks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     def run(
@@ -47,12 +47,23 @@ class Harness:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
             results = evaluate(model, task_dict=found, limit=limit, bootstrap_iters=BOOTSTRAPS)
-        scores = tuple(_score(results, task) for task in self.tasks)
+        scores = tuple(_score(results, each) for task in self.tasks for each in self._scored(results, task))
         return scores, {key: value for key, value in results.items() if key != "samples"}
+
+    def _scored(self, results: Mapping[str, Any], task: str) -> list[str]:
+        """What has a score: a tag, or a group that lm-eval does not sum up, stands for its members."""
+        if _metrics(results, task):
+            return [task]
+        members = results["group_subtasks"].get(task) or sorted(self.manager.task_index[task].tags)
+        return [each for member in members for each in self._scored(results, member)]
 
 
 def find_tasks(names: Sequence[str]) -> Harness:
-    """Raises DataError for a name that lm-eval does not know, with the nearest; loads the data of those it knows."""
+    """Load the data of these tasks.
+
+    Raises DataError for a name that lm-eval does not know, with the nearest, and for a task that two of them hold.
+    """
+    names = tuple(dict.fromkeys(names))
     with _quiet():
         # lm-eval's own tasks are thousands of files, which take seconds to list.
         manager = _manager(include_defaults=False)
@@ -60,13 +71,20 @@ def find_tasks(names: Sequence[str]) -> Harness:
             manager = _manager(include_defaults=True)
         if unknown := [name for name in names if name not in manager.all_tasks]:
             raise DataError(f"unknown task {unknown[0]}; {_nearest(unknown[0], manager.all_tasks)}")
-        skipped = {}
+        skipped: dict[str, str] = {}
+        holders: dict[str, str] = {}
         for name in names:
             try:
-                manager.load([name])
+                tasks = manager.load([name])["tasks"]
             except Exception as error:  # whatever its data's libraries raise
                 first_line, *_ = (str(error).strip() or type(error).__name__).splitlines()
                 skipped[name] = f"its data cannot be loaded: {first_line}"
+                continue
+            if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
+                skipped[name] = "it would run code that the model writes"
+            for task in tasks:
+                if holders.setdefault(task, name) != name:
+                    raise DataError(f"task {task} is in {holders[task]} and in {name}; expected it once")
     return Harness(manager, tuple(name for name in names if name not in skipped), skipped)
 
 
@@ -92,9 +110,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _score(results: Mapping[str, Any], task: str) -> TaskScore:
     """Of one task, or of a group as lm-eval sums it up."""
-    metrics = results["results"].get(task) or results["groups"][task]
-    leaves = _leaves(results, task)
-    found = [key for key in metrics if "," in key and "_stderr," not in key]
+    metrics, leaves, found = results["results"][task], _leaves(results, task), _metrics(results, task)
     key = next((key for metric in METRICS for key in found if key.split(",")[0] == metric), found[0])
     metric, _, chosen_filter = key.partition(",")
     stderr = metrics.get(f"{metric}_stderr,{chosen_filter}")
@@ -109,8 +125,13 @@ def _score(results: Mapping[str, Any], task: str) -> TaskScore:
     )
 
 
+def _metrics(results: Mapping[str, Any], task: str) -> list[str]:
+    """As lm-eval names them: `acc,none` is the metric and the filter before it."""
+    return [key for key in results["results"].get(task, ()) if "," in key and "_stderr," not in key]
+
+
 def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
-    below = results.get("group_subtasks", {}).get(task) or []
+    below = results["group_subtasks"].get(task, ())
     return [leaf for name in below for leaf in _leaves(results, name)] or [task]
 
 

@@ -1,8 +1,7 @@
 """Quality and speed against the number of sublayers dropped: one engine per mask, every finished point kept at once."""
 
-import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +51,13 @@ class SweepPlan:
     @property
     def request(self) -> SweepRequest:
         """What a file must have been made with for this sweep to go on in it."""
-        harness = self.measures.harness
         return SweepRequest(
             fingerprint=self.checkpoint.fingerprint,
             scores_sha256=scores_id(self.scores),
             data=self.measures.text.identity,
             context=self.measures.context,
             divergence_tokens=self.measures.divergence_tokens,
-            tasks=harness.tasks if harness else (),
+            tasks=self.measures.harness.tasks,
             limit=self.measures.limit,
             workload=self.workload,
             dtype=self.settings.dtype,
@@ -102,7 +100,7 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
             bar = stack.enter_context(tqdm(total=len(missing), unit="point", disable=not progress))
             for mask in missing:
                 bar.set_description(mask_title(mask))
-                keeper.measure(mask, divergences, full)
+                keeper.measure(mask, divergences.get(mask_id(mask)), full)
                 bar.update()
         return keeper.keep()
     finally:
@@ -129,12 +127,12 @@ class _Keeper:
         point = self.found.points.get(mask_id(mask))
         return point is None or (self.plan.workload is not None and point.speed is None)
 
-    def measure(self, mask: DropMask, divergences: Iterator[Divergence | None], full: Engine | None) -> None:
+    def measure(self, mask: DropMask, divergence: Divergence | None, full: Engine | None) -> None:
         """One point, or its speed alone where its quality is there already."""
-        plan, point, harness = self.plan, self.found.points.get(mask_id(mask)), self.plan.measures.harness
-        with self.running(mask, harness=point is None and bool(harness and harness.tasks)) as engine:
+        plan, point = self.plan, self.found.points.get(mask_id(mask))
+        with self.running(mask, harness=point is None and bool(plan.measures.harness.tasks)) as engine:
             if point is None:
-                point = self._point(engine, mask, next(divergences))
+                point = self._point(engine, mask, divergence)
             if plan.workload is not None and full is not None:
                 own, whole = speeds_in_turns((engine, full), plan.workload, num_rounds=NUM_ROUNDS)
                 point = point.model_copy(update={"speed": own, "full_speed": whole})
@@ -159,13 +157,13 @@ class _Keeper:
         return running(self.plan.checkpoint, mask, self.plan.settings, harness=harness)
 
 
-def _divergences(plan: SweepPlan, masks: Sequence[DropMask]) -> Iterator[Divergence | None]:
-    """Of all masks, before the first engine needs the memory: the full model is loaded once for it."""
+def _divergences(plan: SweepPlan, masks: Sequence[DropMask]) -> dict[str, Divergence]:
+    """By mask id, before the first engine needs the memory: the full model is loaded once for it."""
     windows = plan.measures.divergence_windows
     if not windows or not masks:
-        return itertools.repeat(None)
+        return {}
     reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
-    return iter([reference.under(mask) for mask in masks])
+    return {mask_id(mask): reference.under(mask) for mask in masks}
 
 
 def _difference(kept: SweepRequest, asked: SweepRequest) -> str:

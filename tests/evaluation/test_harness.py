@@ -1,6 +1,7 @@
 """lm-eval's runner on our tasks, through vLLM: scores are those of its own Transformers backend."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,8 +10,9 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL, held_out
 from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation import harness as harness_module
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
-from llmdrop_vllm.evaluation.harness import OWN_TASKS, find_tasks, write_results
+from llmdrop_vllm.evaluation.harness import OWN_TASKS, Harness, find_tasks, write_results
 from llmdrop_vllm.evaluation.make_rows import choice_rows, functions
 
 TASKS = ("llmdrop_docstring", "llmdrop_name")
@@ -77,6 +79,45 @@ def test_a_task_whose_data_is_out_of_reach_is_skipped_with_the_reason(monkeypatc
     found = find_tasks(["arc_easy", "llmdrop_name"])
     assert found.tasks == ("llmdrop_name",)
     assert "no route to the hub" in found.skipped["arc_easy"]
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """lm-eval's index of our tasks with a tag, a group that is summed up, and one that is not."""
+    from lm_eval.tasks import TaskManager
+
+    shutil.copytree(OWN_TASKS, tmp_path / "tasks")
+    for path in (tmp_path / "tasks").glob("*.yaml"):
+        path.write_text(f"tag: tagged\n{path.read_text()}")
+    members = "task:\n  - llmdrop_docstring\n  - llmdrop_name\n"
+    (tmp_path / "tasks" / "both.yaml").write_text(f"group: both\n{members}")
+    metric = "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    (tmp_path / "tasks" / "summed.yaml").write_text(f"group: summed\ntask:\n  - llmdrop_docstring\n{metric}")
+    found = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr(harness_module, "_manager", lambda *, include_defaults: found)
+    return found
+
+
+@pytest.mark.parametrize(("name", "scored"), [("tagged", list(TASKS)), ("both", list(TASKS)), ("summed", ["summed"])])
+def test_a_tag_and_a_group_that_is_not_summed_up_give_the_scores_of_their_tasks(manager, name, scored):
+    from lm_eval.models.dummy import DummyLM
+
+    scores, _ = Harness(manager, (name,)).run(DummyLM(), limit=4)
+    assert [each.task for each in scores] == scored
+    assert [each.samples for each in scores] == [4] * len(scored)
+
+
+def test_a_task_that_two_groups_hold_is_refused(manager):
+    with pytest.raises(DataError, match="task llmdrop_docstring is in both and in summed"):
+        find_tasks(["both", "summed", "both"])
+
+
+def test_a_task_that_runs_what_the_model_writes_is_skipped(manager, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, "UNSAFE_CODE", True, raising=False)
+    found = find_tasks(["llmdrop_name"])
+    assert (found.tasks, found.skipped) == ((), {"llmdrop_name": "it would run code that the model writes"})
 
 
 def test_the_rows_are_what_the_script_makes_of_the_held_out_text():
