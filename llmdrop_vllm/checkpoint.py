@@ -18,6 +18,7 @@ from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
 
@@ -77,6 +78,11 @@ class Checkpoint:
     def mask(self) -> DropMask:
         """What the config drops."""
         return DropMask.from_config(self.config)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model takes at most; None where the config does not say."""
+        return next((int(self.config[key]) for key in CONTEXT_KEYS if self.config.get(key)), None)
 
     @property
     def is_quantized(self) -> bool:

@@ -121,13 +121,13 @@ def _max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int
 
     Raises DataError for requests that are longer than the model's context.
     """
-    most = checkpoint.config.get("max_position_embeddings") or LONGEST_TASK
+    most = checkpoint.context
     request = 0 if getattr(args, "no_speed", True) else args.prompt_tokens + args.output_tokens
-    if request > most:
+    if most is not None and request > most:
         raise DataError(
             f"--prompt-tokens and --output-tokens are {request} together; the model's context is {most} tokens"
         )
-    return max(context + 1, request, min(most, LONGEST_TASK) if args.tasks else 0)
+    return max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
 
 
 def _default_dtype(checkpoint: Checkpoint) -> str:

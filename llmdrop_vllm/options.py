@@ -118,8 +118,8 @@ def add_measures(command: Parser) -> None:
         help="for perplexity: 'held-out' (default: text that the embedded model has not seen), a .txt, a .jsonl, "
         "a .json list of token-id lists, or a dataset's name as for --data",
     )
-    group.add_argument("--context", type=int, metavar="N", help="tokens in a window (512)")
-    group.add_argument("--windows", type=int, metavar="N", help="windows of text (32, or as many as there are)")
+    group.add_argument("--context", type=_count, metavar="N", help="tokens in a window (512)")
+    group.add_argument("--windows", type=_count, metavar="N", help="windows of text (32, or as many as there are)")
     group.add_argument(
         "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
     )
@@ -217,7 +217,7 @@ def _factor(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 

@@ -50,17 +50,21 @@ def load_text(
     Raises DataError for text that is shorter than one window, for a context that leaves no token to predict and for
     token ids in sequences of different lengths.
     """
-    most = checkpoint.config.get("max_position_embeddings")
+    most = checkpoint.context
     if context is not None and most is not None and context >= most:
         raise DataError(f"--context is {context}; expected at most {most - 1}: of the model's {most}, one is to come")
-    if Path(source).suffix == ".json":
-        found = load_calibration(checkpoint, source, samples=windows, seq_len=context)
-        if found.identity.seq_len is None:
-            raise DataError(f"{source} holds sequences of different lengths; perplexity needs them to be of one")
-        return found, found.identity.seq_len
-    context = context or min(DEFAULT_CONTEXT, (most or DEFAULT_CONTEXT + 1) - 1)
-    windows, fewer = windows or DEFAULT_WINDOWS, windows is None
-    return load_calibration(checkpoint, source, samples=windows, seq_len=context, fewer=fewer), context
+    fewer = windows is None
+    if Path(source).suffix.lower() != ".json":  # whose sequences are taken as they are
+        context = context or min(DEFAULT_CONTEXT, (most or DEFAULT_CONTEXT + 1) - 1)
+        windows = windows or DEFAULT_WINDOWS
+    try:
+        found = load_calibration(checkpoint, source, samples=windows, seq_len=context, fewer=fewer)
+    except DataError as error:
+        # In `llmdrop sweep`, the options that it names are those of the text to score with.
+        raise DataError(str(error).replace("--samples", "--windows").replace("--seq-len", "--context")) from None
+    if found.identity.seq_len is None:
+        raise DataError(f"{source} holds sequences of different lengths; perplexity needs them to be of one")
+    return found, found.identity.seq_len
 
 
 def evaluate_checkpoint(

@@ -55,7 +55,7 @@ def load_calibration(
     sequences. With `fewer`, data that does not suffice for `samples` gives what it has, one window at least. Raises
     DataError for data that cannot be used or does not suffice, before it tokenizes anything.
     """
-    context: int | None = checkpoint.config.get("max_position_embeddings")
+    context = checkpoint.context
     _check_sizes(samples, seq_len, seed, context)
     try:
         if (kind := _kind(data)) == ".json":
@@ -84,7 +84,7 @@ def _check_sizes(samples: int | None, seq_len: int | None, seed: int, context: i
         if value is not None and value < least:
             raise DataError(f"{name} is {value}; expected at least {least}")
     if seq_len and context and seq_len > context:
-        raise DataError(f"--seq-len is {seq_len}; the model's context is {context} tokens (max_position_embeddings)")
+        raise DataError(f"--seq-len is {seq_len}; the model's context is {context} tokens")
 
 
 def _kind(data: str) -> str:

@@ -62,6 +62,13 @@ def test_by_default_the_embedded_text_fills_256_windows_of_the_context(corpus):
     assert corpus.issuperset(whole)
 
 
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "seq_length"])
+def test_the_context_has_each_architectures_own_name(key):
+    config = {name: value for name, value in EMBEDDED.config.items() if name != "max_position_embeddings"}
+    with pytest.raises(DataError, match="--seq-len is 65; the model's context is 64 tokens"):
+        load_calibration(replace(EMBEDDED, config=config | {key: 64}), seq_len=65)
+
+
 @pytest.mark.parametrize("source", ["embedded", "a.jsonl", "a.txt"])
 @pytest.mark.usefixtures("corpus")
 def test_same_tokens_have_the_same_hash_and_others_another(tmp_path, monkeypatch, source):
