@@ -6,7 +6,7 @@ from typing import Any
 
 from llmdrop_vllm.artifacts import MaskRecord, ModelIdentity, Provenance
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
@@ -78,13 +78,22 @@ def evaluate_checkpoint(
     """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
 
     `full` has the full model's weights, where the checkpoint lacks what the mask drops; without it there is no
-    divergence then.
+    divergence then. Raises CheckpointError for one that is another model.
     """
+    if full is not None and _kind(full) != _kind(checkpoint):
+        raise CheckpointError(
+            f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
+        )
     divergence = _divergence(checkpoint, mask, measures, settings.dtype, full)
     with running(checkpoint, mask, settings, harness=bool(measures.harness.tasks)) as engine:
         quality, raw = measures.quality(engine, mask, divergence)
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
     return Evaluation(quality=quality, skipped=measures.harness.skipped, provenance=provenance), raw
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    layers, tokens = checkpoint.mask.num_hidden_layers, checkpoint.config.get("vocab_size")
+    return f"{checkpoint.architecture}, {layers} layers, vocabulary {tokens}"
 
 
 def _divergence(

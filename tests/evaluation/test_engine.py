@@ -9,11 +9,15 @@ import tests.engines  # noqa: F401 - sets the environment before vLLM is importe
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload
+from llmdrop_vllm.surgery.plan import plan_surgery
+from llmdrop_vllm.surgery.write import write_checkpoint
+from tests.checkpoints import TINY_LLAMA
+from tests.checkpoints import write_checkpoint as write_tiny
 
 MASK = DropMask(12, attention=(7, 11), mlp=(3,))
 CONTEXT = 64
@@ -83,6 +87,23 @@ def test_evaluation_holds_together(checkpoint, text, logprobs):
     assert found.quality.divergence.tokens == 2 * CONTEXT
     assert found.quality.mask.mask == MASK
     assert found.provenance.data == text.identity
+
+
+def test_a_stripped_checkpoint_is_compared_with_the_full_one(checkpoint, text, tmp_path):
+    write_checkpoint(plan_surgery(checkpoint, MASK), tmp_path / "stripped")
+    stripped, measures = Checkpoint.open(tmp_path / "stripped"), Measures(text, CONTEXT, divergence_tokens=CONTEXT)
+    assert stripped.is_stripped
+    found, _ = evaluate_checkpoint(stripped, stripped.mask, measures, SETTINGS, full=checkpoint)
+    (window, *_) = text.sequences
+    expected = Reference(checkpoint, checkpoint.mask, [window], dtype="float32").under(MASK)
+    assert found.quality.divergence.kl.value == pytest.approx(expected.kl.value, rel=1e-4)
+    assert evaluate_checkpoint(stripped, stripped.mask, measures, SETTINGS)[0].quality.divergence is None
+
+
+def test_another_model_is_not_taken_for_the_full_one(checkpoint, text, tmp_path):
+    other = Checkpoint.open(write_tiny(tmp_path / "other", TINY_LLAMA))
+    with pytest.raises(CheckpointError, match="8 layers, vocabulary 256.* is not the full model of .*12 layers"):
+        evaluate_checkpoint(checkpoint, MASK, Measures(text, CONTEXT), SETTINGS, full=other)
 
 
 def test_speeds_in_turns_have_a_value_per_round_and_engine(checkpoint):
