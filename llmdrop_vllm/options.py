@@ -128,7 +128,8 @@ def add_measures(command: Parser) -> None:
     )
     group.add_argument("--limit", type=_count, metavar="N", help="rows of each task (all)")
     engine = command.add_argument_group("engine")
-    engine.add_argument("--dtype", help="float32, bfloat16 or float16; default the checkpoint's, float32 on a CPU")
+    precisions = ("float32", "bfloat16", "float16")
+    engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")
     engine.add_argument(
         "--engine-args",
         type=_json_object,

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.quiet import only_from
@@ -23,18 +24,31 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win."""
+    """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win.
+
+    Raises InputError for an option that vLLM does not have.
+    """
 
     dtype: str
     max_model_len: int
     engines: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.options:
+            return
+        from vllm.engine.arg_utils import EngineArgs
+
+        if unknown := sorted(self.options.keys() - {each.name for each in fields(EngineArgs)}):
+            raise InputError(f"--engine-args has {', '.join(unknown)}, which vLLM's EngineArgs do not have")
+
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
         import torch
 
         gpu = torch.cuda.is_available()
+        # A mask that the checkpoint has already needs no override, whatever dialect says it.
+        override = {} if mask.dropped == checkpoint.mask.dropped else mask.to_config("runtime")
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -45,9 +59,9 @@ class EngineSettings:
             "enable_prefix_caching": False,
             "seed": 0,
             "use_tqdm_on_load": False,
-            # A mask that the checkpoint has already needs no override, whatever dialect says it.
-            "hf_overrides": {} if mask.dropped == checkpoint.mask.dropped else mask.to_config("runtime"),
             **self.options,
+            # Beside the user's own overrides, or the full model would be measured as the dropped one.
+            "hf_overrides": {**self.options.get("hf_overrides", {}), **override},
         }
 
 
@@ -108,7 +122,7 @@ _running: list[Engine] = []
 
 @contextmanager
 def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *, harness: bool) -> Iterator[Engine]:
-    """An engine that is gone afterwards, its memory with it.
+    """An engine that is gone afterwards, its memory with it. Raises InputError for what vLLM refuses to start with.
 
     A second one can run at the same time. Its end takes vLLM's process groups along; the first can compute again when
     the next one has started.
@@ -117,7 +131,10 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
 
     # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
     with only_from(logging.ERROR, "vllm"):
-        engine = Engine(checkpoint, mask, settings, harness=harness)
+        try:
+            engine = Engine(checkpoint, mask, settings, harness=harness)
+        except ValueError as error:
+            raise InputError(f"vLLM does not start with {checkpoint.directory}: {error}") from error
         _running.append(engine)
         try:
             yield engine

@@ -68,6 +68,7 @@ def test_evaluate_skips_a_task_out_of_reach_and_says_so_in_the_file_and_the_exit
         (["--context", "2000"], "expected at most 1023"),
         (["--attention", "12"], "12"),
         (["--text", "missing.txt"], "missing.txt"),
+        (["--engine-args", '{"tensor_paralel_size": 2}'], "tensor_paralel_size, which vLLM's EngineArgs do not have"),
     ],
 )
 def test_evaluate_refuses_before_an_engine_starts(options, message, tmp_path, capsys, monkeypatch):
@@ -77,6 +78,12 @@ def test_evaluate_refuses_before_an_engine_starts(options, message, tmp_path, ca
     assert main(["evaluate", str(MODEL), *options, "--out", str(tmp_path / "out.json")]) == 1
     assert message in error_of(capsys)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_evaluate_says_in_one_line_what_vllm_does_not_start_with(tmp_path, capsys):
+    options = ["--divergence-tokens", "0", "--engine-args", '{"max_model_len": 5000}', "--out", f"{tmp_path}/out.json"]
+    assert main(["evaluate", str(MODEL), *QUICK, *options]) == 1
+    assert f"vLLM does not start with {MODEL}" in error_of(capsys)
 
 
 def test_evaluate_refuses_a_mask_of_another_model(tmp_path, capsys):
@@ -162,6 +169,12 @@ def test_results_of_another_model_and_missing_ones_are_refused(swept, tmp_path, 
     assert "is of the weights" in error_of(capsys)
     assert main(["recommend", str(MODEL), "--results", str(tmp_path), "--kv-budget", "50%"]) == 1
     assert "run `llmdrop sweep" in error_of(capsys)
+
+
+def test_a_precision_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(MODEL), "--dtype", "fp8", "--out", "out.json"])
+    assert "choose from 'float32', 'bfloat16', 'float16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["1", "1.5.2%", "half"])
