@@ -1,5 +1,6 @@
 """Which masks a sweep measures: for each order of dropping, more and more of it."""
 
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import get_args
@@ -33,11 +34,12 @@ def make_series(
     """The series by their names, and every mask that they reach by its id; masks are chosen as `llmdrop select` does.
 
     A name is a kind, which is dropped by importance, `consecutive`, or an order: `last`, `last-but-one`, `reverse`,
-    `random` or `random:SEEDS`, each for attention, or for another kind as in `last/blocks`. Counts that a series cannot
-    reach are left out. Raises InputError for an unknown name and where no count can be reached.
+    `random` or `random:SEEDS`, each for attention, or for another kind as in `last/blocks`. A series goes by ascending
+    counts; those that it cannot reach are left out. Raises InputError for an unknown name and where no count can be
+    reached.
     """
-    counts = tuple(counts) or default_counts(scores.num_hidden_layers)
-    found: list[Series] = []
+    counts = sorted(set(counts)) or default_counts(scores.num_hidden_layers)
+    found: dict[str, Series] = {}
     masks: dict[str, DropMask] = {}
     for name in names:
         for title, kind, methods in _methods(name, counts):
@@ -46,9 +48,9 @@ def make_series(
                 raise InputError(f"series {title}: none of {', '.join(map(str, counts))} can be dropped")
             masks |= {mask_id(mask): mask for mask in reached.values()}
             ids = tuple(mask_id(mask) for mask in reached.values())
-            order = str(methods[0]).split(maxsplit=2)[2]
-            found.append(Series(name=title, what=kind, order=order, counts=tuple(reached), masks=ids))
-    return tuple(found), masks
+            order = str(methods[0]).split(maxsplit=2)[2]  # after what goes and how many
+            found[title] = Series(name=title, what=kind, order=order, counts=tuple(reached), masks=ids)
+    return tuple(found.values()), masks
 
 
 def _methods(name: str, counts: Sequence[int]) -> Iterator[tuple[str, Kind, list[Method]]]:
@@ -58,18 +60,17 @@ def _methods(name: str, counts: Sequence[int]) -> Iterator[tuple[str, Kind, list
     elif name in KINDS:
         yield name, name, [Ranked(name, count, LeastImportant()) for count in counts]
     else:
-        order_name, _, kind = name.partition("/")
+        order_name, slash, what = name.partition("/")
+        what = what or "attention"
         for title, order in _orders(order_name, name):
-            if (kind or "attention") not in KINDS:
-                raise InputError(f"series {name}: {kind} is not one of {', '.join(KINDS)}")
-            what: Kind = next(each for each in KINDS if each == (kind or "attention"))
-            yield title + (f"/{kind}" if kind else ""), what, [Ranked(what, count, order) for count in counts]
+            if what not in KINDS:
+                raise InputError(f"series {name}: {what} is not one of {', '.join(KINDS)}")
+            yield title + (slash and f"/{what}"), what, [Ranked(what, count, order) for count in counts]
 
 
 def _orders(name: str, asked: str) -> list[tuple[str, Order]]:
-    base, _, seeds = name.partition(":")
-    if base == "random" and (not seeds or seeds.isdigit()):
-        return [(f"random {seed}", Random(seed)) for seed in range(int(seeds or 1))]
+    if match := re.fullmatch(r"random(?::([1-9][0-9]*))?", name):
+        return [(f"random {seed}", Random(seed)) for seed in range(int(match[1] or 1))]
     if name in ORDERS:
         return [(name, ORDERS[name])]
     known = ", ".join((*KINDS, "consecutive", *ORDERS, "random:SEEDS"))

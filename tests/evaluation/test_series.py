@@ -55,6 +55,12 @@ def test_counts_that_a_series_cannot_reach_are_left_out():
     assert series.counts == (6, 7)  # vLLM needs one attention
 
 
+def test_a_series_goes_by_ascending_counts_and_is_there_once():
+    (series,), masks = make_series(SCORES, ["attention", "attention"], [3, 1, 3])
+    assert series.counts == (1, 3)
+    assert [len(masks[name].attention) for name in series.masks] == [1, 3]
+
+
 def test_default_counts_are_shares_of_the_depth():
     assert default_counts(12) == (1, 2, 3, 4, 6, 8)
     assert default_counts(80) == (7, 13, 20, 27, 40, 53)
@@ -73,6 +79,7 @@ def test_a_model_that_came_with_a_mask_is_dropped_further():
         (["atention"], [1], "atention is unknown; expected attention, mlp"),
         (["last/layers"], [1], "layers is not one of attention"),
         (["random:many"], [1], "random:many is unknown"),
+        (["random:0"], [1], "random:0 is unknown"),
         (["mlp"], [9], "none of 9 can be dropped"),
     ],
 )
