@@ -4,21 +4,21 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import Provenance, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
 from llmdrop_vllm.console import show_choice, show_evaluation, show_sweep
-from llmdrop_vllm.errors import DataError, InputError, MaskError
+from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
-from llmdrop_vllm.evaluation.sweep import SWEEP_FILE, SweepPlan, measure_sweep
+from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
+from llmdrop_vllm.report import write_report
 from llmdrop_vllm.surgery.inspection import weights_dtype
 
-SCORES_FILE = "scores.json"
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
 
@@ -45,8 +45,7 @@ def sweep(args: Namespace) -> None:
     measures, settings = _measures(checkpoint, args)
     names = args.series or DEFAULT_SERIES
     make_series(Scores.unmeasured(checkpoint), names, args.counts)  # refused before the scores, which may take hours
-    directory = results_directory(args)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = _results_directory(args)
     scores = _scores(checkpoint, args, directory / SCORES_FILE)
     series, masks = make_series(scores, names, args.counts)
     workload = None
@@ -58,7 +57,8 @@ def sweep(args: Namespace) -> None:
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
     show_sweep(found)
-    print(f"written to {directory / SWEEP_FILE}; next: llmdrop report {args.model}")
+    elsewhere = f" --results {args.results}" if args.results else ""
+    print(f"written to {directory / SWEEP_FILE}; next: llmdrop report {args.model}{elsewhere}")
     _refuse_skipped(measures)
 
 
@@ -81,23 +81,21 @@ def recommend(args: Namespace) -> None:
 
 def report(args: Namespace) -> None:
     """`llmdrop report`."""
-    from llmdrop_vllm.report import write_report
-
-    directory = results_directory(args)
+    directory = _results_directory(args)
     found = _sweep_of(args)
     scores = [read_record(Scores, path) for path in (directory / SCORES_FILE, *args.scores)]
     written = write_report(found, scores, directory)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 
-def results_directory(args: Namespace) -> Path:
+def _results_directory(args: Namespace) -> Path:
     """Where a model's sweep and report are: a directory here, named after it, unless another is given."""
     return args.results or Path(f"{Path(args.model).resolve().name}-llmdrop")
 
 
 def _sweep_of(args: Namespace) -> Sweep:
     """The sweep in the results directory. Raises InputError for one of other weights."""
-    path = results_directory(args) / SWEEP_FILE
+    path = _results_directory(args) / SWEEP_FILE
     if not path.exists():
         raise InputError(f"{path} does not exist; run `llmdrop sweep {args.model}` first, or give its --results")
     found = read_record(Sweep, path)
@@ -138,15 +136,29 @@ def _default_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
-    """Those given, those in the results directory, or new ones, which are kept there."""
-    path = args.scores or (kept if kept.exists() else None)
-    if path is not None:
-        scores = read_record(Scores, path)
-        check_scored(scores, checkpoint)
-    else:
+    """Those given, those in the results directory, or new ones, which are kept there at once: they may take hours."""
+    if args.scores is None and not kept.exists():
+        make_directory(kept.parent)
         scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, kept)
-    write_record(scores, kept)
+        write_record(scores, kept)
+        return scores
+    scores = read_record(Scores, args.scores or kept)
+    check_scored(scores, checkpoint)
+    if args.scores is None:
+        _check_calibration(scores, args, kept)
     return scores
+
+
+def _check_calibration(scores: Scores, args: Namespace, kept: Path) -> None:
+    """Raise OutputError where the arguments ask to score with something else than the scores that are there."""
+    data = scores.provenance.data
+    asked = {"source": args.data, "sequences": args.samples, "seq_len": args.seq_len, "seed": args.seed}
+    for name, value in asked.items():
+        if data is not None and value is not None and value != (found := getattr(data, name)):
+            raise OutputError(
+                f"{kept} was measured otherwise: {name} was {found} and is {value}; choose another directory, or give "
+                f"--scores {kept} to go on with it"
+            )
 
 
 def _refuse_skipped(measures: Measures) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmdrop_vllm.accounting import kept_layout
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.divergence import Reference
@@ -32,7 +32,7 @@ from llmdrop_vllm.locks import hold
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.surgery.inspection import count_parameters
 
-SWEEP_FILE, HARNESS_DIRECTORY = "sweep.json", "lm-eval"
+SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"
 NUM_ROUNDS = 3
 
 
@@ -80,16 +80,17 @@ class SweepPlan:
         request = fresh.request.model_copy(update={"workload": self.workload or kept.request.workload})
         if kept.request.model_copy(update={"workload": kept.request.workload or self.workload}) != request:
             raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, request)}")
-        others = tuple(each for each in kept.series if each.name not in {own.name for own in self.series})
-        return kept.model_copy(update={"request": request, "series": (*self.series, *others)})
+        before = {each.name: each for each in kept.series}
+        own = [_united(before.pop(each.name, each), each) for each in self.series]
+        return kept.model_copy(update={"request": request, "series": (*own, *before.values())})
 
 
 def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -> Sweep:
-    """Measure what is not in the directory's file yet; the file is written anew after each point.
+    """Measure what is not in the directory's file yet; the file is written anew after each point, the scores beside it.
 
     Raises OutputError for a directory that another sweep is using, or has used for something else.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     lock = hold(directory, "measuring into it")
     try:
         keeper = _Keeper(plan, directory)
@@ -119,6 +120,7 @@ class _Keeper:
     def __init__(self, plan: SweepPlan, directory: Path) -> None:
         self.plan, self.directory = plan, directory
         self.found = plan.begin(directory / SWEEP_FILE)
+        write_record(plan.scores, directory / SCORES_FILE)
         self.masks = {self.found.base: plan.checkpoint.mask} | dict(plan.masks)
         self.config = transformers_config(plan.checkpoint, DropMask(plan.checkpoint.mask.num_hidden_layers)).to_dict()
 
@@ -164,6 +166,12 @@ def _divergences(plan: SweepPlan, masks: Sequence[DropMask]) -> dict[str, Diverg
         return {}
     reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
     return {mask_id(mask): reference.under(mask) for mask in masks}
+
+
+def _united(kept: Series, asked: Series) -> Series:
+    """One series with the counts of both: what was measured before stays in its curve."""
+    steps = dict(sorted((kept.steps | asked.steps).items()))
+    return asked.model_copy(update={"counts": tuple(steps), "masks": tuple(steps.values())})
 
 
 def _difference(kept: SweepRequest, asked: SweepRequest) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import MaskFile, MaskRecord, read_record, write_record
+from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Scores, read_record, write_record
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
@@ -20,11 +20,16 @@ QUICK = ["--context", "32", "--windows", "2", "--divergence-tokens", "32"]
 def swept(tmp_path_factory):
     """The directory of a small sweep."""
     directory = tmp_path_factory.mktemp("results")
+    assert main(sweeping(directory)) == 0
+    return directory
+
+
+def sweeping(directory, *options):
+    """The command that makes it, or goes on in it."""
     command = ["sweep", str(MODEL), "--results", str(directory), "--series", "attention", "--counts", "1,4"]
     scoring = ["--samples", "4", "--seq-len", "64"]
     speed = ["--requests", "2", "--prompt-tokens", "16", "--output-tokens", "4"]
-    assert main([*command, *QUICK, *scoring, *speed, "--tasks", "llmdrop_name", "--limit", "8"]) == 0
-    return directory
+    return [*command, *QUICK, *scoring, *speed, "--tasks", "llmdrop_name", "--limit", "8", *options]
 
 
 def error_of(capsys):
@@ -108,6 +113,32 @@ def test_sweep_refuses_before_it_scores_and_leaves_nothing(options, message, tmp
     assert main(["sweep", str(MODEL), "--results", str(tmp_path / "results"), *options]) == 1
     assert message in error_of(capsys)
     assert not (tmp_path / "results").exists()
+
+
+def test_sweep_refuses_a_place_for_its_results_that_is_a_file_before_it_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmdrop_vllm.evaluation_commands.run_scoring", lambda *a: pytest.fail("the model was scored"))
+    (tmp_path / "file").write_text("")
+    assert main(sweeping(tmp_path / "file")) == 1
+    assert "file cannot be made: File exists" in error_of(capsys)
+
+
+def test_sweep_does_not_go_on_with_scores_of_other_text_than_it_is_told(swept, capsys):
+    assert main(sweeping(swept, "--samples", "8")) == 1
+    assert "scores.json was measured otherwise: sequences was 4 and is 8" in error_of(capsys)
+
+
+def test_scores_that_a_sweep_refuses_do_not_take_the_place_of_its_own(swept, tmp_path, capsys):
+    before, scores = (swept / "scores.json").read_bytes(), read_record(Scores, swept / "scores.json")
+    other = scores.similarity.model_copy(update={"attention": scores.similarity.attention[::-1]})
+    write_record(scores.model_copy(update={"similarity": other}), tmp_path / "other.json")
+    assert main(sweeping(swept, "--scores", str(tmp_path / "other.json"))) == 1
+    assert "scores_sha256 was" in error_of(capsys)
+    assert (swept / "scores.json").read_bytes() == before
+
+
+def test_a_finished_sweep_says_where_its_report_comes_from(swept, capsys):
+    assert main(sweeping(swept)) == 0
+    assert f"next: llmdrop report {MODEL} --results {swept}" in capsys.readouterr().out
 
 
 def test_sweep_refuses_scores_of_another_model(swept, tmp_path, capsys):

@@ -110,6 +110,12 @@ def test_more_series_go_into_the_same_file(plan, measured, monkeypatch):
     assert [each.name for each in measure_sweep(fewer, measured[0]).series] == ["attention", "joint"]
 
 
+def test_other_counts_of_a_series_leave_the_earlier_ones_in_its_curve(plan, measured, monkeypatch):
+    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    last = tuple(each.model_copy(update={"counts": each.counts[1:], "masks": each.masks[1:]}) for each in plan.series)
+    assert measure_sweep(replace(plan, series=last), measured[0]).series == plan.series
+
+
 def test_titles_say_what_goes():
     assert mask_title(DropMask(4)) == "full model"
     assert mask_title(DropMask(4, (1, 2), (3,))) == "attention -2, MLP -1"
