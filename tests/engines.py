@@ -4,25 +4,49 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Before vLLM is imported: no engine process (seconds instead of half a minute), and little memory for the KV cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-# Test processes that run side by side get a core each: OpenMP threads of two engines on one core wait for each other.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1)))
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
+from vllm.platforms import current_platform
 
 ONE_GIB = 1 << 30
+register_kernels_once = cache(current_platform.register_triton_kernel_overrides)
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """What takes most of a tiny engine's life is left out, or done once for all engines, or in this process.
+
+    vLLM looks for garbage a dozen times per engine. All modules that this process has ever imported are set aside and
+    stay so, or it would go through them each time.
+    """
+    gc.collect()
+    gc.freeze()
+    with (
+        patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None),
+        patch.object(registry, "_run_in_subprocess", lambda inspect: inspect()),
+        patch.object(current_platform, "register_triton_kernel_overrides", register_kernels_once),
+    ):
+        yield
 
 
 @contextmanager
 def engine(path: Path, **options: Any) -> Iterator[LLM]:
     """An engine for the checkpoint at `path`, gone again afterwards: the next test starts another in this process."""
+    with quick():
+        yield from _engine(path, **options)
+
+
+def _engine(path: Path, **options: Any) -> Iterator[LLM]:
     # On CPU the utilization is a share of the memory that must be free; the size of the KV cache is set above.
     options = {
         "dtype": "float32",
@@ -39,7 +63,8 @@ def engine(path: Path, **options: Any) -> Iterator[LLM]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-        torch._dynamo.reset()
+        if not options["enforce_eager"]:  # else the sampler would be compiled for each engine
+            torch._dynamo.reset()
 
 
 def greedy(llm: LLM, prompt: list[int], tokens: int = 12, **options: Any) -> tuple[list[int], list[float], list[float]]:

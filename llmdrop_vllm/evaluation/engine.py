@@ -129,6 +129,9 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
     """
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    # While an engine starts, vLLM looks for garbage many times: not among all modules that were ever imported.
+    gc.collect()
+    gc.freeze()
     # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
     with only_from(logging.ERROR, "vllm"):
         try:

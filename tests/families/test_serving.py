@@ -2,7 +2,6 @@
 the dropped sublayers, and its KV cache has room for the remaining attention only.
 """
 
-import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomGelu
-from vllm.model_executor.models import registry
-from vllm.platforms import current_platform
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
@@ -32,22 +29,13 @@ MASKS = {
     "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(1,)),
 }
 STRIPPED = ("blocks, first and last layer", "all attention but one")
-
-
 KV_CACHE_BYTES = 1 << 26
-register_kernels_once = cache(current_platform.register_triton_kernel_overrides)
 
 
 @pytest.fixture(autouse=True)
-def quick_engines(monkeypatch):
-    """What takes most of a tiny engine's life is done once for all of them, or in this process, or on less memory."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-    monkeypatch.setattr(current_platform, "register_triton_kernel_overrides", register_kernels_once)
-    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)  # the sampler would be compiled for each engine
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it goes before the engine's option, in GiB
-    gc.collect()
-    gc.freeze()  # what is alive now, modules above all, is not looked through again
-    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+def small_kv_cache(monkeypatch):
+    """The variable goes before the engine's option, in GiB."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
 
 
 @contextmanager
@@ -93,6 +81,7 @@ def exact_gelu(model: nn.Module) -> Iterator[None]:
             setattr(part, name, approximation)
 
 
+@cache
 def reference(architecture: str, mask: DropMask) -> list[float]:
     """Log-probability of each prompt token after the first."""
     model = model_of(architecture)
