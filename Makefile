@@ -40,7 +40,7 @@ serve: $(VENV)/ready ## serve the embedded model, attention dropped; MODEL=... P
 	$(VENV)/bin/llmdrop serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_DEFAULTS) $(ARGS)
 
 test: $(VENV)/ready ## the whole suite: no GPU, no hub
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/ready ## ten minutes of good and bad clients at a full KV cache; ARGS="--seconds 60" for less
 	$(VENV)/bin/python benchmarks/server_soak.py $(ARGS)
