@@ -11,9 +11,9 @@ from llmdrop_vllm.dialects import ON_DISK, without_mask
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX
 from llmdrop_vllm.mask import DropMask
-from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor
+from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
-from llmdrop_vllm.surgery.companions import companions, index_files
+from llmdrop_vllm.surgery.companions import companions
 from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
 
 NEMOTRON_CODE = Path(__file__).parents[1] / "configuration_nemotron_nas.py"
@@ -110,7 +110,7 @@ def plan_surgery(
         shards=shards,
         index=_index_name(shards),
         zeroed=output_projections(checkpoint, mask) if portable else frozenset(),
-        links=(*checkpoint.metadata, *index_files(checkpoint)) if config_only else (),
+        links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
         copies=copies,
         code=(NEMOTRON_CODE,) if for_nemotron else (),
         left_out=left_out,

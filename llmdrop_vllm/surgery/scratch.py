@@ -17,7 +17,7 @@ import torch
 from llmdrop_vllm.artifacts import Record, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.locks import hold
-from llmdrop_vllm.raw_io import read_at, write_at
+from llmdrop_vllm.shards import read_exactly
 
 
 class Progress(Record):
@@ -75,8 +75,8 @@ class HiddenStates:
     def read(self, depth: int, chunk: Chunk) -> torch.Tensor:
         """A chunk of layer `depth`'s input, [batch, tokens, hidden]."""
         hidden = torch.empty(*chunk.shape, self.hidden_size, dtype=self.dtype)
-        with self.path(depth).open("rb", buffering=0) as file:
-            read_at(file.fileno(), _bytes(hidden), chunk.first_token * self.token_bytes, self.path(depth))
+        with self.path(depth).open("rb") as file:
+            read_exactly(file, chunk.first_token * self.token_bytes, _bytes(hidden))
         return hidden
 
     def write(self, depth: int, chunk: Chunk, hidden: torch.Tensor) -> None:
@@ -103,13 +103,13 @@ class GapHistory:
         """Mean cosine similarity between a depth and each depth before it."""
         totals = [0.0] * depth
         step = max(1, 2**20 // self.hidden_size)
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             for first in range(0, len(self.tokens), step):
                 count = min(step, len(self.tokens) - first)
                 ours, other = (torch.empty(count, self.hidden_size) for _ in range(2))
                 for before, tile in [(depth, ours), *((before, other) for before in range(depth))]:
                     offset = (before * len(self.tokens) + first) * self.hidden_size * 4
-                    read_at(file.fileno(), _bytes(tile), offset, self.path)
+                    read_exactly(file, offset, _bytes(tile))
                     if tile is other:
                         totals[before] += torch.dot(ours.view(-1), other.view(-1)).item()
         return [total / len(self.tokens) for total in totals]
@@ -161,8 +161,9 @@ class Scratch:
 
 
 def _write(path: Path, tensor: torch.Tensor, offset: int) -> None:
-    with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
-        write_at(file.fileno(), _bytes(tensor), offset)
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.seek(offset)
+        file.write(_bytes(tensor))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
