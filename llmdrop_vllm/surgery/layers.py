@@ -17,9 +17,9 @@ from llmdrop_vllm.hf_weights import (
     TORCH_DTYPES,
     checkpoint_tensors,
     declare_dtype,
+    find_tensors,
     is_converted,
     load_converted,
-    stored_tensors,
 )
 from llmdrop_vllm.mask import DropMask
 from llmdrop_vllm.shards import StoredTensor
@@ -55,7 +55,7 @@ class LayerStream:
         self.decoder_prefix, self.layers_prefix = (
             f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)
         )
-        self.tensors = stored_tensors(checkpoint, self.model)
+        self.tensors = find_tensors(checkpoint, self.model)
         self.is_converted = is_converted(self.model)
         self.buffers: dict[tuple[str, int], bytearray] = {}
         self.hidden_size: int = config.get_text_config().hidden_size

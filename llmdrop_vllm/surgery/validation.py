@@ -45,7 +45,7 @@ def is_whole(names: Collection[str], family: Family, depth: int) -> bool:
     return not missing_weights(names, family, DropMask(depth))
 
 
-def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
+def checked_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     """The model's Transformers config with a mask, after comparing names, shapes and dtypes of all tensors with it.
 
     A quantized model's tensors are not the architecture's and are not compared. None where Transformers does not know
@@ -55,7 +55,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     from transformers import CONFIG_MAPPING
 
     from llmdrop_vllm import hf
-    from llmdrop_vllm.hf_weights import stored_tensors
+    from llmdrop_vllm.hf_weights import find_tensors
 
     if checkpoint.plain_config.get("model_type") not in CONFIG_MAPPING:
         return None
@@ -70,7 +70,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
             f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
         ) from error
     if not checkpoint.is_quantized:
-        stored_tensors(checkpoint, model)
+        find_tensors(checkpoint, model)
     return config
 
 
