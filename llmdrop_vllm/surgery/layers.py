@@ -126,10 +126,13 @@ class LayerStream:
 
     def _tensor(self, stored: StoredTensor, name: str) -> torch.Tensor:
         # Layers alike in shape take turns in the same memory: allocated anew for each, it would not all come back.
-        buffer = self.buffers.setdefault((name, stored.num_bytes), bytearray(stored.num_bytes))
+        key = name, stored.num_bytes
+        if key not in self.buffers:
+            self.buffers[key] = bytearray(stored.num_bytes)
+        buffer = self.buffers[key]
         stored.read_into(buffer)
         tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)
-        if tensor.max().isnan():
+        if tensor.max().isnan():  # in bfloat16 several times as fast as the check in stream.py
             raise CheckpointError(
                 f"{stored.name} in {stored.path} holds NaN; the model cannot compute anything with it"
             )

@@ -1,6 +1,7 @@
 """Scores agree with the reference and a naive computation, also when interrupted or measured on a dropped model."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -214,6 +215,20 @@ def test_one_decoder_layer_is_in_memory_at_a_time(tiny, monkeypatch):
     monkeypatch.setattr(LayerStream, "_load", watching)
     scoring.score(checkpoint, calibration)
     assert seen == [[], *([str(layer)] for layer in range(DEPTH))]
+
+
+def test_a_layer_like_the_one_before_is_read_into_the_same_memory(tmp_path):
+    """Memory was taken, and cleared, for every tensor before it was looked up whether there is some already."""
+    config = TINY_LLAMA | {"num_hidden_layers": 2, "intermediate_size": 1 << 14}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, config))
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    stream = LayerStream(checkpoint, DropMask(2), **where, attention="sdpa")
+    with stream.layer(0):
+        tracemalloc.start()
+    with stream.layer(1):
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20  # each projection of the MLP has 4 MiB
 
 
 @pytest.mark.parametrize("strip", [False, True], ids=["all weights in the files", "stripped"])
