@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,12 @@ class Chunk:
 def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[Chunk]:
     """Cut sequences of these lengths into chunks of at most so many tokens, and at least one sequence."""
     first, position = 0, 0
-    while first < len(lengths):
-        tokens = lengths[first]
-        batch = 1
-        while (
-            first + batch < len(lengths)
-            and lengths[first + batch] == tokens
-            and (batch + 1) * tokens <= tokens_per_chunk
-        ):
-            batch += 1
-        yield Chunk(first, position, batch, tokens)
-        first, position = first + batch, position + batch * tokens
+    for tokens, alike in groupby(lengths):
+        left = len([*alike])
+        while left:
+            batch = min(left, max(1, tokens_per_chunk // tokens))
+            yield Chunk(first, position, batch, tokens)
+            first, position, left = first + batch, position + batch * tokens, left - batch
 
 
 class HiddenStates:
