@@ -7,6 +7,7 @@ system's page cache holds the files as far as memory is free.
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,9 @@ from llmdrop_vllm.artifacts import Record, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.shards import read_exactly
+
+# What a run leaves in its directory: whoever names one of their own must not lose what else is there.
+OWN_FILES = ("hidden-?.bin", "gaps.bin", "progress.json", ".progress.json.*.partial")
 
 
 class Progress(Record):
@@ -112,19 +116,18 @@ class GapHistory:
 
 
 class Scratch:
-    """A run's directory: made, taken up again or thrown away."""
+    """A run's directory: made, taken up again or thrown away. What others have put into it stays."""
 
     def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
         self.directory, self.state = directory, directory / "progress.json"
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(directory, "scoring with it")
         except OSError as error:
-            raise OutputError(f"{directory} cannot be made: {error.strerror}") from None
-        self.lock = hold(directory, "scoring with it")
+            raise OutputError(f"{directory} cannot be used: {error.strerror}") from None
         self.progress = self._found(run)
         if not self.progress.layers:
-            for path in directory.iterdir():
-                path.unlink()
+            self._empty()
             free_bytes = shutil.disk_usage(directory).free
             if free_bytes < needed_bytes:
                 self.remove()
@@ -139,7 +142,9 @@ class Scratch:
 
     def remove(self) -> None:
         """The run is over."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with suppress(OSError):  # others' files are there too, or it cannot be removed: no reason to lose the scores
+            self._empty()
+            self.directory.rmdir()
         self.release()
 
     def release(self) -> None:
@@ -147,6 +152,11 @@ class Scratch:
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
+
+    def _empty(self) -> None:
+        for pattern in OWN_FILES:
+            for path in self.directory.glob(pattern):
+                path.unlink()
 
     def _found(self, run: str) -> Progress:
         try:

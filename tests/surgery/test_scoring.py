@@ -307,6 +307,29 @@ def test_a_device_that_is_not_here_is_refused(tiny, device, monkeypatch):
         scoring.score(*tiny, device=device)
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:x", "cpu:x"])
+def test_a_device_that_is_not_among_those_here_is_refused(tiny, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=f"device is '{device}'; here is cuda, cuda:0, cpu"):
+        scoring.score(*tiny, device=device)
+
+
+def test_a_scratch_directory_keeps_what_others_have_put_there(tiny, tmp_path):
+    (tmp_path / "precious.bin").write_text("mine")
+    (tmp_path / "directory").mkdir()
+    scoring.score(*tiny, scratch=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "precious.bin"]
+
+
+def test_a_shard_that_goes_while_it_is_scored_is_named(tiny, tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "model", TINY_LLAMA))
+    assert checkpoint.fingerprint
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"model\.safetensors cannot be used: No such file"):
+        scoring.score(checkpoint, tiny[1])
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(OutputError, match="100 bytes free; the hidden states need 281,600"):
