@@ -21,8 +21,7 @@ def checked_mask(checkpoint: Checkpoint, mask: DropMask | None, *, may_be_empty:
     mask = own if mask is None else mask
     if mask.num_hidden_layers != (depth := layer_count(checkpoint.config)):
         raise MaskError(f"the mask is for {mask.num_hidden_layers} layers; {checkpoint.directory} has {depth}")
-    if not mask.kept_attention:
-        raise MaskError(f"every one of the {depth} attention sublayers is dropped; one must remain")
+    mask.check_attention_is_left()
     if not mask and not may_be_empty:
         raise MaskError(
             f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
