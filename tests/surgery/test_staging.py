@@ -95,6 +95,19 @@ def test_two_processes_do_not_write_the_same_place(parent):
     assert Checkpoint.open(parent / "out").mask == MASK
 
 
+def test_what_others_put_there_meanwhile_is_never_replaced_unasked(parent):
+    """Writing takes minutes, and another tool may make a directory of the same name."""
+
+    def meanwhile(_):
+        (parent / "out").mkdir(exist_ok=True)
+        (parent / "out" / "precious").write_text("mine")
+
+    with pytest.raises(OutputError, match="out exists"):
+        write(plan_surgery(parent / "model", MASK), parent / "out", progress=meanwhile)
+    assert content(parent / "out") == {"precious": b"mine"}
+    assert sorted(path.name for path in parent.iterdir()) == ["model", "out"]
+
+
 MOMENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym", "progress"}
 
 
