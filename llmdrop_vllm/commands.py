@@ -10,6 +10,8 @@ from types import MappingProxyType
 from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import (
+    MASK_FILE,
+    SCORES_FILE,
     MaskFile,
     MaskRecord,
     ModelIdentity,
@@ -30,8 +32,6 @@ from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Method, Ranked
 from llmdrop_vllm.surgery.selection import select as select_mask
 from llmdrop_vllm.surgery.staging import check_free
 from llmdrop_vllm.surgery.write import check_destination, write_checkpoint
-
-SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
 
 
 def score(args: Namespace) -> None:

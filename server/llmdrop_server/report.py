@@ -18,8 +18,6 @@ from llmdrop_vllm.surgery.inspection import count_parameters
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SCORES_FILE = "llmdrop_scores.json"
-
 
 def report(vllm_config: "VllmConfig") -> Drop:
     """For an engine that has started: vLLM has counted its KV cache by then."""
@@ -86,7 +84,7 @@ def _or_none(count: Callable[..., int], *args: Any) -> int | None:
 
 def _scores(model: Path, num_layers: int) -> Scores | None:
     """Those that the server was started with, or those that `llmdrop drop` left in the checkpoint."""
-    path = Path(os.environ.get(SCORES_ENVIRONMENT) or model / SCORES_FILE)
+    path = Path(os.environ.get(SCORES_ENVIRONMENT) or model / artifacts.SCORES_FILE)
     if not path.is_file():
         return None
     found = artifacts.read_record(artifacts.Scores, path)
