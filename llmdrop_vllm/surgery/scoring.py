@@ -65,8 +65,7 @@ def score(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
     mask = checkpoint.mask if mask is None else mask
-    where = _device(device)
-    what = _dtype(dtype, checkpoint, where)
+    where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
         try:
@@ -204,6 +203,12 @@ class _Run:
 def _tensor(output: Any) -> torch.Tensor:
     """What a layer or sublayer returned, without what it may return beside."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def precision(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """What `score` computes on and in. Raises InputError for what cannot be had here."""
+    where = _device(device)
+    return where, _dtype(dtype, checkpoint, where)
 
 
 def _device(name: str | None) -> torch.device:
