@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
-    weights = "gone" if found.stripped else "in the files" if found.mask.attention or found.mask.mlp else "none"
+    weights = "gone" if found.stripped else "in the files" if found.mask.mask else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     table = Table("", "full", "dropped", "share")
     for column in table.columns[1:]:
