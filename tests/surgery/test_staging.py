@@ -15,20 +15,7 @@ from llmdrop_vllm.surgery import staging
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write
 from tests.checkpoints import write_checkpoint
-from tests.surgery.files import (
-    MASK,
-    SMALL,
-    content,
-    model_alone,
-    put_nan,
-    split,
-)
-
-
-@pytest.fixture
-def parent(tmp_path):
-    """A directory with nothing but a small `model` in it."""
-    return model_alone(tmp_path)
+from tests.surgery.files import MASK, SMALL, content, put_nan, split
 
 
 @pytest.mark.parametrize(
