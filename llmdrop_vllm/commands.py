@@ -1,5 +1,6 @@
 """The commands of `llmdrop`: each makes values of its arguments, calls the library and prints."""
 
+import glob
 import os
 import sys
 from argparse import Namespace
@@ -50,6 +51,7 @@ def select(args: Namespace) -> None:
     scores = read_record(Scores, args.scores)
     chosen = _select(scores, args)
     write_record(_chosen_file(chosen, scores), args.out)
+    _forget(args.out)
     show_selection(chosen)
     print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
 
@@ -70,16 +72,12 @@ def drop(args: Namespace) -> None:
     possible = select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask
     check_destination(_plan(args, checkpoint, possible), args.out, overwrite=args.overwrite)
     calibration = calibration_of(checkpoint, args)
-    kept = _beside(args.out, "scores.json")
-    scores = _kept_scores(kept, checkpoint, calibration, args.dtype)
-    if scores is None:
-        scores = run_scoring(checkpoint, calibration, args, args.out)
-        write_record(scores, kept)
+    scores = _scored_or_kept("scores", checkpoint, calibration, args)
     chosen = _select(scores, args, checkpoint, calibration)
     show_selection(chosen)
     plan = _plan(args, checkpoint, chosen.mask)
     _write(plan, args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
-    kept.unlink()
+    _forget(args.out)
 
 
 def convert(args: Namespace) -> None:
@@ -141,18 +139,37 @@ def _beside(out: Path, what: str) -> Path:
     return out.absolute().with_name(f".{out.name}.llmdrop-{what}")
 
 
+def _forget(out: Path) -> None:
+    """Remove what `_scored_or_kept` wrote beside `out`, once the command has come to its end."""
+    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.llmdrop-*.json"):
+        path.unlink()
+
+
+def _scored_or_kept(
+    name: str, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None = None
+) -> Scores:
+    """The scores that an earlier run of the same command left beside OUT, or new ones, which are left there."""
+    path = _beside(args.out, f"{name}.json")
+    scores = _kept_scores(path, checkpoint, calibration, args, mask)
+    if scores is None:
+        scores = run_scoring(checkpoint, calibration, args, args.out, mask)
+        write_record(scores, path)
+    return scores
+
+
 def _kept_scores(
-    path: Path, checkpoint: Checkpoint, calibration: Calibration, dtype: str | None, mask: DropMask | None = None
+    path: Path, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None
 ) -> Scores | None:
-    """The same scores, from an earlier run of the same command that did not come to its end."""
+    from llmdrop_vllm.surgery.scoring import precision
+
     try:
         scores = read_record(Scores, path)
     except InputError:
         return None
-    where = scores.provenance
-    found = (where.model.fingerprint, where.data, scores.dropped.mask)
-    same = found == (checkpoint.fingerprint, calibration.identity, checkpoint.mask if mask is None else mask)
-    return scores if same and dtype in (None, where.dtype) else None
+    where, (_, dtype) = scores.provenance, precision(checkpoint, args.device, args.dtype)
+    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped.mask)
+    asked = (checkpoint.fingerprint, calibration.identity, str(dtype), checkpoint.mask if mask is None else mask)
+    return scores if found == asked else None
 
 
 def _methods(args: Namespace) -> list[Method]:
@@ -194,20 +211,12 @@ def _select(
     checkpoint = checkpoint or _scored_checkpoint(scores, args.model)
     calibration = calibration or _scored_data(scores, checkpoint)
     args.dtype = scores.provenance.dtype
-    passes: list[Path] = []
 
     def rescore(mask: DropMask) -> Scores:
-        passes.append(_beside(args.out, f"pass-{len(passes)}.json"))
-        again = _kept_scores(passes[-1], checkpoint, calibration, args.dtype, mask)
-        if again is None:
-            again = run_scoring(checkpoint, calibration, args, args.out, mask)
-            write_record(again, passes[-1])
-        return again
+        gone = len(mask.attention) + len(mask.mlp)
+        return _scored_or_kept(f"without-{gone}", checkpoint, calibration, args, mask)
 
-    chosen = iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
-    for path in passes:
-        path.unlink()
-    return chosen
+    return iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
 
 
 def _scored_checkpoint(scores: Scores, model: str | None) -> Checkpoint:

@@ -29,7 +29,7 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
 
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
-    weights = "gone" if found.stripped else "in the files" if found.mask.attention or found.mask.mlp else "none"
+    weights = "gone" if found.stripped else "in the files" if found.mask.mask else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "dropped", "share"), found.rows())
 

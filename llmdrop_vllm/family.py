@@ -59,6 +59,7 @@ class Sublayer:
 def attention(
     module: str = "self_attn", pre_norm: str | None = "input_layernorm", output: str = "o_proj", **names: Any
 ) -> Sublayer:
+    """An attention sublayer, by default Llama's; in Transformers it returns the attention weights beside its output."""
     return Sublayer(module, pre_norm, output, transformers_tuple=2, **names)
 
 

@@ -56,9 +56,8 @@ def load(checkpoint: Checkpoint, mask: DropMask | None = None, **kwargs: Any) ->
     return loaded
 
 
-def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) -> PretrainedConfig:
-    """The checkpoint's Transformers config with a mask, by default its own, in one dialect."""
-    mask = checkpoint.mask if mask is None else mask
+def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> PretrainedConfig:
+    """The checkpoint's Transformers config with a mask, in one dialect."""
     try:
         return dropped_config(checkpoint.plain_config, checkpoint.architecture, mask)
     except CheckpointError as error:
@@ -67,8 +66,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask | None = None) ->
 
 def dropped_config(entries: Mapping[str, Any], architecture: str, mask: DropMask) -> PretrainedConfig:
     """The Transformers config for an architecture's config entries, whatever they say of a mask, with this one."""
-    if not mask.kept_attention:
-        raise MaskError(f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; one must remain")
+    mask.check_attention_is_left()
     entries = without_mask(entries) | {"architectures": [architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:

@@ -63,7 +63,7 @@ def load_converted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
         raise CheckpointError(f"{type(model).__name__} cannot take these weights from the checkpoint: {reasons}")
 
 
-def stored_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
+def find_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Where each tensor of the model's checkpoints is stored, by name; `model` may be on the meta device.
 
     Raises CheckpointError for a parameter that is missing and for one whose shape or dtype the model cannot take. Tied

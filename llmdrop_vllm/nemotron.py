@@ -64,7 +64,8 @@ def plain(entries: Mapping[str, Any]) -> dict[str, Any]:
 def warnings(mask: DropMask, config: Any) -> list[str]:
     """What some of the engines that read Nemotron-NAS checkpoints cannot do with this one."""
     found = []
-    first = next((layer for layer in range(mask.num_hidden_layers) if not _is_empty(mask, layer)), 0)
+    gone = set(mask.attention) & set(mask.mlp)
+    first = min(set(range(mask.num_hidden_layers)) - gone, default=0)
     if first in mask.attention:
         found.append(f"vLLM without the plugin and SGLang crash: the first kept sublayer, in layer {first}, is an MLP")
     if alone := sorted(set(mask.mlp) - set(mask.attention)):
@@ -119,10 +120,6 @@ def _ffn_width(hidden: int, intermediate: int) -> dict[str, float | int]:
     if intermediate % FFN_MULTIPLE:
         return {"intermediate_size": intermediate}
     return {"ffn_mult": 3 * intermediate / (2 * hidden)}
-
-
-def _is_empty(mask: DropMask, layer: int) -> bool:
-    return layer in mask.attention and layer in mask.mlp
 
 
 def _widths(entries: Mapping[str, Any]) -> dict[str, int]:

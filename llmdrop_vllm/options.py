@@ -18,11 +18,9 @@ def add_model(command: Parser) -> None:
     command.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id")
 
 
-def add_file(command: Parser, what: str) -> None:
+def add_file(command: Parser, what: str, *, required: bool = True) -> None:
     """Where a command's JSON goes."""
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=f"where {what} go{'es' * (what == 'the mask')} (JSON)"
-    )
+    command.add_argument("--out", type=Path, required=required, metavar="FILE", help=f"file to write {what} to (JSON)")
     command.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
@@ -61,7 +59,7 @@ def add_calibration(command: Parser) -> None:
     group.add_argument("--samples", type=int, metavar="N", help="sequences (256)")
     group.add_argument("--seq-len", type=int, metavar="N", help="tokens in each (2048, or the model's context)")
     # `select` has a seed of its own for --random; together they are one.
-    if not any(action.dest == "seed" for action in command._actions):
+    if command.get_default("seed") is None:
         group.add_argument("--seed", type=int, default=0, help="of the choice of sequences")
 
 
@@ -176,8 +174,7 @@ def add_goal(command: Parser) -> None:
     )
     group.add_argument("--kv-budget", type=share, metavar="50%", help="KV cache, as a share of the full model's")
     group.add_argument("--speedup", type=_factor, metavar="1.3", help="as measured by the sweep")
-    command.add_argument("--out", type=Path, metavar="FILE", help="where the mask goes (JSON)")
-    command.add_argument("--overwrite", action="store_true", help="replace FILE")
+    add_file(command, "the mask", required=False)
 
 
 def layers(text: str) -> tuple[int, ...]:

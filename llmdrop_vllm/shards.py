@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.raw_io import read_at
 
 INDEX_FILE = "model.safetensors.index.json"
 # Transformers' name for another set of weights in the same place: `from_pretrained(..., variant="dropped")`. Stripped
@@ -51,33 +51,44 @@ class StoredTensor:
         return self.stop - self.start
 
     def read_into(self, buffer: bytearray) -> None:
-        """Fill a buffer of `num_bytes` with the tensor's bytes, little endian as on disk."""
-        with self.path.open("rb", buffering=0) as file:
-            read_at(file.fileno(), memoryview(buffer), self.start, self.path)
+        """Fill a buffer of at most `num_bytes` with the tensor's first bytes, little endian as on disk."""
+        with self.path.open("rb") as file:
+            read_exactly(file, self.start, memoryview(buffer))
 
     def read_ahead(self) -> None:
         """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""
         if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def read_exactly(file: BufferedReader, offset: int, buffer: memoryview) -> None:
+    """Fill the buffer from this place in a file. Raises CheckpointError naming the file if it ends early."""
+    file.seek(offset)
+    if file.readinto(buffer) < len(buffer):
+        raise CheckpointError(f"{file.name} ended early: it has been cut while it was read")
+
+
+def index_files(directory: Path) -> tuple[Path, ...]:
+    """The index that lists the directory's weights, if it has one."""
+    paths = (directory / name for name in (INDEX_FILE, VARIANT_INDEX_FILE))
+    return tuple(path for path in paths if path.is_file())[:1]
 
 
 def read_index(directory: Path) -> tuple[str, dict[str, str]]:
     """(name of the index file, its weight map), empty where there is none."""
-    for name in (INDEX_FILE, VARIANT_INDEX_FILE):
-        path = directory / name
-        if path.is_file():
-            try:
-                return name, ShardIndex.model_validate_json(path.read_bytes()).weight_map
-            except ValidationError as error:
-                raise CheckpointError(f"{path} is not a safetensors index: {error}") from error
+    for path in index_files(directory):
+        try:
+            return path.name, ShardIndex.model_validate_json(path.read_bytes()).weight_map
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is not a safetensors index: {error}") from error
     return INDEX_FILE, {}
 
 
 def open_shard(path: Path) -> Any:
     """Open with the safetensors library, which checks the header against itself and the file's size."""
     try:
-        return safe_open(path, framework="numpy").__enter__()  # type: ignore[no-untyped-call]
+        return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}") from error
 

@@ -51,19 +51,32 @@ def test_drop_leaves_a_whole_checkpoint_with_its_scores_and_mask_and_nothing_els
     assert "attention dropped in 3 of 8 layers" in capsys.readouterr().out
 
 
-def test_drop_does_not_score_twice_when_writing_failed(home, tmp_path, monkeypatch, capsys):
-    out, kept = tmp_path / "out", tmp_path / ".out.llmdrop-scores.json"
-    command = ["drop", f"{home}/model", str(out), "--attention", "3", "--data", f"{home}/data.json"]
+def fail_to_write(monkeypatch, command):
+    """Run a command while the disk is full."""
     with monkeypatch.context() as patch:
         patch.setattr(
             "llmdrop_vllm.surgery.write._write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
         )
         assert main(command) == 1
+
+
+@pytest.mark.parametrize(("how", "kept"), [([], ["scores"]), (["--iterative"], ["scores", "without-1", "without-2"])])
+def test_drop_does_not_score_twice_when_writing_failed(how, kept, home, tmp_path, monkeypatch, capsys):
+    command = ["drop", f"{home}/model", f"{tmp_path}/out", "--attention", "3", "--data", f"{home}/data.json", *how]
+    fail_to_write(monkeypatch, command)
     assert "cannot be written: full" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.llmdrop-{name}.json" for name in kept]
     monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("scored again"))
     assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_scores_that_were_kept_are_not_taken_for_those_of_another_dtype(home, tmp_path, monkeypatch):
+    command = ["drop", f"{home}/model", f"{tmp_path}/out", "--attention", "3", "--data", f"{home}/data.json"]
+    fail_to_write(monkeypatch, [*command, "--dtype", "bfloat16"])
+    assert main(command) == 0
+    written = json.loads((tmp_path / "out" / "llmdrop_scores.json").read_text())
+    assert written["provenance"]["dtype"] == "float32"
 
 
 def test_drop_refuses_what_cannot_be_chosen_before_it_scores(home, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """What happens when vLLM reads a config, before any worker starts: a mask is checked and planned for."""
 
-import json
 import math
 import os
 import sys
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmdrop_vllm.checkpoint import check_complete
+from llmdrop_vllm.checkpoint import check_complete, read_config
 from llmdrop_vllm.dialects import block_entry
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of, no_row
@@ -92,11 +91,7 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
         _check_registered(architecture)
     if "nemotron-nas" in dialects and architecture != NEMOTRON_NAS:
         _check_uniform(config)
-    if not mask.kept_attention:
-        raise MaskError(
-            f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; vLLM schedules requests by "
-            "their KV cache, so at least one must remain"
-        )
+    mask.check_attention_is_left()
     return mask
 
 
@@ -114,7 +109,7 @@ def _check_config_file(model_config: "ModelConfig") -> None:
     path = Path(model_config.model) / "config.json"
     if model_config.hf_config_path is not None or not path.is_file():
         return
-    entries = json.loads(path.read_bytes())
+    entries = read_config(path.parent)
     unseen = set(DropMask.dialects(entries)).difference(DropMask.dialects(model_config.hf_config))
     if unseen and DropMask.from_config(entries):
         raise MaskError(

@@ -42,16 +42,15 @@ class Droppable(nn.Module):
     """
 
     architecture: str
-    drop_mask: DropMask
     dropping_class: type[Dropping] = Dropping
     dropping: Dropping | None = None
+    expects_whole_checkpoint = False
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
         config = vllm_config.model_config.hf_config
         mask = DropMask.from_config(config)
         if not mask:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            self.drop_mask = mask
             forget_missing_layers(self)
             return
         family = family_of(self.architecture, config)
@@ -61,7 +60,6 @@ class Droppable(nn.Module):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
         forget_missing_layers(self)
-        self.drop_mask = mask
         self.quantized = vllm_config.quant_config is not None
         self.expects_whole_checkpoint = vllm_config.load_config.load_format in WHOLE_CHECKPOINT_FORMATS
         self.hf_to_vllm_mapper = RefuseDroppedAdapters.around(self)
@@ -69,7 +67,7 @@ class Droppable(nn.Module):
 
     def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
         """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error."""
-        if not self.drop_mask or not self.expects_whole_checkpoint:
+        if not self.expects_whole_checkpoint:
             return super().load_weights(weights)
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do
         seen: set[str] = set()

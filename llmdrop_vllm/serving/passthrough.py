@@ -24,6 +24,7 @@ class DroppedSublayer(PPMissingLayer):
         return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
 
     def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the layer is to take for the module's output, [tokens, hidden]."""
         return hidden_states
 
 
@@ -31,6 +32,7 @@ class ZeroSublayer(DroppedSublayer):
     """In place of a module whose norm stays, or which has none: adds nothing to the residual stream."""
 
     def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Zeros."""
         return torch.zeros_like(hidden_states)
 
 

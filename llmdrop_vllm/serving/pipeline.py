@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask import DropMask
@@ -32,8 +33,8 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
         )
     no_attention, no_mlp = mask.dropped
     layers = range(mask.num_hidden_layers)
-    kept_attention = _running_sum([layer not in no_attention for layer in layers])
-    kept_mlp = _running_sum([layer not in no_mlp for layer in layers])
+    kept_attention = [*accumulate((layer not in no_attention for layer in layers), initial=0)]
+    kept_mlp = [*accumulate((layer not in no_mlp for layer in layers), initial=0)]
 
     def attention_in(start: int, end: int) -> int:
         return kept_attention[end] - kept_attention[start]
@@ -48,7 +49,7 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
             return math.inf
         return attention if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / attention
 
-    best_kv = _worst_stage(_best_split(len(layers), num_stages, kv_cost), kv_cost)
+    best_kv = max(kv_cost(start, end) for start, end in _best_split(len(layers), num_stages, kv_cost))
 
     def compute_cost(start: int, end: int) -> float:
         return weights_in(start, end) if kv_cost(start, end) <= best_kv else math.inf
@@ -65,21 +66,9 @@ def stage_attention(mask: DropMask, layers_per_stage: list[int]) -> list[int]:
     return counts
 
 
-def _running_sum(flags: list[bool]) -> list[int]:
-    sums = [0]
-    for flag in flags:
-        sums.append(sums[-1] + flag)
-    return sums
-
-
-def _worst_stage(stages: list[tuple[int, int]], cost: StageCost) -> float:
-    return max(cost(start, end) for start, end in stages)
-
-
 def _best_split(num_layers: int, num_stages: int, cost: StageCost) -> list[tuple[int, int]]:
     """Contiguous stages whose largest cost is smallest; of equals, those with the smallest sum of squares."""
-    start: dict[int, tuple[tuple[float, float], list[tuple[int, int]]]] = {0: ((-math.inf, 0.0), [])}
-    best = start
+    best: dict[int, tuple[tuple[float, float], list[tuple[int, int]]]] = {0: ((-math.inf, 0.0), [])}
     for stage in range(1, num_stages + 1):
         extended = {}
         for end in range(stage, num_layers - (num_stages - stage) + 1):

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from llmdrop_vllm.checkpoint import OTHER_WEIGHTS, Checkpoint
-from llmdrop_vllm.shards import INDEX_FILE, VARIANT_INDEX_FILE
+from llmdrop_vllm.shards import index_files
 
 # Weights of another form or of the undropped model; next to dropped ones an engine might take them.
 LEFT_OUT = (*OTHER_WEIGHTS, "consolidated*", "*.onnx_data", "*.bin.index*.json", "*.safetensors.index*.json")
@@ -18,16 +18,10 @@ def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[tupl
 
     Names are relative to the checkpoint; a directory that is left out as a whole ends in a slash.
     """
-    known = {*without, *(path.name for path in checkpoint.metadata), *(path.name for path in index_files(checkpoint))}
+    known = {*without, *(path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory)))}
     names = [name for name in _names(checkpoint.directory) if name not in known]
     left_out = [name for name in names if _is_left_out(checkpoint.directory, name)]
     return tuple(name for name in names if name not in left_out), tuple(left_out)
-
-
-def index_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """The index that lists the checkpoint's weights, if it has one."""
-    paths = (checkpoint.directory / name for name in (INDEX_FILE, VARIANT_INDEX_FILE))
-    return tuple(path for path in paths if path.is_file())[:1]
 
 
 def _names(directory: Path) -> Iterator[str]:

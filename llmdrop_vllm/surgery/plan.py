@@ -11,10 +11,10 @@ from llmdrop_vllm.dialects import ON_DISK, without_mask
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX
 from llmdrop_vllm.mask import DropMask
-from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor
+from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
-from llmdrop_vllm.surgery.companions import companions, index_files
-from llmdrop_vllm.surgery.validation import checked_mask, is_whole, output_projections, transformers_config
+from llmdrop_vllm.surgery.companions import companions
+from llmdrop_vllm.surgery.validation import checked_config, checked_mask, is_whole, output_projections
 
 NEMOTRON_CODE = Path(__file__).parents[1] / "configuration_nemotron_nas.py"
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
@@ -98,7 +98,7 @@ def plan_surgery(
             "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
         )
     whole = is_whole(kept, checkpoint.family, mask.num_hidden_layers)
-    reference = transformers_config(checkpoint, full if whole else mask)
+    reference = checked_config(checkpoint, full if whole else mask)
     shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     explicit = bool(mask) and not portable and not (keep_dropped and whole and _has_plain_name(checkpoint))
@@ -110,7 +110,7 @@ def plan_surgery(
         shards=shards,
         index=_index_name(shards),
         zeroed=output_projections(checkpoint, mask) if portable else frozenset(),
-        links=(*checkpoint.metadata, *index_files(checkpoint)) if config_only else (),
+        links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
         copies=copies,
         code=(NEMOTRON_CODE,) if for_nemotron else (),
         left_out=left_out,

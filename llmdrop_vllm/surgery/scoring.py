@@ -65,15 +65,15 @@ def score(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
     mask = checkpoint.mask if mask is None else mask
-    where = _device(device)
-    what = _dtype(dtype, checkpoint, where)
+    where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
         try:
             scores = _scores(run.layers(progress), run)
             run.scratch.remove()
         except OSError as error:
-            raise OutputError(f"{run.scratch.directory} cannot be used: {error.strerror or error}") from error
+            place = error.filename or run.scratch.directory
+            raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
         finally:
             run.scratch.release()
     return scores
@@ -205,14 +205,19 @@ def _tensor(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def precision(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """What `score` computes on and in. Raises InputError for what cannot be had here."""
+    where = _device(device)
+    return where, _dtype(dtype, checkpoint, where)
+
+
 def _device(name: str | None) -> torch.device:
-    available = {"cpu": True, "cuda": torch.cuda.is_available()}
-    kind = name.partition(":")[0] if name else "cuda" if available["cuda"] else "cpu"
-    if not available.get(kind):
-        raise InputError(
-            f"device is {name!r}; here is {' and '.join(each for each, here in available.items() if here)}"
-        )
-    return torch.device(name or kind)
+    here = ["cpu"]
+    if torch.cuda.is_available():
+        here = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *here]
+    if name is not None and name not in here:
+        raise InputError(f"device is {name!r}; here is {', '.join(here)}")
+    return torch.device(name or here[0])
 
 
 def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -7,7 +7,9 @@ system's page cache holds the files as far as memory is free.
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 from llmdrop_vllm.artifacts import Record, make_directory, read_record, write_record
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.locks import hold
-from llmdrop_vllm.raw_io import read_at, write_at
+from llmdrop_vllm.shards import read_exactly
+
+# What a run leaves in its directory: whoever names one of their own must not lose what else is there.
+OWN_FILES = ("hidden-?.bin", "gaps.bin", "progress.json", ".progress.json.*.partial")
 
 
 class Progress(Record):
@@ -45,17 +50,12 @@ class Chunk:
 def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[Chunk]:
     """Cut sequences of these lengths into chunks of at most so many tokens, and at least one sequence."""
     first, position = 0, 0
-    while first < len(lengths):
-        tokens = lengths[first]
-        batch = 1
-        while (
-            first + batch < len(lengths)
-            and lengths[first + batch] == tokens
-            and (batch + 1) * tokens <= tokens_per_chunk
-        ):
-            batch += 1
-        yield Chunk(first, position, batch, tokens)
-        first, position = first + batch, position + batch * tokens
+    for tokens, alike in groupby(lengths):
+        left = len([*alike])
+        while left:
+            batch = min(left, max(1, tokens_per_chunk // tokens))
+            yield Chunk(first, position, batch, tokens)
+            first, position, left = first + batch, position + batch * tokens, left - batch
 
 
 class HiddenStates:
@@ -75,8 +75,8 @@ class HiddenStates:
     def read(self, depth: int, chunk: Chunk) -> torch.Tensor:
         """A chunk of layer `depth`'s input, [batch, tokens, hidden]."""
         hidden = torch.empty(*chunk.shape, self.hidden_size, dtype=self.dtype)
-        with self.path(depth).open("rb", buffering=0) as file:
-            read_at(file.fileno(), _bytes(hidden), chunk.first_token * self.token_bytes, self.path(depth))
+        with self.path(depth).open("rb") as file:
+            read_exactly(file, chunk.first_token * self.token_bytes, _bytes(hidden))
         return hidden
 
     def write(self, depth: int, chunk: Chunk, hidden: torch.Tensor) -> None:
@@ -103,29 +103,31 @@ class GapHistory:
         """Mean cosine similarity between a depth and each depth before it."""
         totals = [0.0] * depth
         step = max(1, 2**20 // self.hidden_size)
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             for first in range(0, len(self.tokens), step):
                 count = min(step, len(self.tokens) - first)
                 ours, other = (torch.empty(count, self.hidden_size) for _ in range(2))
                 for before, tile in [(depth, ours), *((before, other) for before in range(depth))]:
                     offset = (before * len(self.tokens) + first) * self.hidden_size * 4
-                    read_at(file.fileno(), _bytes(tile), offset, self.path)
+                    read_exactly(file, offset, _bytes(tile))
                     if tile is other:
                         totals[before] += torch.dot(ours.view(-1), other.view(-1)).item()
         return [total / len(self.tokens) for total in totals]
 
 
 class Scratch:
-    """A run's directory: made, taken up again or thrown away."""
+    """A run's directory: made, taken up again or thrown away. What others have put into it stays."""
 
     def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
         self.directory, self.state = directory, directory / "progress.json"
         make_directory(directory)
-        self.lock = hold(directory, "scoring with it")
+        try:
+            self.lock = hold(directory, "scoring with it")
+        except OSError as error:
+            raise OutputError(f"{directory} cannot be used: {error.strerror}") from None
         self.progress = self._found(run)
         if not self.progress.layers:
-            for path in directory.iterdir():
-                path.unlink()
+            self._empty()
             free_bytes = shutil.disk_usage(directory).free
             if free_bytes < needed_bytes:
                 self.remove()
@@ -140,7 +142,9 @@ class Scratch:
 
     def remove(self) -> None:
         """The run is over."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with suppress(OSError):  # others' files are there too, or it cannot be removed: no reason to lose the scores
+            self._empty()
+            self.directory.rmdir()
         self.release()
 
     def release(self) -> None:
@@ -148,6 +152,11 @@ class Scratch:
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
+
+    def _empty(self) -> None:
+        for pattern in OWN_FILES:
+            for path in self.directory.glob(pattern):
+                path.unlink()
 
     def _found(self, run: str) -> Progress:
         try:
@@ -158,8 +167,9 @@ class Scratch:
 
 
 def _write(path: Path, tensor: torch.Tensor, offset: int) -> None:
-    with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
-        write_at(file.fileno(), _bytes(tensor), offset)
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.seek(offset)
+        file.write(_bytes(tensor))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

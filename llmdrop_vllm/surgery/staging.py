@@ -29,6 +29,8 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
             check_free(out, overwrite=overwrite)
             _empty(partial)
             yield partial
+            # And again: writing took long, and anybody else may have put something of theirs there.
+            check_free(out, overwrite=overwrite)
             _put_in_place(partial, out, replaced)
         except BaseException:
             # Only now: once it is renamed, the directory of this name is another process's.

@@ -1,9 +1,11 @@
 """Weight files written from others', a small buffer at a time, looking for NaN in what passes through."""
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from io import BufferedReader
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.raw_io import read_at, write_at
-from llmdrop_vllm.shards import StoredTensor
+from llmdrop_vllm.shards import StoredTensor, read_exactly
 from llmdrop_vllm.surgery.plan import OutputShard
 
 # Small enough to stay in a processor's cache between reading, looking and writing; enough of them that neither the
@@ -27,19 +28,6 @@ INFINITY = {
     "F8_E5M2": (np.int8, 0x7C),
     "F8_E4M3": (np.int8, 0x7E),  # it has no infinity; this is its largest number
 }
-DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "C64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-}
 
 Progress = Callable[[int], None]
 Piece = tuple[StoredTensor, int, int]  # a tensor, where in it, and how many bytes
@@ -52,18 +40,11 @@ def write_shard(shard: OutputShard, path: Path, zeroed: Collection[str], progres
     """
     # Large types first, as the safetensors library does: every tensor is aligned to its type, and no buffer ends inside
     # a number. Among equals the order stays, so that long runs are read at once.
-    tensors = sorted(shard.tensors, key=lambda tensor: -DTYPE_BYTES.get(tensor.dtype, 1))
-    with (
-        shard.source.open("rb", buffering=0) as source,
-        path.open("xb", buffering=0) as out,
-        ThreadPoolExecutor(max_workers=1) as reader,
-    ):
-        head = header(tensors, shard.metadata)
-        write_at(out.fileno(), memoryview(head), 0)
-        end = len(head)
-        for view in _contents(tensors, zeroed, source.fileno(), reader):
-            write_at(out.fileno(), view, end)
-            end += len(view)
+    tensors = sorted(shard.tensors, key=lambda tensor: -_bits(tensor.dtype))
+    with shard.source.open("rb") as source, path.open("xb") as out, ThreadPoolExecutor(max_workers=1) as reader:
+        out.write(header(tensors, shard.metadata))
+        for view in _contents(tensors, zeroed, source, reader):
+            out.write(view)
             progress(len(view))
 
 
@@ -91,8 +72,13 @@ def holds_nan(dtype: str, view: memoryview) -> bool:
     return bool(values.max() > infinity or values.view(f"u{values.itemsize}").max() > sign_bit + infinity)
 
 
+def _bits(dtype: str) -> int:
+    """Of one number: the safetensors names say it (BF16, F8_E4M3), but for BOOL, which takes a byte."""
+    return int((re.findall(r"\d+", dtype) or ["8"])[0])
+
+
 def _contents(
-    tensors: Iterable[StoredTensor], zeroed: Collection[str], source: int, reader: Executor
+    tensors: Iterable[StoredTensor], zeroed: Collection[str], source: BufferedReader, reader: Executor
 ) -> Iterator[memoryview]:
     """The tensors' bytes in order, in parts; while one is in use, the next ones are read and looked at."""
     buffers = cycle(bytearray(BUFFER_BYTES) for _ in range(NUM_BUFFERS))
@@ -135,10 +121,10 @@ def _chunks(run: Iterable[StoredTensor]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-def _read_checked(source: int, chunk: list[Piece], buffer: bytearray) -> memoryview:
+def _read_checked(source: BufferedReader, chunk: list[Piece], buffer: bytearray) -> memoryview:
     first, done, _ = chunk[0]
     view = _view(chunk, buffer)
-    read_at(source, view, first.start + done, first.path)
+    read_exactly(source, first.start + done, view)
     start = 0
     for tensor, _, taken in chunk:
         if holds_nan(tensor.dtype, view[start : start + taken]):
@@ -147,7 +133,7 @@ def _read_checked(source: int, chunk: list[Piece], buffer: bytearray) -> memoryv
     return view
 
 
-def _fill_zeros(_: int, chunk: list[Piece], buffer: bytearray) -> memoryview:
+def _fill_zeros(_: BufferedReader, chunk: list[Piece], buffer: bytearray) -> memoryview:
     view = _view(chunk, buffer)
     view[:] = bytes(len(view))
     return view

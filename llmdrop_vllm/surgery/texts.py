@@ -31,6 +31,7 @@ class TextLine(BaseModel):
 
 
 def in_pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    """Each text as one document, cut where it is longer than PIECE_CHARS characters."""
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
             yield text[start : start + PIECE_CHARS], start == 0

@@ -21,8 +21,7 @@ def checked_mask(checkpoint: Checkpoint, mask: DropMask | None, *, may_be_empty:
     mask = own if mask is None else mask
     if mask.num_hidden_layers != (depth := layer_count(checkpoint.config)):
         raise MaskError(f"the mask is for {mask.num_hidden_layers} layers; {checkpoint.directory} has {depth}")
-    if not mask.kept_attention:
-        raise MaskError(f"every one of the {depth} attention sublayers is dropped; one must remain")
+    mask.check_attention_is_left()
     if not mask and not may_be_empty:
         raise MaskError(
             f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
@@ -45,7 +44,7 @@ def is_whole(names: Collection[str], family: Family, depth: int) -> bool:
     return not missing_weights(names, family, DropMask(depth))
 
 
-def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
+def checked_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     """The model's Transformers config with a mask, after comparing names, shapes and dtypes of all tensors with it.
 
     A quantized model's tensors are not the architecture's and are not compared. None where Transformers does not know
@@ -55,7 +54,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     from transformers import CONFIG_MAPPING
 
     from llmdrop_vllm import hf
-    from llmdrop_vllm.hf_weights import stored_tensors
+    from llmdrop_vllm.hf_weights import find_tensors
 
     if checkpoint.plain_config.get("model_type") not in CONFIG_MAPPING:
         return None
@@ -70,7 +69,7 @@ def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
             f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
         ) from error
     if not checkpoint.is_quantized:
-        stored_tensors(checkpoint, model)
+        find_tensors(checkpoint, model)
     return config
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.mask import DropMask
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from tests.checkpoints import TINY_LLAMA
 
 # The mask and the smallest model of most tests here.
 MASK = DropMask(8, attention=(6, 5, 2), mlp=(7,))
@@ -85,13 +85,6 @@ def content(directory: Path) -> dict[str, bytes | str | None]:
         else:
             found[name] = path.read_bytes() if path.is_file() else None
     return found
-
-
-def model_alone(parent: Path) -> Path:
-    """Put `model`, in two shards and with one file beside them, into a directory that has nothing else."""
-    split(write_checkpoint(parent / "model", TINY_LLAMA), (("model.layers.",),))
-    (parent / "model" / "tokenizer.json").write_text("{}")
-    return parent
 
 
 def put_nan(directory: Path, name: str = "model.layers.1.mlp.up_proj.weight", value: float = np.nan) -> None:

@@ -10,20 +10,7 @@ from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
-from tests.surgery.files import (
-    MASK,
-    SMALL,
-    content,
-    model_alone,
-    put_nan,
-    truncate,
-)
-
-
-@pytest.fixture
-def parent(tmp_path):
-    """A directory with nothing but a small `model` in it."""
-    return model_alone(tmp_path)
+from tests.surgery.files import MASK, SMALL, content, put_nan, truncate
 
 
 def unlist(directory):

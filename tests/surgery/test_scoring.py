@@ -1,6 +1,7 @@
 """Scores agree with the reference and a naive computation, also when interrupted or measured on a dropped model."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -216,6 +217,20 @@ def test_one_decoder_layer_is_in_memory_at_a_time(tiny, monkeypatch):
     assert seen == [[], *([str(layer)] for layer in range(DEPTH))]
 
 
+def test_a_layer_like_the_one_before_is_read_into_the_same_memory(tmp_path):
+    """Memory was taken, and cleared, for every tensor before it was looked up whether there is some already."""
+    config = TINY_LLAMA | {"num_hidden_layers": 2, "intermediate_size": 1 << 14}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, config))
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    stream = LayerStream(checkpoint, DropMask(2), **where, attention="sdpa")
+    with stream.layer(0):
+        tracemalloc.start()
+    with stream.layer(1):
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20  # each projection of the MLP has 4 MiB
+
+
 @pytest.mark.parametrize("strip", [False, True], ids=["all weights in the files", "stripped"])
 def test_a_dropped_model_is_scored_without_what_it_dropped(tiny, strip, tmp_path):
     _, calibration = tiny
@@ -290,6 +305,29 @@ def test_a_device_that_is_not_here_is_refused(tiny, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=f"device is '{device}'; here is cpu"):
         scoring.score(*tiny, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:x", "cpu:x"])
+def test_a_device_that_is_not_among_those_here_is_refused(tiny, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=f"device is '{device}'; here is cuda, cuda:0, cpu"):
+        scoring.score(*tiny, device=device)
+
+
+def test_a_scratch_directory_keeps_what_others_have_put_there(tiny, tmp_path):
+    (tmp_path / "precious.bin").write_text("mine")
+    (tmp_path / "directory").mkdir()
+    scoring.score(*tiny, scratch=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "precious.bin"]
+
+
+def test_a_shard_that_goes_while_it_is_scored_is_named(tiny, tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "model", TINY_LLAMA))
+    assert checkpoint.fingerprint
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"model\.safetensors cannot be used: No such file"):
+        scoring.score(checkpoint, tiny[1])
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):

@@ -15,20 +15,7 @@ from llmdrop_vllm.surgery import staging
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write
 from tests.checkpoints import write_checkpoint
-from tests.surgery.files import (
-    MASK,
-    SMALL,
-    content,
-    model_alone,
-    put_nan,
-    split,
-)
-
-
-@pytest.fixture
-def parent(tmp_path):
-    """A directory with nothing but a small `model` in it."""
-    return model_alone(tmp_path)
+from tests.surgery.files import MASK, SMALL, content, put_nan, split
 
 
 @pytest.mark.parametrize(
@@ -93,6 +80,19 @@ def test_two_processes_do_not_write_the_same_place(parent):
     write(plan, parent / "out", progress=second)
     assert refused
     assert Checkpoint.open(parent / "out").mask == MASK
+
+
+def test_what_others_put_there_meanwhile_is_never_replaced_unasked(parent):
+    """Writing takes minutes, and another tool may make a directory of the same name."""
+
+    def meanwhile(_):
+        (parent / "out").mkdir(exist_ok=True)
+        (parent / "out" / "precious").write_text("mine")
+
+    with pytest.raises(OutputError, match="out exists"):
+        write(plan_surgery(parent / "model", MASK), parent / "out", progress=meanwhile)
+    assert content(parent / "out") == {"precious": b"mine"}
+    assert sorted(path.name for path in parent.iterdir()) == ["model", "out"]
 
 
 MOMENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym", "progress"}

@@ -16,16 +16,7 @@ from llmdrop_vllm.surgery.plan import ON_DISK, plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.engines import engine, greedy
-from tests.surgery.files import (
-    COMPANIONS,
-    MASK,
-    SMALL,
-    add_companions,
-    content,
-    model_alone,
-    split,
-    stored,
-)
+from tests.surgery.files import COMPANIONS, MASK, SMALL, add_companions, content, split, stored
 
 MASKS = {
     "attention": DropMask(8, attention=(6, 5, 2)),
@@ -48,12 +39,6 @@ def model(tmp_path_factory):
     """In three shards, with files beside them."""
     directory = write_checkpoint(tmp_path_factory.mktemp("parent") / "model", TINY_LLAMA)
     return add_companions(split(directory, (("model.layers.0.", "model.layers.5."), ("model.layers.",))))
-
-
-@pytest.fixture
-def parent(tmp_path):
-    """A directory with nothing but a small `model` in it."""
-    return model_alone(tmp_path)
 
 
 def logits(loaded):
