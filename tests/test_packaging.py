@@ -1,47 +1,59 @@
-"""What a wheel puts into site-packages."""
+"""What a wheel puts into site-packages, and what a source distribution holds."""
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from llmdrop_vllm import __version__
+
 ROOT = Path(__file__).parents[1]
+PACKAGES = (ROOT / "llmdrop_vllm", ROOT / "server" / "llmdrop_server")
+
+
+def files_of(directory, below):
+    """Every file of a directory that git would not ignore, as its path below another."""
+    files = (path.relative_to(below) for path in directory.rglob("*") if path.is_file() and "-smoke" not in path.name)
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The names of the files in the wheel, and what its entry points say."""
-    out = tmp_path_factory.mktemp("wheel")
-    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(ROOT)]
-    subprocess.run([sys.executable, *build], check=True, capture_output=True)
-    (path,) = out.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        return names, archive.read(entry_points).decode()
+def built(tmp_path_factory):
+    """A directory with a wheel and an sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "--directory", str(out)], cwd=ROOT, check=True)
+    return out
 
 
-def test_it_holds_our_two_packages_and_no_other(wheel):
-    packages = {name.split("/")[0] for name in wheel[0]}
-    assert {name for name in packages if not name.endswith(".dist-info")} == {"llmdrop_vllm", "llmdrop_server"}
+@pytest.fixture(scope="module")
+def wheel(built):
+    """File to content."""
+    with zipfile.ZipFile(built / f"llmdrop_vllm-{__version__}-py3-none-any.whl") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_it_holds_the_pages_and_the_embedded_model(wheel):
-    assert {
-        "llmdrop_server/static/index.html",
-        "llmdrop_server/static/app.js",
-        "llmdrop_server/static/style.css",
-        "llmdrop_vllm/report/page.css",
-        "llmdrop_vllm/embedded/model/model.safetensors",
-    } <= {*wheel[0]}
+def test_a_wheel_holds_our_two_packages_whole_and_no_other(wheel):
+    ours = set().union(*(files_of(package, package.parent) for package in PACKAGES))
+    assert {name for name in wheel if ".dist-info/" not in name} == ours
 
 
 def test_vllm_and_the_shell_find_what_they_look_for(wheel):
+    entry_points = wheel[f"llmdrop_vllm-{__version__}.dist-info/entry_points.txt"].decode()
     for line in (
         "llmdrop = llmdrop_vllm.cli:main",
         "llmdrop = llmdrop_vllm:register",
         "llmdrop = llmdrop_server.plugin:LlmdropEndpoints",
     ):
-        assert line in wheel[1]
+        assert line in entry_points
+
+
+def test_an_sdist_holds_all_that_the_makefile_and_the_suite_need(built):
+    top = f"llmdrop_vllm-{__version__}"
+    with tarfile.open(built / f"{top}.tar.gz") as archive:
+        names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
+    folders = (".ci", "benchmarks", "docker", "llmdrop_vllm", "server", "tests")
+    assert set().union(*(files_of(ROOT / folder, ROOT) for folder in folders)) - names == set()
+    assert {"Makefile", "README.md", "LICENSE", "pyproject.toml", ".pre-commit-config.yaml"} <= names
