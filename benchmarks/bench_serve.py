@@ -48,7 +48,7 @@ def bench(
     )
     if not found["completed"]:
         reason = next(filter(None, found["errors"]), "no reason given").strip().splitlines()[-1]
-        raise ContenderError(f"{server.url} answered none of {workload.batch} requests: {reason}; see {server.log}")
+        raise ContenderError(f"{server.url} answered none of {workload.batch} requests: {reason}")
     counted = {name: count - before[name] for name, count in counters(server).items()}
     return {
         **{

@@ -2,18 +2,19 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmdrop_vllm import InputError
 from llmdrop_vllm.embedded import MODEL
 
 MASK = "11,7,8,10"
@@ -91,7 +92,8 @@ def serving(
 ) -> Iterator[Served]:
     """A model behind `llmdrop serve`, or another command of this environment; ended with all it started.
 
-    `env` is added to this process's environment; what is None there is taken out of it.
+    `env` is added to this process's environment; what is None there is taken out of it. Raises InputError with what the
+    server said last, where it ends or does not answer.
     """
     port, log = port or free_port(), directory / "log"
     program, *words = command
@@ -116,11 +118,12 @@ def serving(
 
 def _wait_for_health(url: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
-    while True:
-        assert process.poll() is None, log.read_text(errors="replace")
-        assert time.monotonic() < deadline, log.read_text(errors="replace")
-        try:
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError):
             urllib.request.urlopen(f"{url}/health", timeout=5)
             return
-        except OSError:
-            time.sleep(0.3)
+        time.sleep(0.3)
+    found = "is not healthy yet" if process.poll() is None else f"has ended with status {process.returncode}"
+    # The log itself may be gone when this is read. Why an engine died stands a traceback above its end.
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+    raise InputError(f"{shlex.join(map(str, process.args))} {found}; its log ends:\n{end}")
