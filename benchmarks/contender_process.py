@@ -8,23 +8,15 @@ import gc
 import importlib
 import json
 import os
-import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import peak_bytes
+
 COMMANDS = ("memory", "answer", "run", "stages_kv_tokens")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had: on the GPU, where it uses one, else its resident set."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 class Host:

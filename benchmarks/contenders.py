@@ -42,6 +42,15 @@ class Contender:
         """For tables: `llmdrop, attention 4`."""
         return f"{self.variant}, {self.label}"
 
+    def record(self) -> dict[str, Any]:
+        """For the lines of a result."""
+        return {
+            "contender": self.name,
+            "variant": self.variant,
+            "attention_dropped": len(self.mask.attention),
+            "mlp_dropped": len(self.mask.mlp),
+        }
+
 
 @dataclass(frozen=True)
 class Settings:

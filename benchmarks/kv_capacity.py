@@ -7,7 +7,7 @@ Tokens and sequences are those of real engines whose models keep depth, KV heads
 otherwise: the KV cache does not depend on the rest. The gain, and pipeline stages with as much memory on each rank, are
 planned by vLLM's own functions for the engine's layers, which allocate nothing and can have the memory of a real GPU.
 Throughput: a KV cache too small for all requests of stock vLLM, and the same bytes with half of attention dropped.
-Writes results/kv_capacity.json and .md.
+Writes results/kv_capacity.json and .md; --smoke writes results/kv_capacity-smoke.json and .md.
 """
 
 import argparse
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Process, Settings, running
-from benchmarks.kv_short import throughput_when_short
-from benchmarks.record import RESULTS, finish
+from benchmarks.kv_short import COLUMNS, row, throughput_when_short
+from benchmarks.options import ending, positive
+from benchmarks.record import add_out, finish
 from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
-from llmdrop_vllm import DropMask, InputError
+from llmdrop_vllm import DropMask
 from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.options import count
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 DTYPE, MAX_MODEL_LEN = "bfloat16", 1024
@@ -153,25 +155,23 @@ def staged(
     shape: Shape, label: str, mask: DropMask, process: Process, stages: Sequence[int], memory_bytes: int
 ) -> Iterator[StagedCapacity]:
     """Equal stages, and those that the plugin chooses where the KV cache has memory of its own."""
-    for number in stages:
-        if shape.num_layers % number:
+    for ranks in stages:
+        if shape.num_layers % ranks:
             continue
         for split, layers in {
-            "equal": [shape.num_layers // number] * number,
-            "by remaining attention": partition(mask, number, LayerCost(1, 2)),
+            "equal": [shape.num_layers // ranks] * ranks,
+            "by remaining attention": partition(mask, ranks, LayerCost(1, 2)),
         }.items():
             attention = stage_attention(mask, layers)
             (measured,) = process.ask("stages_kv_tokens", splits=[layers], memory_bytes=memory_bytes)
             predicted = min(
-                whole_blocks(shape, count, memory_bytes, process.block_tokens) if count else 0 for count in attention
+                whole_blocks(shape, number, memory_bytes, process.block_tokens) if number else 0 for number in attention
             )
             yield StagedCapacity(shape.name, label, split, tuple(layers), tuple(attention), predicted, measured)
 
 
 def markdown(found: Sequence[Capacity | StagedCapacity], short: Mapping[str, Any], memory_bytes: int) -> str:
     """Three tables."""
-    single = [each for each in found if isinstance(each, Capacity)]
-    several = [each for each in found if isinstance(each, StagedCapacity)]
     parts = [
         f"# Tokens and sequences of {MAX_MODEL_LEN} tokens in {memory_bytes / 2**30:g} GiB of KV cache, {DTYPE}\n",
         rows(
@@ -182,54 +182,54 @@ def markdown(found: Sequence[Capacity | StagedCapacity], short: Mapping[str, Any
                 + (f"{each.predicted_tokens:,}", f"{each.measured_tokens:,}")
                 + (f"{each.predicted_sequences}, {each.measured_sequences}",)
                 + (f"{each.gain_predicted:.3f}x", f"{each.gain_measured:.3f}x")
-                for each in single
+                for each in found
+                if isinstance(each, Capacity)
             ),
         ),
-        "\n# Pipeline stages, as much memory on each\n",
+        "# Pipeline stages, as much memory on each\n",
         rows(
             ("model", "dropped", "split", "layers", "attention", "tokens, predicted", "measured"),
             (
-                (
-                    each.shape,
-                    each.mask,
-                    each.split,
-                    *(", ".join(map(str, part)) for part in (each.layers, each.attention)),
-                )
+                (each.shape, each.mask, each.split, str(each.layers)[1:-1], str(each.attention)[1:-1])
                 + (
                     f"{each.predicted_tokens:,}",
                     f"{each.measured_tokens:,}" if each.measured_tokens else "does not run",
                 )
-                for each in several
+                for each in found
+                if isinstance(each, StagedCapacity)
             ),
         ),
-        "\n# Throughput with KV memory short\n",
-        rows(short["columns"], short["rows"]),
+        "# Throughput with KV memory short\n",
+        rows(COLUMNS, map(row, short["lines"])),
     ]
     return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kv-gib", type=float, default=1, help="KV cache of each engine, or of each pipeline stage")
-    parser.add_argument("--repeats", type=int, default=5, help="of the throughput measurement")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kv_capacity.json")
+    parser.add_argument("--kv-gib", type=positive, default=1, help="KV cache of each engine, or of each pipeline stage")
+    parser.add_argument("--repeats", type=count, default=5, help="of the throughput measurement")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that everything works")
+    add_out(parser)
     args = parser.parse_args(arguments)
     cases, stages, memory_bytes = CASES, STAGES, int(args.kv_gib * 2**30)
     if args.smoke:
         cases, stages, memory_bytes = CASES[:1], STAGES[:1], 1 << 27
-    try:
+    with ending("kv_capacity"):
         found = []
         for each in capacities(cases, stages, memory_bytes):
             print(*asdict(each).values(), flush=True)
             found.append(each)
         short = throughput_when_short(repeats=args.repeats, smoke=args.smoke)
-    except InputError as error:
-        raise SystemExit(f"kv_capacity: error: {error}") from None
-    args.out.with_suffix(".md").write_text(markdown(found, short, memory_bytes))
-    exact = [each.predicted_tokens == each.measured_tokens for each in found]
-    result = {"benchmark": "kv_capacity", "all_exact": all(exact), "capacity": [asdict(each) for each in found]}
-    finish(result | {"kv_bytes": memory_bytes, "when_short": short}, args.out)
+    result = {
+        "benchmark": "kv_capacity",
+        "all_exact": all(each.predicted_tokens == each.measured_tokens for each in found),
+        "capacity": [asdict(each) for each in found],
+        "kv_bytes": memory_bytes,
+        "when_short": short,
+    }
+    name = "kv_capacity-smoke" if args.smoke else "kv_capacity"
+    finish(name, result, args.out, table=markdown(found, short, memory_bytes))
 
 
 if __name__ == "__main__":

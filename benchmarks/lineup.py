@@ -1,13 +1,12 @@
 """Which contenders there are for a shape and masks, what memory they need, and who is measured beside whom."""
 
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Contender, ContenderError, Process, Settings, check_agreement, running
+from benchmarks.contenders import Contender, Process, Settings, check_agreement, running
 from benchmarks.limit import Model
 from benchmarks.shapes import Shape
 from benchmarks.weights import with_mask
@@ -49,10 +48,10 @@ class Lineup:
         baseline, *others = line
         free = available_bytes - self.need_bytes(baseline)
         if free < 0:
-            need = (
-                f"{self.need_bytes(baseline) / 2**30:.1f} GiB of memory, and {available_bytes / 2**30:.1f} GiB are free"
+            raise InputError(
+                f"the baseline needs {self.need_bytes(baseline) / 2**30:.1f} GiB of memory, and "
+                f"{available_bytes / 2**30:.1f} GiB are free: use --layers or a smaller shape"
             )
-            raise InputError(f"the baseline needs {need}: use --layers or a smaller shape")
         found: list[list[Contender]] = []
         room = -1
         for each in others:
@@ -117,15 +116,3 @@ class Lineup:
         reference = self.references.setdefault(contender.mask, answer)
         if reference is not answer:
             self.differences[contender.name] = check_agreement(contender.name, reference, answer, self.settings.dtype)
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free now."""
-    if device == "cpu":
-        (line,) = (each for each in Path("/proc/meminfo").read_text().splitlines() if each.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ContenderError(f"the GPU's free memory cannot be read: {error}") from None

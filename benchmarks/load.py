@@ -27,19 +27,21 @@ from benchmarks import options
 from benchmarks.bench_serve import LATENCIES, requests_that_fit
 from benchmarks.contenders import Contender
 from benchmarks.limit import Ceilings, Model, measure_ceilings, predict
-from benchmarks.lineup import NO_OP, TRANSFORMERS, Lineup, free_bytes
+from benchmarks.lineup import NO_OP, TRANSFORMERS, Lineup
 from benchmarks.load_turns import Rate, Turns, serving_all
-from benchmarks.record import RESULTS, finish_lines
+from benchmarks.memory import free_bytes
+from benchmarks.record import finish
 from benchmarks.servers import engine_cores
 from benchmarks.shapes import find
-from benchmarks.table import rows
+from benchmarks.table import rows, verdict
 from benchmarks.turns import Plan, with_room_for
 from benchmarks.weights import write_random, write_tokenizer
 from benchmarks.workloads import Workload
 from llmdrop_vllm import InputError
+from llmdrop_vllm.options import count
 
 SMOKE = {"shape": "smoke", "rates": "80%,inf", "repeats": 2, "seconds": 1, "fit": 2, "prompt_tokens": 16}
-SMOKE |= {"output_tokens": 112, "attention": "2", "layers": None}
+SMOKE |= {"output_tokens": 112, "attention": [2], "layers": None}
 COLUMNS = ("requests/s sent", "contender", "served/s", "output tokens/s")
 COLUMNS += ("TTFT ms, median / p95", "TPOT ms, median / p95", "whole request ms, median / p95")
 COLUMNS += ("in the queue ms, mean", "preempted", "failed", "TTFT shorter", "whole request shorter", "more served")
@@ -49,12 +51,8 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Workload, list[Rate]]:
     """Everything that can be refused is refused here, before the first slow step."""
     shape, settings = find(args.shape, args.layers), options.settings(args)
     rates = [*dict.fromkeys(Rate.parse(each) for each in args.rates.split(","))]
-    # A single token has no time per output token.
-    for name, least in {"prompt_tokens": 1, "output_tokens": 2, "fit": 1}.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    if not 0 < args.seconds < math.inf:
-        raise InputError(f"--seconds {args.seconds}: expected a positive number")
+    if args.output_tokens < 2:  # a single token has no time per output token
+        raise InputError(f"--output-tokens {args.output_tokens}: expected 2 or more")
     workload = Workload("load", 1, args.prompt_tokens, args.output_tokens)
     if args.kv_gib is None:
         settings = with_room_for(args.fit, workload, shape, settings)
@@ -98,7 +96,7 @@ def run(args: argparse.Namespace, directory: Path) -> None:
         "predicted_gain": by_name(gains),
         "failures": sum(line["failures"] for line in lines),
     }
-    finish_lines(result, lines, markdown(result, lines), args.out or RESULTS / f"load-{plan.shape.name}.json")
+    finish(f"load-{plan.shape.name}", result, args.out, lines=lines, table=markdown(result, lines))
 
 
 def predicted_gains(
@@ -149,7 +147,7 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
         f"{1e3 * line['queue_s']:,.0f}",
         f"{line['preemptions']:g}",
         str(line["failures"]),
-        *(f"{versus[name]['verdict']} ± {versus[name]['spread']:.2f}" if masked else "" for name in compared),
+        *(verdict(versus[name]) if masked else "" for name in compared),
     )
 
 
@@ -157,11 +155,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_shared(parser, repeats=3, kv_gib="for --fit requests")
     parser.add_argument("--rates", default="40%,80%,120%,160%,inf", metavar="R[,R]", help="requests/s, or N%%, or inf")
-    parser.add_argument("--seconds", type=float, default=8, help="for which requests come in each run")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--fit", type=int, default=4, help="requests of the full model that its KV cache holds at once")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/load-SHAPE.json")
+    parser.add_argument("--seconds", type=options.positive, default=8, help="for which requests come in each run")
+    parser.add_argument("--prompt-tokens", type=count, default=32)
+    parser.add_argument("--output-tokens", type=count, default=32)
+    parser.add_argument("--fit", type=count, default=4, help="requests of the full model that fit into its KV cache")
     args = parser.parse_args(arguments)
     if args.smoke:
         vars(args).update(SMOKE)

@@ -105,10 +105,7 @@ class Turns:
                     "workload": asdict(replace(self.workload, batch=self.requests(rate))),
                     "rate_per_s": rate if finite else None,
                     "rate_of_saturation": rate / self.saturation_per_s if finite else None,
-                    "contender": each.name,
-                    "variant": each.variant,
-                    "attention_dropped": len(each.mask.attention),
-                    "mlp_dropped": len(each.mask.mlp),
+                    **each.record(),
                     **summary(of_rate[each]),
                     "versus_full": comparisons(of_rate[baseline], of_rate[each]),
                     "runs": of_rate[each],
@@ -134,7 +131,7 @@ def comparisons(baseline: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[st
         for part in ("median", "p95")
     }
     found["requests_per_s"] = Comparison.of(*([1 / run["requests_per_s"] for run in each] for each in (baseline, runs)))
-    return {name: asdict(each) | {"verdict": each.verdict} for name, each in found.items()}
+    return {name: each.record() for name, each in found.items()}
 
 
 def show(turn: int, rate_per_s: float, contender: Contender, run: Mapping[str, Any]) -> None:

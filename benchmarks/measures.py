@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.workloads import Workload
@@ -60,10 +60,8 @@ class Comparison:
     def of(cls, baseline_s: Sequence[float], seconds: Sequence[float]) -> "Comparison":
         """From as many runs of each."""
         ratios = [before / after for before, after in zip(baseline_s, seconds, strict=True)]
-        if len(ratios) < 2:
-            return cls(ratios[0], 0.0)
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return cls(statistics.median(ratios), high - low)
+        low, middle, high = quartiles(ratios)
+        return cls(middle, high - low)
 
     @property
     def differs(self) -> bool:
@@ -74,6 +72,10 @@ class Comparison:
     def verdict(self) -> str:
         """For tables: `1.25x`, or that there is nothing to tell."""
         return f"{self.speedup:.2f}x" if self.differs else NO_DIFFERENCE
+
+    def record(self) -> dict[str, Any]:
+        """For a result."""
+        return asdict(self) | {"differs": self.differs, "verdict": self.verdict}
 
 
 def summary(runs: Sequence[Run], workload: Workload) -> dict[str, Any]:
@@ -98,6 +100,12 @@ def summary(runs: Sequence[Run], workload: Workload) -> dict[str, Any]:
         "preemptions": statistics.median(run.preemptions for run in runs),
         "total_s_of_runs": [run.total_s for run in runs],
     }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower one, the median and the upper one; a single value is all three."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return low, statistics.median(values), high
 
 
 def p95(values: Sequence[float]) -> float:

@@ -1,15 +1,19 @@
 """Options that scripts share: a named shape, the masks to measure on it, and what all contenders have in common."""
 
 import argparse
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import published
 from benchmarks.contenders import Settings
+from benchmarks.record import add_out
 from benchmarks.shapes import Shape
 from llmdrop_vllm import DropMask, InputError, MaskError
 from llmdrop_vllm.artifacts import MaskFile, read_record
+from llmdrop_vllm.options import count
 
 KINDS = ("attention", "mlp", "block")
 
@@ -19,32 +23,51 @@ def add_shared(parser: argparse.ArgumentParser, *, repeats: int = 5, kv_gib: str
     parser.add_argument("--shape", default="cpu-small", help="one of benchmarks/shapes.py")
     parser.add_argument("--layers", type=int, help="the shape's layers at another depth")
     for kind in KINDS:
-        parser.add_argument(f"--{kind}", metavar="N[,N]", help=f"masks that drop so many {kind} sublayers each")
+        parser.add_argument(
+            f"--{kind}", type=numbers, metavar="N[,N]", help=f"masks that drop so many {kind} sublayers each"
+        )
     parser.add_argument("--mask", type=Path, help="a mask that `llmdrop select` wrote")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: what torch finds")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--directory", type=Path, help="where there is room for the checkpoint")
-    parser.add_argument("--kv-gib", type=float, help=f"KV cache; default: {kv_gib}")
-    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--kv-gib", type=positive, help=f"KV cache; default: {kv_gib}")
+    parser.add_argument("--repeats", type=count, default=repeats)
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that everything works")
+    add_out(parser)
 
 
-def run_in_directory(name: str, run: Callable[[argparse.Namespace, Path], None], args: argparse.Namespace) -> None:
-    """Run with a directory that is gone afterwards; what the user can mend ends the script with one line."""
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """`2,4`, for argparse."""
+    return [*map(count, text.split(","))]
+
+
+@contextmanager
+def ending(name: str) -> Iterator[None]:
+    """What the user can mend ends the script with one line."""
     try:
-        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            run(args, Path(directory))
+        yield
     except InputError as error:
         raise SystemExit(f"{name}: error: {error}") from None
 
 
+def run_in_directory(name: str, run: Callable[[argparse.Namespace, Path], None], args: argparse.Namespace) -> None:
+    """Run with a directory that is gone afterwards."""
+    with ending(name), tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        run(args, Path(directory))
+
+
 def settings(args: argparse.Namespace) -> Settings:
-    """How every contender is run. Raises InputError for what makes no measurement."""
+    """How every contender is run."""
     import torch
 
-    if args.repeats < 1:
-        raise InputError(f"--repeats {args.repeats}: expected 1 or more")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
     return Settings(
@@ -58,22 +81,13 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def masks(args: argparse.Namespace, shape: Shape) -> dict[str, DropMask]:
     """Label to mask, half of the attention by default. Raises InputError for a mask that does not fit the shape."""
-    wanted = [(kind, count) for kind in KINDS for count in numbers(f"--{kind}", getattr(args, kind))]
+    wanted = [(kind, number) for kind in KINDS for number in getattr(args, kind) or ()]
     if getattr(args, "table", None):
-        wanted += [(kind, count) for kind, count, _ in published.table(shape.name, shape.num_layers)]
-    found = {f"{kind} {count}": shape.mask(kind, count) for kind, count in wanted}
+        wanted += published.table(shape)
+    found = {f"{kind} {number}": shape.mask(kind, number) for kind, number in wanted}
     if args.mask is not None:
         mask = read_record(MaskFile, args.mask).mask
         if mask.num_hidden_layers != shape.num_layers:
             raise MaskError(f"{args.mask} is for {mask.num_hidden_layers} layers; {shape.name} has {shape.num_layers}")
         found[args.mask.stem] = mask
     return found or {f"attention {shape.num_layers // 2}": shape.mask("attention", shape.num_layers // 2)}
-
-
-def numbers(option: str, text: str | None) -> list[int]:
-    """`2,4` as numbers."""
-    if text is None:
-        return []
-    if not all(each.isdigit() for each in text.split(",")):
-        raise InputError(f"{option} {text}: expected whole numbers separated by commas")
-    return [int(each) for each in text.split(",")]

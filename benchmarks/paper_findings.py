@@ -1,6 +1,6 @@
 """What the papers found on large models, asked again of the embedded model and of a randomly initialised twin.
 
-    python benchmarks/paper_findings.py [--sweep DIR] [--out benchmarks/results/paper_findings.json]
+    python benchmarks/paper_findings.py [--sweep DIR]
 
 DIR holds a sweep of the embedded model (`llmdrop sweep`), measured first where it is not. The twin has the same config
 and Transformers' own initialisation; it predicts nothing, so it is asked about its scores and about how far its
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import RESULTS, finish
+from benchmarks.record import RESULTS, add_out, finish
 from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
@@ -97,14 +97,14 @@ def by_redundancy(trained: Scores, twin: Scores) -> list[dict[str, Any]]:
 def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
     """The findings about what dropping costs; perplexities by number dropped."""
     full = sweep.full.quality.perplexity.value
-    kinds = perplexities(sweep, ("attention", "mlp", "blocks", "joint"))
+    kinds = perplexities(sweep, ("attention", "mlp", "joint"))
     orders = perplexities(sweep, [each.name for each in sweep.series if each.what == "attention"])
     tasks = {
         name: {n: point.quality.task_average() for n, point in curve(sweep, name).items()}
         for name in ("attention", "mlp")
     }
-    counts = [n for n in kinds["attention"] if n and all(n in kinds[each] for each in ("mlp", "joint"))]
-    gaps = dict(_generation_gaps(sweep))
+    counts = [n for n in kinds["attention"] if n and all(n in kinds[each] for each in kinds)]
+    gaps = _generation_gaps(sweep)
     last = [n for n in orders["last"] if n and n in orders["last-but-one"]]
     return [
         {
@@ -120,7 +120,7 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
         {
             "finding": "joint drop is no worse than attention or MLP alone at equal count",
             "agrees": all(kinds["joint"][n] <= min(kinds["attention"][n], kinds["mlp"][n]) for n in counts),
-            "perplexity": {each: kinds[each] for each in ("attention", "mlp", "joint")},
+            "perplexity": kinds,
         },
         {
             "finding": "dropping the most important attention first is the worst order",
@@ -142,7 +142,7 @@ def by_quality(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def _generation_gaps(sweep: Sweep) -> list[tuple[int, float]]:
+def _generation_gaps(sweep: Sweep) -> dict[int, float]:
     """By attention dropped: the share of the generation score that is gone, less the share of multiple choice above
     chance that is gone.
     """
@@ -150,14 +150,12 @@ def _generation_gaps(sweep: Sweep) -> list[tuple[int, float]]:
     def above_chance(point: Point) -> float:
         return fmean(task.value - (task.chance or 0) for task in point.quality.tasks if task.kind == "multiple choice")
 
-    found = []
-    for n, point in curve(sweep, "attention").items():
-        generation = (point.quality.task_average("generation") or 0) / (
-            sweep.full.quality.task_average("generation") or 1
-        )
-        if n:
-            found.append((n, above_chance(point) / above_chance(sweep.full) - generation))
-    return found
+    full = sweep.full.quality.task_average("generation") or 1
+    return {
+        n: above_chance(point) / above_chance(sweep.full) - (point.quality.task_average("generation") or 0) / full
+        for n, point in curve(sweep, "attention").items()
+        if n
+    }
 
 
 def twin_divergence(twin: Checkpoint, scores: Scores, tokens: int = 2048) -> dict[str, Any]:
@@ -181,7 +179,7 @@ def measured_sweep(directory: Path) -> tuple[Sweep, Scores]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", type=Path, default=RESULTS / "embedded", help="a directory of `llmdrop sweep`")
-    parser.add_argument("--out", type=Path, default=RESULTS / "paper_findings.json")
+    add_out(parser)
     args = parser.parse_args()
     sweep, trained = measured_sweep(args.sweep)
     with tempfile.TemporaryDirectory() as directory:
@@ -191,7 +189,8 @@ def main() -> None:
     findings = [*by_redundancy(trained, twin_scores), *by_quality(sweep)]
     for each in findings:
         print(f"{'agrees   ' if each['agrees'] else 'DISAGREES'}  {each['finding']}")
-    finish({"benchmark": "paper_findings", "findings": findings, "random_twin_kl": divergence}, args.out)
+    result = {"benchmark": "paper_findings", "findings": findings, "random_twin_kl": divergence}
+    finish("paper_findings", result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Speedups that arXiv 2406.15786v6 prints: 2048 prompt and 2048 generated tokens, Transformers, 48 GB GPU, fp16."""
 
-from benchmarks.shapes import Kind
+from collections.abc import Mapping
+
+from benchmarks.shapes import SHAPES, Kind, Shape
 
 SPEEDUPS: dict[str, dict[Kind, dict[int, float]]] = {
     "llama-2-13b": {
@@ -29,13 +31,15 @@ OTHERWISE: dict[Kind, tuple[float, ...]] = {
 }
 
 
-def table(shape: str, num_layers: int) -> list[tuple[Kind, int, float | None]]:
-    """(kind, number of dropped sublayers, published speedup if any) for a shape at its own depth, or another."""
-    rows: list[tuple[Kind, int, float | None]] = []
-    for kind, shares in OTHERWISE.items():
-        counts = dict.fromkeys(max(1, round(share * num_layers)) for share in shares)
-        rows += [(kind, count, None) for count in counts if count < num_layers]
-    published = SPEEDUPS.get(shape)
-    if published is None:
-        return rows
-    return [(kind, count, speedup) for kind, row in published.items() for count, speedup in row.items()]
+def speedups(shape: Shape) -> Mapping[Kind, Mapping[int, float]]:
+    """Kind and number of dropped sublayers to speedup; nothing for a model at another depth than its own."""
+    return SPEEDUPS.get(shape.name, {}) if shape.num_layers == SHAPES[shape.name].num_layers else {}
+
+
+def table(shape: Shape) -> list[tuple[Kind, int]]:
+    """(kind, number of dropped sublayers) of every published speedup, or else of shares that fit the shape."""
+    if published := speedups(shape):
+        return [(kind, count) for kind, row in published.items() for count in row]
+    layers = shape.num_layers
+    counts = {kind: [max(1, round(share * layers)) for share in shares] for kind, shares in OTHERWISE.items()}
+    return [(kind, count) for kind, each in counts.items() for count in dict.fromkeys(each) if count < layers]

@@ -1,6 +1,6 @@
 """Time and memory of scoring, against three plain passes over the same model and data.
 
-    python benchmarks/scoring.py [--repeats 3] [--out benchmarks/results/scoring.json]
+    python benchmarks/scoring.py [--repeats 3]
 
 The contender is written as the method reads (arXiv 2406.15786): the whole model in memory, one pass for attention, one
 for MLPs and one for blocks, each keeping every layer's hidden states to compare them at the end. It exists twice:
@@ -19,34 +19,28 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from benchmarks.record import finish
+from benchmarks.memory import kernel_bytes
+from benchmarks.record import add_out, finish
+from benchmarks.shapes import Shape, find
+from benchmarks.weights import write_random, write_tokens
 from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.options import count
 from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score
 
 CONTENDERS = ("llmdrop", "three passes", "three passes, all gaps")
 WIDTH = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
-VOCAB_SIZE = 8192
+VOCAB_SIZE, SPEED_LAYERS, SPEED_SAMPLES, SPEED_SEQ_LEN = 8192, 12, 12, 1024
 
 
 def make_model(directory: Path, num_layers: int) -> Path:
-    """A randomly initialised bf16 Llama: speed and memory do not depend on the values."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **WIDTH, num_hidden_layers=num_layers, vocab_size=VOCAB_SIZE, max_position_embeddings=4096, dtype="bfloat16"
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
-
-
-def make_data(path: Path, samples: int, seq_len: int) -> Path:
-    path.write_text(json.dumps(np.random.default_rng(0).integers(0, VOCAB_SIZE, (samples, seq_len)).tolist()))
-    return path
+    """A random bf16 Llama: speed and memory do not depend on the values."""
+    sizes = WIDTH | {"head_dim": 64, "num_hidden_layers": num_layers, "vocab_size": VOCAB_SIZE}
+    return write_random(directory, Shape("scoring", {**find("smoke").config, **sizes}), "bfloat16")
 
 
 def three_passes(model_path: Path, data: Path, *, all_gaps: bool) -> dict[str, list[float]]:
@@ -119,13 +113,7 @@ def measure(contender: str, model: Path, data: Path) -> dict:
     else:
         attention = three_passes(model, data, all_gaps="gaps" in contender)["attention"]
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "attention": attention}
-
-
-def peak_rss_bytes() -> int:
-    """Of this process since it was started; getrusage would count what its parent had."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return {"seconds": seconds, "peak_rss_bytes": kernel_bytes("VmHWM"), "attention": attention}
 
 
 def in_process(contender: str, model: Path, data: Path) -> dict:
@@ -135,7 +123,8 @@ def in_process(contender: str, model: Path, data: Path) -> dict:
 
 
 def speed(directory: Path, repeats: int) -> dict:
-    model, data = make_model(directory / "speed", 12), make_data(directory / "speed.json", 12, 1024)
+    model = make_model(directory / "speed", SPEED_LAYERS)
+    data = write_tokens(directory / "speed.json", VOCAB_SIZE, SPEED_SAMPLES, SPEED_SEQ_LEN)
     runs = defaultdict(list)
     for _ in range(repeats):
         for contender in CONTENDERS:
@@ -144,9 +133,9 @@ def speed(directory: Path, repeats: int) -> dict:
     seconds = {name: statistics.median(run["seconds"] for run in results) for name, results in runs.items()}
     ours, theirs = runs["llmdrop"][0]["attention"], runs["three passes"][0]["attention"]
     return {
-        "model": WIDTH | {"num_hidden_layers": 12, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
-        "samples": 12,
-        "seq_len": 1024,
+        "model": WIDTH | {"num_hidden_layers": SPEED_LAYERS, "vocab_size": VOCAB_SIZE, "dtype": "bfloat16"},
+        "samples": SPEED_SAMPLES,
+        "seq_len": SPEED_SEQ_LEN,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "speedup": {name: round(seconds[name] / seconds["llmdrop"], 2) for name in CONTENDERS[1:]},
         "peak_rss_mib": {name: results[0]["peak_rss_bytes"] >> 20 for name, results in runs.items()},
@@ -156,24 +145,27 @@ def speed(directory: Path, repeats: int) -> dict:
 
 def memory(directory: Path) -> dict:
     """Peak resident set in MiB; the contender keeps what grows."""
-    found: dict = {"by_samples": {}, "by_depth": {}}
-    model = make_model(directory / "depth-8", 8)
-    for samples in (16, 64, 256):
-        data = make_data(directory / f"samples-{samples}.json", samples, 128)
-        found["by_samples"][samples] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
-        print(samples, "samples", found["by_samples"][samples], flush=True)
-    data = make_data(directory / "depth.json", 16, 128)
-    for num_layers in (8, 16, 32):
-        model = make_model(directory / f"depth-{num_layers}", num_layers)
-        found["by_depth"][num_layers] = {c: in_process(c, model, data)["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
-        print(num_layers, "layers", found["by_depth"][num_layers], flush=True)
-    return found
+    models = {layers: make_model(directory / f"depth-{layers}", layers) for layers in (8, 16, 32)}
+    data = {
+        samples: write_tokens(directory / f"samples-{samples}.json", VOCAB_SIZE, samples, 128)
+        for samples in (16, 64, 256)
+    }
+
+    def peaks(layers: int, samples: int) -> dict[str, int]:
+        found = {c: in_process(c, models[layers], data[samples])["peak_rss_bytes"] >> 20 for c in CONTENDERS[:2]}
+        print(layers, "layers,", samples, "samples", found, flush=True)
+        return found
+
+    return {
+        "by_samples": {samples: peaks(8, samples) for samples in data},
+        "by_depth": {layers: peaks(layers, 16) for layers in models},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scoring.json")
+    parser.add_argument("--repeats", type=count, default=3)
+    add_out(parser)
     parser.add_argument("--measure", nargs=3, metavar=("CONTENDER", "MODEL", "DATA"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -181,11 +173,8 @@ def main() -> None:
         print(json.dumps(measure(contender, Path(model), Path(data))))
         return
     with tempfile.TemporaryDirectory() as directory:
-        result = {
-            "speed": speed(Path(directory), args.repeats),
-            "peak_rss_mib": memory(Path(directory)),
-        }
-    finish(result, args.out)
+        result = {"speed": speed(Path(directory), args.repeats), "peak_rss_mib": memory(Path(directory))}
+    finish("scoring", result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What our routes and bounds cost: `llmdrop serve` against plain `vllm serve` of the same model under the same load.
 
-    python benchmarks/server_overhead.py [--rounds 15] [--out benchmarks/results/server_overhead.json]
+    python benchmarks/server_overhead.py [--rounds 15]
 
 Both serve the embedded model with the same mask, both are up all the time, and they take turns, in an order that
 changes with every round. Time to first token: one client, streams of one token, pairs of requests. Throughput: many
@@ -21,8 +21,10 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.record import RESULTS, finish
+from benchmarks.measures import quartiles
+from benchmarks.record import add_out, finish
 from benchmarks.servers import MASK, Served, leave_a_core, serving
+from llmdrop_vllm.options import count
 
 PAIRS_PER_ROUND, CLIENTS, TOKENS = 20, 16, 128
 PROMPT = "<|user|>What does os.path.join return for an absolute path?<|assistant|>"
@@ -86,15 +88,10 @@ async def measure(servers: Sequence[Served], rounds: int) -> tuple[list[Pair], l
     return first_tokens, throughputs, (ours, theirs)
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS / "server_overhead.json")
+    parser.add_argument("--rounds", type=count, default=15)
+    add_out(parser)
     args = parser.parse_args()
     with ExitStack() as stack:
         ours, theirs = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
@@ -108,6 +105,7 @@ def main() -> None:
     differences_s = quartiles([ours - theirs for ours, theirs in first_tokens])
     ratios = quartiles([ours / theirs for ours, theirs in throughputs])
     finish(
+        "server_overhead",
         {
             "ttft_ms": {name: round(1e3 * statistics.median(column), 3) for name, column in named(first_tokens)},
             "ttft_difference_ms": [round(1e3 * each, 3) for each in differences_s],

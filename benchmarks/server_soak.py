@@ -1,6 +1,6 @@
 """A load that fills the KV cache, with clients that go away, lie and ask too much: nothing may fail, leak or grow.
 
-    python benchmarks/server_soak.py [--seconds 600] [--out benchmarks/results/server_soak.json]     # make soak
+    python benchmarks/server_soak.py [--seconds 600]     # make soak
 
 The embedded model is served with a KV cache of two dozen blocks, so that requests wait and are preempted. Two thirds
 of the clients are good: every answer of theirs must be complete. The others hang up in mid-stream or before the first
@@ -24,13 +24,14 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.record import RESULTS, finish
+from benchmarks.options import positive
+from benchmarks.record import add_out, finish
 from benchmarks.servers import MASK, Served, serving
 
 BLOCKS, GOOD_CLIENTS, BAD_CLIENTS = 24, 16, 8
 # Allocators keep what they were once given; a leak goes on, and a tenth of this would be seen after ten minutes.
 MAX_GROWTH_BYTES = 32 << 20
-MIN_COMPLETE, MIN_LOOKS, PATIENCE_S = 30, 12, 120
+MIN_COMPLETE, MIN_LOOKS, PATIENCE_S, PAUSE_S = 30, 12, 120, 0.5
 ROUTE = "/v1/completions"
 WORDS = ("def", "class", "import", "return", "lambda", "self", "path", "join", "list", "dict", "open", "read")
 
@@ -45,6 +46,18 @@ class Tally:
     busiest_usage: float = 0.0
     preemptions: int = 0
     rss_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is enough to judge."""
+        return self.answers["complete"] >= MIN_COMPLETE and len(self.rss_bytes) >= MIN_LOOKS
+
+    def memory(self) -> tuple[float, float]:
+        """(median resident bytes in the second quarter of the time, by how much that of the last is larger)."""
+        looks = self.rss_bytes or [0]
+        quarter = max(1, len(looks) // 4)
+        before = statistics.median(looks[quarter : 2 * quarter] or looks)
+        return before, statistics.median(looks[-quarter:]) - before
 
     def expect(self, kind: str, answer: httpx.Response, status: int) -> None:
         """Count a refusal, or note that it was another one."""
@@ -134,8 +147,22 @@ BAD = (hang_up, give_up, send_half, send_no_json, send_too_much, ask_too_much)
 Deed = Callable[[httpx.AsyncClient, random.Random, Tally], Awaitable[None]]
 
 
-async def client_of(url: str, deeds: tuple[Deed, ...], seed: int, is_over: Callable[[], bool], tally: Tally) -> None:
-    """One client: one deed after another."""
+def watch(served: Served) -> Deed:
+    """Have a look at the server: its KV cache and its memory."""
+
+    async def look(client: httpx.AsyncClient, chance: random.Random, tally: Tally) -> None:
+        now = (await client.get("/v1/drop/kv")).json()
+        tally.busiest_usage = max(tally.busiest_usage, now["usage"])
+        tally.preemptions = now["preemptions"]
+        tally.rss_bytes.append(served.rss_bytes())
+
+    return look
+
+
+async def client_of(
+    url: str, deeds: tuple[Deed, ...], pause_s: float, seed: int, is_over: Callable[[], bool], tally: Tally
+) -> None:
+    """One client: one deed after another, with pauses of up to `pause_s`."""
     chance = random.Random(seed)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         while not is_over():
@@ -144,18 +171,7 @@ async def client_of(url: str, deeds: tuple[Deed, ...], seed: int, is_over: Calla
                 await deed(client, chance, tally)
             except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
                 tally.failures.append(f"{deed.__name__}: {error!r}")
-            if deeds is BAD:
-                await asyncio.sleep(chance.uniform(0, 0.5))
-
-
-async def watch(served: Served, is_over: Callable[[], bool], tally: Tally) -> None:
-    async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
-        while not is_over():
-            now = (await client.get("/v1/drop/kv")).json()
-            tally.busiest_usage = max(tally.busiest_usage, now["usage"])
-            tally.preemptions = now["preemptions"]
-            tally.rss_bytes.append(served.rss_bytes())
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(chance.uniform(0, pause_s))
 
 
 async def load(served: Served, seconds: float) -> Tally:
@@ -164,12 +180,14 @@ async def load(served: Served, seconds: float) -> Tally:
 
     def is_over() -> bool:
         passed_s = time.monotonic() - start_s
-        judged = tally.answers["complete"] >= MIN_COMPLETE and len(tally.rss_bytes) >= MIN_LOOKS
-        return passed_s > seconds and (judged or passed_s > seconds + PATIENCE_S)
+        return passed_s > seconds and (tally.is_enough or passed_s > seconds + PATIENCE_S)
 
-    good = (client_of(served.url, GOOD, seed, is_over, tally) for seed in range(GOOD_CLIENTS))
-    bad = (client_of(served.url, BAD, 1000 + seed, is_over, tally) for seed in range(BAD_CLIENTS))
-    await asyncio.gather(*good, *bad, watch(served, is_over, tally))
+    good = [(GOOD, 0.0)] * GOOD_CLIENTS
+    bad = [(BAD, PAUSE_S)] * BAD_CLIENTS
+    everyone = enumerate([*good, *bad, ((watch(served),), PAUSE_S)])
+    await asyncio.gather(
+        *(client_of(served.url, deeds, pause_s, seed, is_over, tally) for seed, (deeds, pause_s) in everyone)
+    )
     return tally
 
 
@@ -181,24 +199,34 @@ def blocks_left_in_use(served: Served, patience_s: float = 30) -> int:
     return int(used)
 
 
+def failures(tally: Tally, leaked: int, log: str, *, healthy: bool) -> list[str]:
+    """What went wrong, from what the clients saw and how they left the server."""
+    grown = tally.memory()[1]
+    judged = {
+        f"{tally.answers['complete']} complete answers and {len(tally.rss_bytes)} looks at the memory; at least "
+        f"{MIN_COMPLETE} and {MIN_LOOKS} are needed to judge": not tally.is_enough,
+        f"{leaked} blocks are still in use": leaked > 0,
+        "the server is not healthy": not healthy,
+        f"memory grew by {grown:,.0f} bytes": grown > MAX_GROWTH_BYTES,
+        "the log has a traceback": "Traceback" in log,
+    }
+    return [*tally.failures[:20], *(failure for failure, is_so in judged.items() if is_so)]
+
+
 def soak(seconds: float) -> dict[str, object]:
     """Serve, load and judge. `failures` is empty where all went well."""
     with tempfile.TemporaryDirectory() as directory:
         options = ["--num-gpu-blocks-override", str(BLOCKS), "--drop-attention", MASK]
         with serving(Path(directory), *options) as served:
             tally = asyncio.run(load(served, seconds))
-            leaked = blocks_left_in_use(served)
-            healthy = httpx.get(f"{served.url}/health", timeout=30).status_code == 200
+            leaked, healthy = 0, False
+            with contextlib.suppress(httpx.HTTPError):  # a server that is gone is not healthy, and still judged
+                leaked = blocks_left_in_use(served)
+                healthy = httpx.get(f"{served.url}/health", timeout=30).status_code == 200
             log = served.log.read_text(errors="replace")
-    quarter = len(tally.rss_bytes) // 4
-    growth = statistics.median(tally.rss_bytes[-quarter:]) - statistics.median(tally.rss_bytes[quarter : 2 * quarter])
-    failures = [*tally.failures[:20]]
-    failures += [f"{leaked} blocks are still in use"] * bool(leaked)
-    failures += ["the server is not healthy"] * (not healthy)
-    failures += [f"memory grew by {growth:,.0f} bytes"] * (growth > MAX_GROWTH_BYTES)
-    failures += ["the log has a traceback"] * ("Traceback" in log)
+    before, growth = tally.memory()
     return {
-        "failures": failures,
+        "failures": failures(tally, leaked, log, healthy=healthy),
         "seconds": seconds,
         "answers": dict(tally.answers),
         "failed_answers": len(tally.failures),
@@ -207,18 +235,18 @@ def soak(seconds: float) -> dict[str, object]:
         "preemptions": tally.preemptions,
         "blocks": BLOCKS,
         "blocks_leaked": leaked,
-        "rss_bytes_second_quarter": round(statistics.median(tally.rss_bytes[quarter : 2 * quarter])),
+        "rss_bytes_second_quarter": round(before),
         "rss_growth_bytes": round(growth),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--out", type=Path, default=RESULTS / "server_soak.json")
+    parser.add_argument("--seconds", type=positive, default=600)
+    add_out(parser)
     args = parser.parse_args()
     result = soak(args.seconds)
-    finish(result, args.out)
+    finish("server_soak", result, args.out)
     return 1 if result["failures"] else 0
 
 

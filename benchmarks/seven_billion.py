@@ -1,13 +1,12 @@
 """Score and strip a 13 GB checkpoint under 4 GiB of memory: Llama-2-7B's shapes in real shards, random bf16 weights.
 
-    python benchmarks/seven_billion.py [--limit-gib 4] [--directory /tmp] [--out benchmarks/results/seven_billion.json]
+    python benchmarks/seven_billion.py [--limit-gib 4] [--directory /tmp]
 
 Each command of `llmdrop` is a process of its own. Where the system lets us make a control group (Linux, root) the limit
 is enforced on everything that the command uses, the page cache included; the peak resident set is reported anyway.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.record import RESULTS, finish
+from benchmarks.options import ending, positive
+from benchmarks.record import add_out, finish
 from benchmarks.shapes import find
-from benchmarks.weights import write_random
+from benchmarks.weights import write_random_apart, write_tokens
 
 SHAPE = find("llama-2-7b")
 # Larger than the memory limit: whoever reads a whole one has lost.
@@ -70,21 +68,19 @@ def run(group: Path | None, *arguments: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit-gib", type=float, default=4)
+    parser.add_argument("--limit-gib", type=positive, default=4)
     parser.add_argument("--directory", type=Path, help="where 27 GB are free")
-    parser.add_argument("--out", type=Path, default=RESULTS / "seven_billion.json")
+    add_out(parser)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.directory) as name, memory_limit(int(args.limit_gib * 2**30)) as group:
+    with (
+        ending("seven_billion"),
+        tempfile.TemporaryDirectory(dir=args.directory) as name,
+        memory_limit(int(args.limit_gib * 2**30)) as group,
+    ):
         here = Path(name)
-        model, data, scores, mask = here / "model", here / "data.json", here / "scores.json", here / "mask.json"
-        # In a process of its own: memory that it leaves behind would count against nobody, but hide the peaks.
-        if os.fork() == 0:
-            write_random(model, SHAPE, "bfloat16", shard_bytes=SHARD_BYTES)
-            os._exit(0)
-        if os.wait()[1]:
-            raise SystemExit("the checkpoint could not be generated")
-        tokens = np.random.default_rng(0).integers(0, SHAPE.config["vocab_size"], (SAMPLES, SEQ_LEN))
-        data.write_text(json.dumps(tokens.tolist()))
+        scores, mask = here / "scores.json", here / "mask.json"
+        model = write_random_apart(here / "model", SHAPE, "bfloat16", SHARD_BYTES)
+        data = write_tokens(here / "data.json", SHAPE.config["vocab_size"], SAMPLES, SEQ_LEN)
         result = {
             "checkpoint_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
             "samples": SAMPLES,
@@ -96,7 +92,7 @@ def main() -> None:
             "apply": run(group, "apply", str(model), str(here / "out"), "--mask", str(mask)),
             "written_bytes": sum(path.stat().st_size for path in (here / "out").glob("*.safetensors")),
         }
-    finish(result, args.out)
+    finish("seven_billion", result, args.out)
 
 
 if __name__ == "__main__":

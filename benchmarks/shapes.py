@@ -193,8 +193,8 @@ SHAPES = {
 
 
 def find(name: str, num_layers: int | None = None) -> Shape:
-    """The shape of that name, at another depth where one is given."""
+    """The shape of that name, at another depth where one is given. Raises InputError for what does not exist."""
     if name not in SHAPES:
         raise InputError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
     shape = SHAPES[name]
-    return shape if num_layers is None else shape.with_layers(num_layers)
+    return shape if num_layers in (None, shape.num_layers) else shape.with_layers(num_layers)

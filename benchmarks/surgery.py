@@ -1,15 +1,14 @@
 """Checkpoint surgery against `cp` of the same bytes: time and memory, on a generated checkpoint of Llama-2-7B's shapes.
 
-    python benchmarks/surgery.py [--layers 8] [--rounds 5] [--directory /tmp] [--out benchmarks/results/surgery.json]
+    python benchmarks/surgery.py [--layers 8] [--rounds 5] [--directory /tmp]
 
 Contenders take turns: `cp -r` of the new checkpoint, surgery that writes it, and surgery that does not look for NaN.
 Each is timed until it returns (the bytes are in the page cache) and until a sync after it has returned (they are on the
-disk). The source is in the page cache for all of them if it fits there. Planning, which imports Transformers to know
-every tensor's shape, is timed by itself: it takes as long for any size.
+disk). The source is in the page cache for all of them if it fits there. Planning, which asks Transformers for every
+tensor's shape, is timed by itself: it takes as long for any size.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -19,59 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.record import finish
-from llmdrop_vllm.mask import DropMask
-from llmdrop_vllm.shards import StoredTensor
+from benchmarks.memory import kernel_bytes
+from benchmarks.options import ending
+from benchmarks.record import add_out, finish
+from benchmarks.shapes import find
+from benchmarks.weights import write_random_apart
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.options import count
 from llmdrop_vllm.surgery import stream
 from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint
-
-HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
-LAYERS_PER_SHARD = 5  # 2 GB
-LAYER = {
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-
-
-def generate(directory: Path, layers: int) -> None:
-    """A bfloat16 Llama-2-7B with this many layers, in shards; its values are the same 32 MiB of noise over and over."""
-    outside = {"model.embed_tokens": (VOCAB, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (VOCAB, HIDDEN)}
-    named = [{f"model.layers.{layer}.{name}": shape for name, shape in LAYER.items()} for layer in range(layers)]
-    groups = [named[start : start + LAYERS_PER_SHARD] for start in range(0, layers, LAYERS_PER_SHARD)]
-    groups[-1].append(outside)
-    noise = np.random.default_rng(0).integers(0, 0x3F80, 1 << 24, dtype=np.uint16).tobytes()
-    weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        path = directory / f"model-{number:05}-of-{len(groups):05}.safetensors"
-        tensors, end = [], 0
-        for name, shape in ((name, shape) for part in group for name, shape in part.items()):
-            start, end = end, end + 2 * int(np.prod(shape))
-            tensors.append(StoredTensor(f"{name}.weight", "BF16", shape, path, start, end))
-        with path.open("wb") as file:
-            file.write(stream.header(tensors, {"format": "pt"}))
-            for done in range(0, end, len(noise)):
-                file.write(noise[: end - done])
-        weight_map |= {tensor.name: path.name for tensor in tensors}
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "vocab_size": VOCAB,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "torch_dtype": "bfloat16",
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def measure(plan: SurgeryPlan, directory: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -109,36 +65,30 @@ def without_nan_check(plan: SurgeryPlan, out: Path) -> None:
 
 def peak_memory_bytes(plan: SurgeryPlan, out: Path) -> tuple[int, int]:
     """(what the process has at most while it writes, of that what it did not have before), resident in memory."""
-    before = status_bytes("VmRSS")
+    before = kernel_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # begin to look for the peak anew
     write_checkpoint(plan, out)
-    peak = status_bytes("VmHWM")
+    peak = kernel_bytes("VmHWM")
     return peak, peak - before
-
-
-def status_bytes(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="0.4 GB each, and 0.5 GB outside of them; 32 is 13 GB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=count, default=8, help="0.4 GB each, and 0.5 GB outside of them; 32 is 13 GB")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--directory", type=Path, help="where to generate; twice the size is needed, and removed again")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "surgery.json")
+    add_out(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    with tempfile.TemporaryDirectory(dir=args.directory) as temporary:
+    with ending("surgery"), tempfile.TemporaryDirectory(dir=args.directory) as temporary:
         directory = Path(temporary)
-        (directory / "model").mkdir()
-        generate(directory / "model", args.layers)
+        model = write_random_apart(directory / "model", find("llama-2-7b", args.layers), "bfloat16")
         deep = tuple(range(args.layers - 1, args.layers // 2, -1))
         start = time.perf_counter()
-        plan = plan_surgery(directory / "model", DropMask(args.layers, attention=deep, mlp=deep[:1]))
+        plan = plan_surgery(model, DropMask(args.layers, attention=deep, mlp=deep[:1]))
         plan_s = time.perf_counter() - start
         largest = max(tensor.num_bytes for shard in plan.shards for tensor in shard.tensors)
         print(
@@ -171,7 +121,7 @@ def main() -> None:
     }
     for name, median in medians.items():
         print(f"{name:28} {median['returned_s']:8.2f} s {median['synced_s']:8.2f} s with sync")
-    finish(result, args.out)
+    finish("surgery", result, args.out)
 
 
 if __name__ == "__main__":

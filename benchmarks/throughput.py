@@ -21,21 +21,21 @@ from typing import Any
 from benchmarks import options, published
 from benchmarks.contenders import Settings
 from benchmarks.limit import measure_ceilings
-from benchmarks.lineup import Lineup
-from benchmarks.record import RESULTS, finish_lines
+from benchmarks.lineup import NO_OP, OURS, TRANSFORMERS, Lineup
+from benchmarks.record import finish
 from benchmarks.shapes import Shape, find
 from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
 
-SMOKE = {"shape": "smoke", "attention": "2", "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
+SMOKE = {"shape": "smoke", "attention": [2], "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
 
 
 def workload_list(args: argparse.Namespace, plan: Plan, scale: float) -> tuple[Workload, ...]:
     """What the options ask for; raises InputError for what they misspell."""
     if args.contexts:
-        return at_contexts(options.numbers("--contexts", args.contexts))
+        return at_contexts(args.contexts)
     if args.table and not args.workloads:
         return (PAPER.scaled(scale),)
     found = tuple(each.scaled(scale) for each in chosen(args.workloads))
@@ -57,7 +57,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, tuple[Workload, ...]]:
     """Everything that can be refused is refused here, before the first slow step."""
     shape, settings = find(args.shape, args.layers), options.settings(args)
     if args.contexts:
-        settings = undisturbed_decode(at_contexts(options.numbers("--contexts", args.contexts)), shape, settings, args)
+        settings = undisturbed_decode(at_contexts(args.contexts), shape, settings, args)
     scale = args.scale if args.scale is not None else (1 if settings.device == "cuda" else 1 / 32)
     plan = Plan(shape, settings, options.masks(args, shape), args.repeats, tuple(args.without))
     work = workload_list(args, plan, scale)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     plan, work = make_plan(args)
     settings = plan.settings
     ceilings = measure_ceilings(settings.dtype, settings.device, seconds=0.2 if args.smoke else 2)
-    plan = plan.with_work(work, ceilings)
+    plan = replace(plan, work=work, ceilings=ceilings)
     print(
         f"{plan.shape.name}: {plan.shape.num_parameters / 1e6:,.0f} M parameters, {settings.dtype}, {settings.device}; "
         f"{ceilings.read_bytes_per_s / 1e9:.1f} GB/s, {ceilings.flops_per_s / 1e9:.0f} GFLOP/s; "
@@ -83,17 +83,17 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     for line in measure(plan, lineup):
         found.append(line | published_speedup(plan.shape, line))
         show(line)
-    write(args.out or RESULTS / f"throughput-{plan.shape.name}.json", plan, lineup, found)
+    write(args.out, plan, lineup, found)
 
 
 def published_speedup(shape: Shape, line: dict[str, Any]) -> dict[str, float]:
     """What the paper prints for the same model and number of sublayers, if it does."""
     kind, _, count = line["contender"].partition(", ")[2].partition(" ")
-    speedup = published.SPEEDUPS.get(shape.name, {}).get(kind, {}).get(int(count) if count.isdigit() else 0)
+    speedup = published.speedups(shape).get(kind, {}).get(int(count) if count.isdigit() else 0)
     return {} if speedup is None or line["workload"]["name"] != PAPER.name else {"published_speedup": speedup}
 
 
-def write(out: Path, plan: Plan, lineup: Lineup, found: Sequence[dict[str, Any]]) -> None:
+def write(out: Path | None, plan: Plan, lineup: Lineup, found: Sequence[dict[str, Any]]) -> None:
     """JSON lines, the table, and the result whose JSON is the last line on the standard output."""
     result = {
         "benchmark": "throughput",
@@ -108,7 +108,8 @@ def write(out: Path, plan: Plan, lineup: Lineup, found: Sequence[dict[str, Any]]
         ],
         "worst_speedup_over": against_rivals(found),
     }
-    finish_lines(result, found, markdown(plan.shape, found, lineup.skipped), out)
+    table = markdown(plan.shape, found, lineup.skipped)
+    finish(f"throughput-{plan.shape.name}", result, out, lines=found, table=table)
 
 
 def show(line: dict[str, Any]) -> None:
@@ -125,11 +126,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_shared(parser)
     parser.add_argument("--table", choices=["paper"], help="the paper's workload and numbers of dropped sublayers")
     names = ", ".join(dict.fromkeys(each.name for each in WORKLOADS))
-    parser.add_argument("--workloads", metavar="NAME[,NAME]", help=f"default: {names} and as many as fit")
-    parser.add_argument("--contexts", metavar="N[,N]", help="instead: decode at contexts of so many tokens, batch 4")
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument("--workloads", metavar="NAME[,NAME]", help=f"default: {names} and as many as fit")
+    contexts = "instead: decode at contexts of so many tokens, batch 4"
+    work.add_argument("--contexts", type=options.numbers, metavar="N[,N]", help=contexts)
     parser.add_argument("--scale", type=float, help="of the workloads' tokens; default: 1 on a GPU, 1/32 on a CPU")
-    parser.add_argument("--without", action="append", default=[], metavar="CONTENDER", help="such as Transformers")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/throughput-SHAPE.json")
+    others = (OURS, NO_OP, TRANSFORMERS)  # the baseline is always there
+    parser.add_argument("--without", action="append", default=[], choices=others, help="may be repeated")
     args = parser.parse_args(arguments)
     if args.smoke:
         vars(args).update(SMOKE)

@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks.contenders import Contender, Process, Settings
 from benchmarks.limit import Ceilings, Model, Prediction, predict
-from benchmarks.lineup import NO_OP, OURS, Lineup, contenders, free_bytes
+from benchmarks.lineup import NO_OP, OURS, Lineup, contenders
 from benchmarks.measures import Comparison, Run, summary
+from benchmarks.memory import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask, InputError
@@ -31,10 +32,6 @@ class Plan:
     without: tuple[str, ...]
     work: tuple[Workload, ...] = ()
     ceilings: Ceilings = Ceilings(1, 1)
-
-    def with_work(self, work: tuple[Workload, ...], ceilings: Ceilings) -> "Plan":
-        """What to do, and what the machine can do."""
-        return replace(self, work=work, ceilings=ceilings)
 
     def kv_tokens(self, mask: DropMask) -> int:
         """Tokens that vLLM's KV cache holds, hybrid padding included."""
@@ -109,13 +106,10 @@ def lines(
     runs = interleaved(plan, workload, processes)
     baseline, *_ = processes
     for contender, process in processes.items():
-        found = {
+        yield {
             "workload": asdict(workload),
             "label": workload.label,
-            "contender": contender.name,
-            "variant": contender.variant,
-            "attention_dropped": len(contender.mask.attention),
-            "mlp_dropped": len(contender.mask.mlp),
+            **contender.record(),
             **summary(runs[contender], workload),
             **speedups(plan, workload, contender, runs[baseline], runs[contender]),
             "kv_tokens": None if process.kv_tokens == math.inf else process.kv_tokens,
@@ -123,7 +117,6 @@ def lines(
             "load_s": process.load_s,
             "max_logprob_difference": lineup.differences.get(contender.name),
         }
-        yield found
 
 
 def interleaved(plan: Plan, workload: Workload, processes: dict[Contender, Process]) -> dict[Contender, list[Run]]:
@@ -153,10 +146,7 @@ def speedups(
         comparison = Comparison.of(before, after)
         found[part] = {
             "predicted_speedup": predicted,
-            "speedup": comparison.speedup,
-            "spread": comparison.spread,
-            "differs": comparison.differs,
-            "verdict": comparison.verdict,
+            **comparison.record(),
             "ratio": comparison.speedup / predicted,
         }
     found["limit_share"] = limit.total_s / statistics.median(run.total_s for run in runs)

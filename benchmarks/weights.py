@@ -2,8 +2,10 @@
 
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -12,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import Shape
-from llmdrop_vllm import DropMask
+from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint
 
@@ -45,6 +47,28 @@ def write_random(directory: Path, shape: Shape, dtype: str, seed: int = 0, shard
         index = {"metadata": {}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def write_random_apart(directory: Path, shape: Shape, dtype: str, shard_bytes: int = SHARD_BYTES) -> Path:
+    """The same by a process of its own: memory that it leaves behind in this one would hide what is measured next.
+
+    Raises InputError where it fails, which it has said why.
+    """
+    options = {"shard_bytes": shard_bytes}
+    child = multiprocessing.get_context("fork").Process(
+        target=write_random, args=(directory, shape, dtype), kwargs=options
+    )
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise InputError(f"the checkpoint could not be written to {directory}")
+    return directory
+
+
+def write_tokens(path: Path, vocab_size: int, samples: int, seq_len: int) -> Path:
+    """Calibration data: `samples` random sequences of `seq_len` token ids."""
+    path.write_text(json.dumps(np.random.default_rng(0).integers(0, vocab_size, (samples, seq_len)).tolist()))
+    return path
 
 
 def _cut(block: torch.Tensor, start: int, size: tuple[int, ...]) -> torch.Tensor:

@@ -116,15 +116,15 @@ def add_measures(command: Parser) -> None:
         help="for perplexity: 'held-out' (default: text that the embedded model has not seen), a .txt, a .jsonl, "
         "a .json list of token-id lists, or a dataset's name as for --data",
     )
-    group.add_argument("--context", type=_count, metavar="N", help="tokens in a window (512)")
-    group.add_argument("--windows", type=_count, metavar="N", help="windows of text (32, or as many as there are)")
+    group.add_argument("--context", type=count, metavar="N", help="tokens in a window (512)")
+    group.add_argument("--windows", type=count, metavar="N", help="windows of text (32, or as many as there are)")
     group.add_argument(
         "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
     )
     group.add_argument(
         "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks; ours: llmdrop_docstring, llmdrop_name"
     )
-    group.add_argument("--limit", type=_count, metavar="N", help="rows of each task (all)")
+    group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
     engine = command.add_argument_group("engine")
     precisions = ("float32", "bfloat16", "float16")
     engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")
@@ -157,9 +157,9 @@ def add_series(command: Parser) -> None:
 def add_speed(command: Parser) -> None:
     """The workload that speed is measured with."""
     group = command.add_argument_group("speed, in the engine, without HTTP")
-    group.add_argument("--requests", type=_count, default=8, metavar="N", help="at once (8)")
-    group.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="of each (128)")
-    group.add_argument("--output-tokens", type=_count, default=32, metavar="N", help="of each (32)")
+    group.add_argument("--requests", type=count, default=8, metavar="N", help="at once (8)")
+    group.add_argument("--prompt-tokens", type=count, default=128, metavar="N", help="of each (128)")
+    group.add_argument("--output-tokens", type=count, default=32, metavar="N", help="of each (32)")
     group.add_argument("--no-speed", action="store_true", help="quality only")
 
 
@@ -214,7 +214,8 @@ def _factor(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """`8`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.measures import Comparison, Run, p95, summary
+from benchmarks.measures import Comparison, Run, p95, quartiles, summary
 from benchmarks.workloads import Workload
 
 WORKLOAD = Workload("any", 2, 10, 5)
@@ -43,3 +43,8 @@ def test_slower_is_a_difference_too():
 def test_p95_is_a_value_that_was_seen():
     assert p95([*range(1, 101)]) == 95
     assert p95([3, 1, 2]) == 3
+
+
+def test_quartiles_lie_between_the_values_and_one_value_is_all_of_them():
+    assert quartiles([4, 1, 3, 2, 5]) == (2, 3, 4)
+    assert quartiles([7]) == (7, 7, 7)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks import published
 from benchmarks.shapes import SHAPES, find
 from llmdrop_vllm import DropMask, InputError, MaskError, hf
 
@@ -51,6 +52,20 @@ def test_every_published_mask_fits_its_shape():
     for shape in SHAPES.values():
         for kind, layers in shape.published.items():
             assert shape.mask(kind, len(layers)).num_hidden_layers == shape.num_layers
+
+
+def test_published_speedups_are_those_of_the_model_at_its_own_depth():
+    full, half = find("llama-2-13b"), find("llama-2-13b", num_layers=20)
+    assert published.speedups(full)["attention"][8] == 1.13
+    assert published.table(full)[-2:] == [("block", 4), ("block", 8)]
+    assert published.speedups(half) == {}
+    assert published.table(half) == [("attention", n) for n in (2, 5, 10, 15)] + [("mlp", 5), ("block", 5)]
+    for kind, number in published.table(half):
+        assert len(getattr(half.mask(kind, number), "mlp" if kind == "mlp" else "attention")) == number
+
+
+def test_its_own_depth_is_no_other_depth():
+    assert find("mistral-7b", num_layers=32) == find("mistral-7b")
 
 
 def test_another_depth_keeps_the_layers():
