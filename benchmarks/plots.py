@@ -2,9 +2,9 @@
 
     python benchmarks/plots.py [--results benchmarks/results] [--out benchmarks/results]
 
-speedup.svg: speedup by sublayers dropped, with what is predicted as a band. context.svg: decode
-tokens/s by context. fits.svg: sequences that fit into the KV cache. latency.svg: time per token by requests at once.
-ttft.svg: time to first token by requests per second.
+RESULT-speedup.svg: speedup by sublayers dropped, with what is predicted as a band. -context.svg: decode tokens/s by
+context. -fits.svg: sequences that fit into the KV cache. -latency.svg: time per token by requests at once. -ttft.svg:
+time to first token by requests per second.
 Each is made from the result files that hold what it needs; what is missing is said.
 """
 
@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from benchmarks.options import ending
 from benchmarks.record import RESULTS
+from benchmarks.workloads import PAPER
 from llmdrop_vllm import InputError
+from llmdrop_vllm.artifacts import write_atomically
+from llmdrop_vllm.report.style import as_svg, styled
 
 # Okabe and Ito's colours, which colour-blind people tell apart; markers and line styles say the same again.
 STYLES: dict[str, dict[str, Any]] = {
@@ -34,6 +35,12 @@ LIMIT = {"color": "#009E73", "alpha": 0.3}
 Lines = Sequence[Mapping[str, Any]]
 
 
+def lines_of(result: Mapping[str, Any], benchmark: str, workload: str | None = None) -> Lines:
+    """Those of a result of this benchmark, or of one workload in it; none of another benchmark's."""
+    lines: Lines = result["lines"] if result.get("benchmark") == benchmark else ()
+    return [each for each in lines if workload is None or each["workload"]["name"] == workload]
+
+
 def speedup_by_dropped(result: Mapping[str, Any], axes: Axes) -> None:
     """Speedup of the whole workload, attention sublayers only."""
     kept = [each for each in result["lines"] if not each["mlp_dropped"] and each["variant"] in ("vLLM", "llmdrop")]
@@ -42,13 +49,7 @@ def speedup_by_dropped(result: Mapping[str, Any], axes: Axes) -> None:
     limit = [each["total"]["predicted_speedup"] for each in lines]
     measured = [each["total"]["speedup"] for each in lines]
     spread = [each["total"]["spread"] / 2 for each in lines]
-    axes.fill_between(
-        dropped,
-        [0.95 * each for each in limit],
-        limit,
-        label="predicted, and 5% below",
-        **LIMIT,
-    )
+    axes.fill_between(dropped, [0.95 * each for each in limit], limit, label="predicted, and 5% below", **LIMIT)
     style = STYLES["llmdrop"]
     axes.errorbar(dropped, measured, yerr=spread, capsize=3, label="llmdrop, median and quartiles", **style)
     if published := [(each["attention_dropped"], s) for each in lines if (s := each.get("published_speedup"))]:
@@ -66,33 +67,37 @@ def style_of(line: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def by_workload(
     result: Mapping[str, Any],
+    lines: Lines,
     axes: Axes,
     x: Callable[[Mapping[str, Any]], float],
     y: Callable[[Mapping[str, Any]], float],
 ) -> None:
-    """A curve for each contender."""
-    for name in dict.fromkeys(each["contender"] for each in result["lines"]):
-        lines = sorted((each for each in result["lines"] if each["contender"] == name), key=x)
-        axes.plot([*map(x, lines)], [*map(y, lines)], label=name, **style_of(lines[0], result["layers"]))
+    """A curve for each contender, over workloads whose x multiplies from one to the next."""
+    for name in dict.fromkeys(each["contender"] for each in lines):
+        curve = sorted((each for each in lines if each["contender"] == name), key=x)
+        axes.plot([*map(x, curve)], [*map(y, curve)], label=name, **style_of(curve[0], result["layers"]))
     axes.set_ylim(bottom=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def decode_by_context(result: Mapping[str, Any], axes: Axes) -> None:
     """Decode tokens per second where the context grows."""
-    by_workload(result, axes, lambda each: each["workload"]["prompt_tokens"], lambda each: each["decode_tokens_per_s"])
-    axes.set_xscale("log", base=2)
-    batch = result["lines"][0]["workload"]["batch"]
+    lines = result["lines"]
+    by_workload(
+        result, lines, axes, lambda each: each["workload"]["prompt_tokens"], lambda each: each["decode_tokens_per_s"]
+    )
+    batch = lines[0]["workload"]["batch"]
     axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", title=f"{result['shape']}: {batch} requests at once")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def latency_by_load(result: Mapping[str, Any], axes: Axes) -> None:
     """Median time per output token of the paper's requests."""
-    paper = {**result, "lines": [each for each in result["lines"] if each["workload"]["name"] == "paper"]}
-    by_workload(paper, axes, lambda each: each["workload"]["batch"], lambda each: 1e3 * each["tpot_s"]["median"])
-    axes.set_xscale("log", base=2)
+    paper = lines_of(result, "throughput", PAPER.name)
+    by_workload(
+        result, paper, axes, lambda each: each["workload"]["batch"], lambda each: 1e3 * each["tpot_s"]["median"]
+    )
     axes.set(xlabel="requests at once", ylabel="time per output token, ms (median)", title=result["shape"])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def ttft_under_load(result: Mapping[str, Any], axes: Axes) -> None:
@@ -114,7 +119,7 @@ def ttft_under_load(result: Mapping[str, Any], axes: Axes) -> None:
     axes.set_title(
         f"{result['shape']}: requests of {workload['prompt_tokens']} + {workload['output_tokens']} tokens; the same KV "
         f"memory holds {' or '.join(map(str, fits.values()))}",
-        fontsize=10,
+        fontsize=13,
     )
 
 
@@ -133,35 +138,26 @@ def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
     )
 
 
-def _count(result: Mapping[str, Any], *keys: str) -> int:
-    """How many values a key has among the lines of a throughput result."""
-    if result.get("benchmark") != "throughput":
-        return 0
-    found = set()
-    for line in result["lines"]:
-        value: Any = line
-        for key in keys:
-            value = value[key]
-        found.add(value)
-    return len(found)
+def drops_differ(result: Mapping[str, Any]) -> bool:
+    """Whether one workload was measured at three numbers of attention sublayers dropped or more."""
+    lines = lines_of(result, "throughput")
+    return len({each["label"] for each in lines}) == 1 and len({each["attention_dropped"] for each in lines}) > 2
 
 
-def _name(result: Mapping[str, Any]) -> str | None:
-    return result["lines"][0]["workload"]["name"] if result.get("benchmark") == "throughput" else None
+def batches_differ(result: Mapping[str, Any]) -> bool:
+    """Whether the paper's requests were measured in several numbers at once."""
+    return len({each["workload"]["batch"] for each in lines_of(result, "throughput", PAPER.name)}) > 1
 
 
-def _has_rates(result: Mapping[str, Any]) -> bool:
-    return result.get("benchmark") == "load" and any(line["rate_per_s"] for line in result["lines"])
-
-
+# What a picture's name ends in, what it needs, how it is painted, and whether a result has what it needs.
 PICTURES: tuple[
     tuple[str, str, Callable[[Mapping[str, Any], Axes], None], Callable[[Mapping[str, Any]], bool]], ...
 ] = (
-    ("speedup", "a run with --table paper", speedup_by_dropped, lambda r: _count(r, "attention_dropped") > 2),
-    ("context", "a run with --contexts", decode_by_context, lambda r: _name(r) == "context"),
-    ("latency", "a run over all workloads", latency_by_load, lambda r: _count(r, "workload", "batch") > 1),
-    ("ttft", "a run of load.py", ttft_under_load, _has_rates),
-    ("fits", "kv_capacity.json", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
+    ("speedup", "a run with --table paper", speedup_by_dropped, drops_differ),
+    ("context", "a run with --contexts", decode_by_context, lambda r: bool(lines_of(r, "throughput", "context"))),
+    ("latency", "a run over all workloads", latency_by_load, batches_differ),
+    ("ttft", "a run of load.py", ttft_under_load, lambda r: any(each["rate_per_s"] for each in lines_of(r, "load"))),
+    ("fits", "a run of kv_capacity.py", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
 )
 
 
@@ -173,15 +169,14 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
         if not suitable:
             print(f"no {picture} picture: it needs {needed}")
         for name, result in suitable.items():
-            figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-            paint(result, axes)
-            axes.grid(alpha=0.3)
-            # Below the axes, where it covers nothing.
-            figure.legend(loc="outside lower center", ncols=2, frameon=False)
-            figure.text(0.995, 0.005, result["machine"], ha="right", va="bottom", fontsize=6, color="#777777")
-            drawn.append(out / f"{name}-{picture}.svg")
-            figure.savefig(drawn[-1], metadata={"Date": None})
-            plt.close(figure)
+            with styled():
+                figure = Figure(figsize=(9.1, 6.2), layout="constrained")
+                paint(result, figure.subplots())
+                # Below the axes, where it covers nothing.
+                figure.legend(loc="outside lower center", ncols=2)
+                figure.text(0.995, 0.005, result["machine"], ha="right", va="bottom", fontsize=8, color="#777777")
+                drawn.append(out / f"{name}-{picture}.svg")
+                write_atomically(drawn[-1], as_svg(figure))
     return drawn
 
 
@@ -190,11 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    try:
+    with ending("plots"):
         results = {path.stem: read(path) for path in sorted(args.results.glob("*.json"))}
-    except InputError as error:
-        raise SystemExit(f"plots: error: {error}") from None
-    print(json.dumps({"pictures": [str(path) for path in draw(results, args.out)]}))
+        print(json.dumps({"pictures": [str(path) for path in draw(results, args.out)]}))
 
 
 def read(path: Path) -> Mapping[str, Any]:
