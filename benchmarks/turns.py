@@ -1,6 +1,7 @@
 """Contenders in turn: plan, predict, measure, one result line for each contender and workload."""
 
 import math
+import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -120,12 +121,14 @@ def lines(
 
 
 def interleaved(plan: Plan, workload: Workload, processes: dict[Contender, Process]) -> dict[Contender, list[Run]]:
-    """Rounds in which each has a turn, in an order that changes; the first round warms up and does not count."""
+    """Rounds in which each has a turn, in random order: whoever had the turn before left the caches as they are.
+
+    The first round warms up and does not count.
+    """
     runs = defaultdict(list)
-    order = [*processes]
     for turn in range(plan.repeats + 1):
         prompts = workload.prompts(plan.shape.config["vocab_size"], seed=turn)
-        for contender in order if turn % 2 else order[::-1]:
+        for contender in random.Random(turn).sample([*processes], len(processes)):
             reply = processes[contender].ask("run", prompts=prompts, tokens=workload.output_tokens)
             if turn:
                 runs[contender].append(Run.of(reply, workload))
@@ -153,14 +156,15 @@ def speedups(
     return found
 
 
-def against_rivals(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How much faster the plugin is than others with the same mask, at worst."""
+def against_rivals(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How much faster the plugin is than others with the same mask, round by round, where it is so the least."""
     ours = {(line["label"], line["contender"].partition(", ")[2]): line for line in found if line["variant"] == OURS}
-    worst: dict[str, float] = {}
+    worst: dict[str, dict[str, Any]] = {}
     for line in found:
         mine = ours.get((line["label"], line["contender"].partition(", ")[2]))
         if mine is None or line["variant"] == OURS:
             continue
         key = line["variant"] if line["variant"] == NO_OP else f"{line['variant']}, batch {line['workload']['batch']}"
-        worst[key] = min(worst.get(key, math.inf), line["total_s"] / mine["total_s"])
+        compared = Comparison.of(line["total_s_of_runs"], mine["total_s_of_runs"]).record() | {"label": line["label"]}
+        worst[key] = min(worst.get(key, compared), compared, key=lambda each: each["speedup"])
     return worst
