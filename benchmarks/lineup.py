@@ -93,7 +93,7 @@ class Lineup:
         """The sitting's processes, loaded and checked; those that fail to load are skipped, but not the baseline."""
         with ExitStack() as stack:
             found = {}
-            for contender in sitting:
+            for contender in (each for each in sitting if each.name not in self.skipped):
                 plugin, device = contender.variant in (OURS, TRANSFORMERS), self.settings.device
                 try:
                     options = self.options(contender)

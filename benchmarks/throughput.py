@@ -28,6 +28,7 @@ from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
+from llmdrop_vllm.options import count
 
 SMOKE = {"shape": "smoke", "attention": [2], "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
 
@@ -59,7 +60,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, tuple[Workload, ...]]:
     if args.contexts:
         settings = undisturbed_decode(at_contexts(args.contexts), shape, settings, args)
     scale = args.scale if args.scale is not None else (1 if settings.device == "cuda" else 1 / 32)
-    plan = Plan(shape, settings, options.masks(args, shape), args.repeats, tuple(args.without))
+    plan = Plan(shape, settings, options.masks(args, shape), args.repeats, tuple(args.without), args.processes)
     work = workload_list(args, plan, scale)
     for each in work:
         plan.check_fits(each)
@@ -79,11 +80,14 @@ def run(args: argparse.Namespace, directory: Path) -> None:
         flush=True,
     )
     lineup = Lineup(plan.shape, settings, write_random(directory / "full", plan.shape, settings.dtype))
-    found = []
-    for line in measure(plan, lineup):
-        found.append(line | published_speedup(plan.shape, line))
-        show(line)
-    write(args.out, plan, lineup, found)
+    found: list[dict[str, Any]] = []
+    try:
+        for line in measure(plan, lineup):
+            found.append(line | published_speedup(plan.shape, line))
+            show(line)
+    finally:  # what was measured is kept where a contender died, or the user lost patience
+        if found:
+            write(args.out, plan, lineup, found)
 
 
 def published_speedup(shape: Shape, line: dict[str, Any]) -> dict[str, float]:
@@ -100,6 +104,7 @@ def write(out: Path | None, plan: Plan, lineup: Lineup, found: Sequence[dict[str
         **plan.description(),
         "ceilings": asdict(plan.ceilings),
         "skipped": lineup.skipped,
+        "not_measured": [each.label for each in plan.work if each.label not in {line["label"] for line in found}],
         "worst_ratio_to_limit": min(line["total"]["ratio"] for line in found),
         "to_explain": [
             f"{line['label']}: {line['contender']}, ratio {line['total']['ratio']:.2f}"
@@ -131,6 +136,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     contexts = "instead: decode at contexts of so many tokens, batch 4"
     work.add_argument("--contexts", type=options.numbers, metavar="N[,N]", help=contexts)
     parser.add_argument("--scale", type=float, help="of the workloads' tokens; default: 1 on a GPU, 1/32 on a CPU")
+    parser.add_argument("--processes", type=count, default=1, help="of each, in turn: some are lucky for life")
     others = (OURS, NO_OP, TRANSFORMERS)  # the baseline is always there
     parser.add_argument("--without", action="append", default=[], choices=others, help="may be repeated")
     args = parser.parse_args(arguments)

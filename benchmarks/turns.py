@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
 
 # vLLM's defaults.
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
+Runs = dict[Contender, list[Run]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
     masks: dict[str, DropMask]
     repeats: int
     without: tuple[str, ...]
+    processes: int = 1
     work: tuple[Workload, ...] = ()
     ceilings: Ceilings = Ceilings(1, 1)
 
@@ -65,7 +67,7 @@ class Plan:
 
     def seconds(self) -> float:
         """At least so long will all runs take, warm-up included."""
-        rounds = self.repeats + 1
+        rounds = self.processes * (self.repeats + 1)
         return rounds * sum(self.prediction(each.mask, one).total_s for each in self.line() for one in self.work)
 
     def description(self) -> dict[str, Any]:
@@ -76,6 +78,7 @@ class Plan:
             "masks": {label: {"attention": mask.attention, "mlp": mask.mlp} for label, mask in self.masks.items()},
             "settings": asdict(self.settings),
             "repeats": self.repeats,
+            "processes": self.processes,
         }
 
 
@@ -89,22 +92,29 @@ def with_room_for(requests: int, workload: Workload, shape: Shape, settings: Set
 
 
 def measure(plan: Plan, lineup: Lineup) -> Iterator[dict[str, Any]]:
-    """A line for each contender and workload, as soon as it is there."""
+    """A line for each contender and workload, as soon as it is there.
+
+    Each sitting is held by so many `processes` of each in turn: the memory that one got makes it faster or slower for
+    life.
+    """
     line = plan.line()
     available = free_bytes(plan.settings.device)
     sittings = lineup.sittings(line, available)
     lineup.make_references(dict.fromkeys(each.mask for each in line), line, available)
     for sitting in sittings:
-        with lineup.seated(sitting) as processes:
-            for workload in plan.work:
-                yield from lines(plan, lineup, workload, processes)
+        runs: dict[Workload, Runs] = {workload: defaultdict(list) for workload in plan.work}
+        for number in range(plan.processes):
+            with lineup.seated(sitting) as processes:
+                for workload in plan.work:
+                    interleave(plan, workload, processes, runs[workload], seed=number * (plan.repeats + 1))
+                    if number == plan.processes - 1:
+                        yield from lines(plan, lineup, workload, processes, runs[workload])
 
 
 def lines(
-    plan: Plan, lineup: Lineup, workload: Workload, processes: dict[Contender, Process]
+    plan: Plan, lineup: Lineup, workload: Workload, processes: Mapping[Contender, Process], runs: Runs
 ) -> Iterator[dict[str, Any]]:
-    """One workload, by everyone in turn."""
-    runs = interleaved(plan, workload, processes)
+    """One workload, by everyone who has run it."""
     baseline, *_ = processes
     for contender, process in processes.items():
         yield {
@@ -120,19 +130,17 @@ def lines(
         }
 
 
-def interleaved(plan: Plan, workload: Workload, processes: dict[Contender, Process]) -> dict[Contender, list[Run]]:
+def interleave(plan: Plan, workload: Workload, processes: Mapping[Contender, Process], runs: Runs, seed: int) -> None:
     """Rounds in which each has a turn, in random order: whoever had the turn before left the caches as they are.
 
-    The first round warms up and does not count.
+    The first round warms up and does not count; the others are added to `runs`.
     """
-    runs = defaultdict(list)
     for turn in range(plan.repeats + 1):
-        prompts = workload.prompts(plan.shape.config["vocab_size"], seed=turn)
-        for contender in random.Random(turn).sample([*processes], len(processes)):
+        prompts = workload.prompts(plan.shape.config["vocab_size"], seed=seed + turn)
+        for contender in random.Random(seed + turn).sample([*processes], len(processes)):
             reply = processes[contender].ask("run", prompts=prompts, tokens=workload.output_tokens)
             if turn:
                 runs[contender].append(Run.of(reply, workload))
-    return runs
 
 
 def speedups(
