@@ -77,8 +77,9 @@ def engine_cores() -> list[int]:
 
 
 def leave_a_core() -> dict[str, str]:
-    """Environment for an engine on a CPU that keeps to its cores."""
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, engine_cores()))}
+    """Environment for an engine on a CPU that keeps to its cores, unless the user has chosen other ones."""
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    return {name: os.environ.get(name) or ",".join(map(str, engine_cores()))}
 
 
 @contextmanager
