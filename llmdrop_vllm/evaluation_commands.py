@@ -24,7 +24,9 @@ LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
 def evaluate(args: Namespace) -> None:
     """`llmdrop evaluate`."""
-    check_new(args.out, args.overwrite)
+    details = args.out.with_suffix(".lm-eval.json")
+    for path in (args.out, details):
+        check_new(path, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     full = Checkpoint.open(args.full) if args.full else None
     file = given_mask(args, checkpoint)
@@ -32,8 +34,10 @@ def evaluate(args: Namespace) -> None:
     mask = checkpoint.mask if file is None else file.mask
     found, raw = evaluate_checkpoint(checkpoint, mask, measures, settings, full=full)
     write_record(found, args.out)
-    if raw is not None:
-        write_results(raw, args.out.with_suffix(".lm-eval.json"))
+    if raw is None:
+        details.unlink(missing_ok=True)  # of the measurements that were replaced
+    else:
+        write_results(raw, details)
     show_evaluation(found)
     print(f"written to {args.out}")
     _refuse_skipped(measures)

@@ -21,6 +21,8 @@ from llmdrop_vllm.quiet import only_from
 OWN_TASKS = Path(__file__).with_name("tasks")
 # What stands for a task's result, the first that it has; any other metric only where it has none of these.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "pass@1")
+# Between 0 and 100, or edits: they would be averaged with shares as if they were some.
+NO_SHARES = ("bleu", "chrf", "ter")
 FEWSHOT_SEED, BOOTSTRAPS = 1234, 1000  # lm-eval's own default; for metrics whose standard error is not a formula
 KINDS: Mapping[str, TaskKind] = {"multiple_choice": "multiple choice", "generate_until": "generation"}
 
@@ -82,6 +84,8 @@ def find_tasks(names: Sequence[str]) -> Harness:
                 continue
             if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
                 skipped[name] = "it would run code that the model writes"
+            elif not any(_is_share(*each) for task in tasks.values() for each in task.higher_is_better().items()):
+                skipped[name] = "none of its metrics is a score between 0 and 1"
             for task in tasks:
                 if holders.setdefault(task, name) != name:
                     raise DataError(f"task {task} is in {holders[task]} and in {name}; expected it once")
@@ -110,8 +114,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _score(results: Mapping[str, Any], task: str) -> TaskScore:
     """Of one task, or of a group as lm-eval sums it up."""
-    metrics, leaves, found = results["results"][task], _leaves(results, task), _metrics(results, task)
-    key = next((key for metric in METRICS for key in found if key.split(",")[0] == metric), found[0])
+    metrics, leaves = results["results"][task], _leaves(results, task)
+    better = results["higher_is_better"].get(task, {})
+    names = {key: key.partition(",")[0] for key in _metrics(results, task)}
+    usual = [key for metric in METRICS for key, name in names.items() if name == metric]
+    shares = [key for key, name in names.items() if _is_share(name, better.get(name))]
+    key = [*usual, *shares, *names][0]
     metric, _, chosen_filter = key.partition(",")
     stderr = metrics.get(f"{metric}_stderr,{chosen_filter}")
     return TaskScore(
@@ -123,6 +131,11 @@ def _score(results: Mapping[str, Any], task: str) -> TaskScore:
         chance=_chance(results, leaves),
         samples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
     )
+
+
+def _is_share(metric: str, higher_is_better: bool | None) -> bool:
+    """Whether a metric is between 0 and 1, the more the better, as far as lm-eval says: most that it has are."""
+    return higher_is_better is not False and metric not in NO_SHARES
 
 
 def _metrics(results: Mapping[str, Any], task: str) -> list[str]:

@@ -53,6 +53,17 @@ def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_pa
     assert f"{task.value:.1%}" in shown
 
 
+def test_evaluate_leaves_no_task_results_beside_measurements_that_have_none(tmp_path, capsys):
+    out, details = tmp_path / "full.json", tmp_path / "full.lm-eval.json"
+    details.write_text("of another run")
+    command = ["evaluate", str(MODEL), *QUICK, "--divergence-tokens", "0", "--out", str(out)]
+    assert main(command) == 1
+    assert error_of(capsys).startswith(f"llmdrop: error: {details} exists")
+    assert main([*command, "--overwrite"]) == 0
+    assert out.exists()
+    assert not details.exists()
+
+
 def test_evaluate_skips_a_task_out_of_reach_and_says_so_in_the_file_and_the_exit_status(tmp_path, capsys, monkeypatch):
     import datasets
 

@@ -120,6 +120,15 @@ def test_a_task_that_runs_what_the_model_writes_is_skipped(manager, monkeypatch)
     assert (found.tasks, found.skipped) == ((), {"llmdrop_name": "it would run code that the model writes"})
 
 
+@pytest.mark.parametrize("metric", ["bleu", "ter"])
+def test_a_task_without_a_score_between_0_and_1_is_skipped(manager, tmp_path, metric):
+    path = tmp_path / "tasks" / "llmdrop_name.yaml"
+    path.write_text(path.read_text().replace("exact_match", metric))
+    found = find_tasks(["llmdrop_name", "llmdrop_docstring"])
+    assert found.tasks == ("llmdrop_docstring",)
+    assert found.skipped == {"llmdrop_name": "none of its metrics is a score between 0 and 1"}
+
+
 def test_the_rows_are_what_the_script_makes_of_the_held_out_text():
     rows = functions()
     assert [json.loads(line) for line in (OWN_TASKS / "choice.jsonl").read_text().splitlines()] == [*choice_rows(rows)]
