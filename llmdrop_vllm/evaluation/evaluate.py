@@ -57,11 +57,7 @@ def load_text(
     if Path(source).suffix.lower() != ".json":  # whose sequences are taken as they are
         context = context or min(DEFAULT_CONTEXT, (most or DEFAULT_CONTEXT + 1) - 1)
         windows = windows or DEFAULT_WINDOWS
-    try:
-        found = load_calibration(checkpoint, source, samples=windows, seq_len=context, fewer=fewer)
-    except DataError as error:
-        # In `llmdrop sweep`, the options that it names are those of the text to score with.
-        raise DataError(str(error).replace("--samples", "--windows").replace("--seq-len", "--context")) from None
+    found = load_calibration(checkpoint, source, samples=windows, seq_len=context, fewer=fewer)
     if found.identity.seq_len is None:
         raise DataError(f"{source} holds sequences of different lengths; perplexity needs them to be of one")
     return found, found.identity.seq_len

@@ -80,11 +80,13 @@ def load_calibration(
 
 
 def _check_sizes(samples: int | None, seq_len: int | None, seed: int, context: int | None) -> None:
-    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2), ("--seed", seed, 0)):
+    # In words: the command's options for them are not the same everywhere.
+    asked = (("number of sequences", samples, 1), ("tokens in a sequence", seq_len, 2), ("seed", seed, 0))
+    for name, value, least in asked:
         if value is not None and value < least:
-            raise DataError(f"{name} is {value}; expected at least {least}")
+            raise DataError(f"{name}: {value} asked; expected at least {least}")
     if seq_len and context and seq_len > context:
-        raise DataError(f"--seq-len is {seq_len}; the model's context is {context} tokens")
+        raise DataError(f"sequences of {seq_len} tokens asked; the model's context is {context} tokens")
 
 
 def _kind(data: str) -> str:
@@ -130,8 +132,8 @@ def _token_ids(
         raise DataError(f"{path} holds {len(found)} sequences; {samples or 'at least 1'} asked")
     for row, ids in enumerate(found := found[:samples]):
         if seq_len and len(ids) != seq_len:
-            problem = f"sequence {row} (from 0) has {len(ids)} token ids, --seq-len asks for {seq_len}"
-            raise DataError(f"{path}: {problem}; token ids are used as they are: leave --seq-len out")
+            problem = f"sequence {row} (from 0) has {len(ids)} token ids, and {seq_len} were asked"
+            raise DataError(f"{path}: {problem}; token ids are used as they are: ask for no length")
     return [np.array(ids, np.int64) for ids in found]
 
 
@@ -145,7 +147,7 @@ class _Encoder:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        directory, remedy = self.checkpoint.directory, "give token ids instead (--data with a .json list of lists)"
+        directory, remedy = self.checkpoint.directory, "give token ids instead, in a .json list of lists"
         if not any(file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
             raise DataError(f"{directory} has no tokenizer; {remedy}")
         try:
@@ -187,7 +189,7 @@ def _windows(encoder: _Encoder, kind: str, data: str, samples: int, seq_len: int
     count = len(token_ids) // seq_len
     if count < least:
         found = f"{count} sequences of {seq_len} tokens ({len(token_ids):,} tokens)"
-        remedy = f"give more data, or {f'--samples {count} or ' if count else ''}a shorter --seq-len"
+        remedy = f"give more data, or ask for {f'{count}, or for ' if count else ''}shorter ones"
         raise DataError(f"{data} holds {found}; {least} asked; {remedy}")
     windows = token_ids[: count * seq_len].reshape(count, seq_len)
     samples = min(count, samples)

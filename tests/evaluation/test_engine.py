@@ -144,7 +144,7 @@ def test_short_text_gives_the_windows_that_it_has(checkpoint, tmp_path):
     ("content", "context", "windows", "message"),
     [
         ("short text", 64, None, "holds 0 sequences of 64 tokens"),
-        ("word " * 100, 64, 50, r"50 asked; give more data, or --windows \d+ or a shorter --context"),
+        ("word " * 100, 64, 50, r"50 asked; give more data, or ask for \d+, or for shorter ones"),
         ("word " * 100, 1024, None, "--context is 1024; expected at most 1023"),
     ],
 )

@@ -65,7 +65,7 @@ def test_by_default_the_embedded_text_fills_256_windows_of_the_context(corpus):
 @pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "seq_length"])
 def test_the_context_has_each_architectures_own_name(key):
     config = {name: value for name, value in EMBEDDED.config.items() if name != "max_position_embeddings"}
-    with pytest.raises(DataError, match="--seq-len is 65; the model's context is 64 tokens"):
+    with pytest.raises(DataError, match="sequences of 65 tokens asked; the model's context is 64 tokens"):
         load_calibration(replace(EMBEDDED, config=config | {key: 64}), seq_len=65)
 
 
@@ -176,10 +176,10 @@ def test_token_ids_may_differ_in_length_and_need_no_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sizes", "message"),
     [
-        ("embedded", None, {"samples": 0}, "--samples is 0; expected at least 1"),
-        ("embedded", None, {"seq_len": 1}, "--seq-len is 1; expected at least 2"),
-        ("embedded", None, {"seed": -1}, "--seed is -1; expected at least 0"),
-        ("embedded", None, {"seq_len": 1025}, "--seq-len is 1025; the model's context is 1024"),
+        ("embedded", None, {"samples": 0}, "number of sequences: 0 asked; expected at least 1"),
+        ("embedded", None, {"seq_len": 1}, "tokens in a sequence: 1 asked; expected at least 2"),
+        ("embedded", None, {"seed": -1}, "seed: -1 asked; expected at least 0"),
+        ("embedded", None, {"seq_len": 1025}, "sequences of 1025 tokens asked; the model's context is 1024"),
         ("a.json", "[[1, 2], [3, 2048]]", {}, r"sequence 1, position 1 \(from 0\) is 2048: .*; expected .*, 0 to 2047"),
         ("a.json", "[[1, -1]]", {}, r"sequence 0, position 1 .* is -1"),
         ("a.json", "[[1, 2], [true, 2]]", {}, r"sequence 1, position 0 .* is True"),
@@ -193,7 +193,7 @@ def test_token_ids_may_differ_in_length_and_need_no_tokenizer(tmp_path):
         ("a.json", "[[1, 2]", {}, r"a.json: Invalid JSON"),
         ("a.json", "[]", {}, "holds 0 sequences; at least 1 asked"),
         ("a.json", "[[1, 2], [3, 4, 5]]", {"samples": 3}, "holds 2 sequences; 3 asked"),
-        ("a.json", "[[1, 2], [3, 4, 5]]", {"seq_len": 2}, "sequence 1 .* has 3 token ids, --seq-len asks for 2"),
+        ("a.json", "[[1, 2], [3, 4, 5]]", {"seq_len": 2}, "sequence 1 .* has 3 token ids, and 2 were asked"),
         ("a.txt", "ab\0c", {}, "a.txt is binary"),
         ("a.jsonl", '{"texts": "a"}', {}, r"a\.jsonl, line 1: Field required"),
         ("a.csv", "text\nabc", {}, r"a\.csv is a '\.csv' file; expected 'embedded', 'held-out', a \.txt, a \.jsonl"),
@@ -213,12 +213,12 @@ def test_what_cannot_be_used_is_named_before_tokenizing(tmp_path, monkeypatch, n
     assert len(str(error.value)) < 400 + len(name)
 
 
-@pytest.mark.parametrize(("text", "remedy"), [("a b c d " * 4, "--samples 1 or "), ("one two", "")])
+@pytest.mark.parametrize(("text", "remedy"), [("a b c d " * 4, "1, or for "), ("one two", "")])
 def test_too_little_text_says_how_much_there_is(tmp_path, text, remedy):
     (tmp_path / "a.txt").write_text(text)
     count = len(TOKENIZER.encode(text))
     found = f"holds {count // 16} sequences of 16 tokens ({count} tokens); 4 asked"
-    with pytest.raises(DataError, match=re.escape(f"{found}; give more data, or {remedy}a shorter --seq-len")):
+    with pytest.raises(DataError, match=re.escape(f"{found}; give more data, or ask for {remedy}shorter ones")):
         ids_of(tmp_path / "a.txt", **SMALL)
 
 
