@@ -12,7 +12,7 @@ from llmdrop_vllm.dialects import ON_DISK
 from llmdrop_vllm.errors import InputError
 
 # What brings the packages that not every installation has.
-EXTRAS = {"lm_eval": "eval", "matplotlib": "eval"}
+EXTRAS = {"lm_eval": ("eval",), "matplotlib": ("eval",), "vllm": ("cuda", "cpu")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _remedy(error: ModuleNotFoundError) -> str:
-    extra = EXTRAS.get((error.name or "").partition(".")[0])
-    if extra:
-        return f"pip install 'llmdrop-vllm[{extra}]'"
+    if extras := EXTRAS.get((error.name or "").partition(".")[0]):
+        return "pip install " + " or ".join(f"'llmdrop-vllm[{extra}]'" for extra in extras)
     return "an engine brings it along, or: pip install 'llmdrop-vllm[toolkit]'"
 
 

@@ -13,6 +13,7 @@ from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
 from llmdrop_server.mask_options import mask_entries
 from llmdrop_server.preflight import check_port, check_readable, read_keys
+from llmdrop_vllm import register
 from llmdrop_vllm.checkpoint import check_model_name
 from llmdrop_vllm.errors import InputError
 
@@ -35,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end. The exit status is 0 then, and 1 after an error or when the engine has died."""
     ours, theirs = parser().parse_known_args(argv)
     try:
+        register()  # refuses to, where there is no vLLM
         check_model_name(ours.model)
         check_readable([ours.api_key_file, *_ssl_files(ours).values()])
         check_port(ours.host, ours.port)
         arguments = vllm_arguments(ours, theirs)
         _set_environment(ours)
-    except InputError as error:
+    except (InputError, ImportError) as error:
         print(f"llmdrop: error: {error}", file=sys.stderr)
         return 1
     return _run_vllm(arguments)

@@ -147,6 +147,12 @@ def test_a_model_that_is_not_there(refused):
     assert line == f"llmdrop: error: ./nowhere {expected}"
 
 
+def test_no_engine(refused, monkeypatch):
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'llmdrop-vllm[cuda]'" in refused(MODEL)
+
+
 def test_a_port_in_use(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
