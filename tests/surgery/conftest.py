@@ -4,8 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
-from tests.surgery.files import split
+from tests.surgery.files import split, token_file
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Calibration]:
+    """An untouched checkpoint of 8 layers, and token ids in sequences of different lengths."""
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoint = Checkpoint.open(write_checkpoint(directory / "model", TINY_LLAMA))
+    return checkpoint, load_calibration(checkpoint, token_file(directory / "data.json", (20, 20, 20, 33, 7)))
 
 
 @pytest.fixture

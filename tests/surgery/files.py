@@ -1,6 +1,7 @@
 """Checkpoints in several files, and what is in a directory byte for byte."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,10 @@ def truncate(directory: Path) -> None:
     """Cut the last byte off the first shard."""
     path = directory / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def token_file(path: Path, lengths: Sequence[int], vocab_size: int = 256) -> str:
+    """Random token ids, the same each time, in sequences of these lengths."""
+    rng = np.random.default_rng(0)
+    path.write_text(json.dumps([rng.integers(0, vocab_size, length).tolist() for length in lengths]))
+    return str(path)
