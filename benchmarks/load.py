@@ -40,8 +40,8 @@ from benchmarks.workloads import Workload
 from llmdrop_vllm import InputError
 from llmdrop_vllm.options import count
 
-SMOKE = {"shape": "smoke", "rates": "80%,inf", "repeats": 2, "seconds": 1, "fit": 2, "prompt_tokens": 16}
-SMOKE |= {"output_tokens": 112, "attention": [2], "layers": None}
+SMOKE = {"shape": "smoke", "rates": "80%,inf", "repeats": 2, "seconds": 1, "fit": 2, "prompt_tokens": 120}
+SMOKE |= {"output_tokens": 8, "attention": [2], "layers": None}
 COLUMNS = ("requests/s sent", "contender", "served/s", "output tokens/s")
 COLUMNS += ("TTFT ms, median / p95", "TPOT ms, median / p95", "whole request ms, median / p95")
 COLUMNS += ("in the queue ms, mean", "preempted", "failed", "TTFT shorter", "whole request shorter", "more served")

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import Shape
@@ -93,8 +94,12 @@ def with_mask(full: Path, directory: Path, mask: DropMask, dialect: str) -> Path
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A word for each token, so that text has as many tokens as it has words, there and back."""
+    """A word for each token, so that text has as many tokens as it has words, there and back.
+
+    Nothing stands between the words: vLLM refuses text with more characters than the longest words could have.
+    """
     words = {f"w{token}": token for token in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = Split(Regex(r"w\d+"), "isolated")
+    tokenizer.decoder = Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
