@@ -1,7 +1,9 @@
 """Where this package meets vLLM's registries: model classes by architecture, and hooks that see a config first."""
 
+import torch
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
 from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
@@ -13,6 +15,10 @@ def register_with_vllm() -> None:
 
     The hook sees every architecture, because a mask on one that cannot drop must be refused, not ignored.
     """
+    if current_platform.is_cpu():
+        # vLLM's attention for CPUs uses AMX tiles without having asked Linux for them. A first prompt that is so short
+        # that nothing else has asked before would end the engine with an illegal instruction.
+        torch.cpu._init_amx()
     register_config()
     for architecture in BY_ARCHITECTURE:
         entry = ModelRegistry.models.get(architecture)

@@ -30,6 +30,8 @@ MASKS = {
 }
 STRIPPED = ("blocks, first and last layer", "all attention but one")
 KV_CACHE_BYTES = 1 << 26
+# On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
+FLOAT32 = {"attention_backend": "CPU_MLA"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +94,7 @@ def reference(architecture: str, mask: DropMask) -> list[float]:
 
 def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
     decoder = type(model_of(architecture).get_decoder())
-    with undecorated(decoder), engine(directory, kv_cache_memory_bytes=KV_CACHE_BYTES) as llm:
+    with undecorated(decoder), engine(directory, kv_cache_memory_bytes=KV_CACHE_BYTES, **FLOAT32) as llm:
         _, _, logprobs = greedy(llm, PROMPT, tokens=2)
         cache = llm.llm_engine.vllm_config.cache_config
         return logprobs, (cache.num_gpu_blocks, cache.block_size)
