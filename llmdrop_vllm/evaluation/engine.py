@@ -1,9 +1,9 @@
 """vLLM in this process for one mask at a time, and what is measured through it: likelihoods and speed."""
 
 import gc
-import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -15,7 +15,6 @@ from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.mask import DropMask
-from llmdrop_vllm.quiet import only_from
 from llmdrop_vllm.surgery.calibration import TokenIds
 
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
@@ -59,6 +58,8 @@ class EngineSettings:
             "enable_prefix_caching": False,
             "seed": 0,
             "use_tqdm_on_load": False,
+            # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
+            "log_level": "ERROR",
             **self.options,
             # Beside the user's own overrides, or the full model would be measured as the dropped one.
             "hf_overrides": {**self.options.get("hf_overrides", {}), **override},
@@ -132,20 +133,19 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
     # While an engine starts, vLLM looks for garbage many times: not among all modules that were ever imported.
     gc.collect()
     gc.freeze()
-    # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
-    with only_from(logging.ERROR, "vllm"):
-        try:
+    try:
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch's, on what vLLM does with it
             engine = Engine(checkpoint, mask, settings, harness=harness)
-        except ValueError as error:
-            raise InputError(f"vLLM does not start with {checkpoint.directory}: {error}") from error
-        _running.append(engine)
-        try:
-            yield engine
-        finally:
-            _running.remove(engine)
-            engine.close()
-            if not _running:
-                cleanup_dist_env_and_memory()
+    except ValueError as error:
+        raise InputError(f"vLLM does not start with {checkpoint.directory}: {error}") from error
+    _running.append(engine)
+    try:
+        yield engine
+    finally:
+        _running.remove(engine)
+        engine.close()
+        if not _running:
+            cleanup_dist_env_and_memory()
 
 
 def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:

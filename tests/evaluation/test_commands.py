@@ -51,6 +51,7 @@ def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_pa
     shown = capsys.readouterr().out
     assert f"{found.quality.perplexity.value:.3f}" in shown
     assert f"{task.value:.1%}" in shown
+    assert " INFO " not in shown  # vLLM's account of an engine that starts
 
 
 def test_evaluate_leaves_no_task_results_beside_measurements_that_have_none(tmp_path, capsys):
