@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmdrop_vllm.errors import InputError, MaskError
     from llmdrop_vllm.families import family_of
-    from llmdrop_vllm.mask import DropMask
+    from llmdrop_vllm.masks.mask import DropMask
 
 __version__ = "0.1.0"
 __all__ = ["DropMask", "InputError", "MaskError", "__version__", "family_of", "register"]

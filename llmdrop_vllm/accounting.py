@@ -5,7 +5,7 @@ from typing import Any
 
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.kv_groups import KVLayout, kv_layout
-from llmdrop_vllm.mask import DropMask, layer_count
+from llmdrop_vllm.masks.mask import DropMask, layer_count
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 

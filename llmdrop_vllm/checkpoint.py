@@ -13,7 +13,7 @@ from typing import Any, Self
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of, no_row
 from llmdrop_vllm.family import Family
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmdrop_vllm import __version__, options
-from llmdrop_vllm.dialects import ON_DISK
 from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.masks.dialects import ON_DISK
 
 # What brings the packages that not every installation has.
 EXTRAS = {"lm_eval": ("eval",), "matplotlib": ("eval",), "vllm": ("cuda", "cpu")}

@@ -25,7 +25,7 @@ from llmdrop_vllm.artifacts import (
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.console import show_inspection, show_scores, show_selection
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 from llmdrop_vllm.surgery.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery

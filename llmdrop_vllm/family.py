@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmdrop_vllm.mask import DropMask
+    from llmdrop_vllm.masks.mask import DropMask
 
 
 @dataclass(frozen=True)

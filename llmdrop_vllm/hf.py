@@ -20,11 +20,11 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.dialects import without_mask
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.family import Family, Sublayer
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.dialects import without_mask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.shards import VARIANT
 
 logger = logging.getLogger("llmdrop_vllm")

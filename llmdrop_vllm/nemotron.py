@@ -7,9 +7,9 @@ of them under another name; here it gets that name, and its own name back.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmdrop_vllm.dialects import block_entry
 from llmdrop_vllm.errors import CheckpointError, MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.dialects import block_entry
+from llmdrop_vllm.masks.mask import DropMask
 
 ARCHITECTURE, MODEL_TYPE = "DeciLMForCausalLM", "nemotron-nas"
 # What the model was called before, in the config of a checkpoint that was renamed.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.dialects import ON_DISK
+from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.shares import parse_share
 
 UNITS = ("", "k", "m", "g", "t")

@@ -12,8 +12,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
 # What stands on the ground: nothing of ours beneath, and no engine or framework.
 GROUND = {
     "llmdrop_vllm.errors": set(),
-    "llmdrop_vllm.dialects": {"llmdrop_vllm.errors"},
-    "llmdrop_vllm.mask": {"llmdrop_vllm.dialects", "llmdrop_vllm.errors"},
+    "llmdrop_vllm.masks.dialects": {"llmdrop_vllm.errors"},
+    "llmdrop_vllm.masks.mask": {"llmdrop_vllm.masks.dialects", "llmdrop_vllm.errors"},
     "llmdrop_vllm.family": set(),
     "llmdrop_vllm.families": {"llmdrop_vllm.family"},
 }

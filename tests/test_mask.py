@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdrop_vllm.dialects import WRITERS
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.dialects import WRITERS
+from llmdrop_vllm.masks.mask import DropMask
 
 # From the literature: (layers, attention in rank order, MLP in rank order).
 PUBLISHED = {

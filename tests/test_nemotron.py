@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Llama
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.nemotron import SOURCE, plain, renamed, warnings
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write

@@ -11,7 +11,7 @@ import torch
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.evaluation.records import Divergence, Estimate
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.calibration import TokenIds
 
 

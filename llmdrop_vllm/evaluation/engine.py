@@ -14,7 +14,7 @@ import numpy as np
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.calibration import TokenIds
 
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.

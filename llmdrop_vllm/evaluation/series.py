@@ -8,7 +8,7 @@ from typing import get_args
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.evaluation.records import Series, mask_id
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.candidates import Kind
 from llmdrop_vllm.surgery.orders import Deepest, LeastImportant, MostImportant, Order, Random
 from llmdrop_vllm.surgery.selection import Consecutive, Method, Ranked, select

@@ -29,7 +29,7 @@ from llmdrop_vllm.evaluation.records import (
 )
 from llmdrop_vllm.hf import transformers_config
 from llmdrop_vllm.locks import hold
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.inspection import count_parameters
 
 SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"

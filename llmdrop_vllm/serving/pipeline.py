@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 
 StageCost = Callable[[int, int], float]
 

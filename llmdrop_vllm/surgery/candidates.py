@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from llmdrop_vllm.artifacts import Scores
-from llmdrop_vllm.dialects import is_int
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_groups import KVLayout, kv_layout
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.dialects import is_int
+from llmdrop_vllm.masks.mask import DropMask
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
 NOUNS = {

@@ -21,7 +21,7 @@ from llmdrop_vllm.hf_weights import (
     is_converted,
     load_converted,
 )
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.shards import StoredTensor
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from llmdrop_vllm import nemotron
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.dialects import ON_DISK, without_mask
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.families import EXPLICIT_PREFIX
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.companions import companions

@@ -33,7 +33,7 @@ from llmdrop_vllm.artifacts import (
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.hf_weights import TORCH_DTYPES
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.surgery.calibration import Calibration
 from llmdrop_vllm.surgery.layers import LayerStream

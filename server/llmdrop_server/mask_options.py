@@ -6,7 +6,7 @@ from typing import Any
 
 from llmdrop_vllm.artifacts import MaskFile, Scores, read_record
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 
 LAYERS = re.compile(r"\d+(,\d+)*,?")
 

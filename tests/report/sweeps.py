@@ -12,7 +12,7 @@ from llmdrop_vllm.artifacts import (
     SublayerDiagnostics,
 )
 from llmdrop_vllm.evaluation.records import Divergence, Estimate, Series, TaskScore, mask_id, scores_id
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from tests.evaluation.sweeps import FINGERPRINT, WORKLOAD, measured, provenance, recorded
 
 TASKS = (

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from llmdrop_vllm.evaluation.records import Estimate
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.report.measures import (
     AGREEMENT,
     GENERATION,

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from tests.checkpoints import TINY_LLAMA
 
 # The mask and the smallest model of most tests here.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmdrop_vllm.artifacts import MaskRecord, Scores
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.orders import LeastImportant
 from llmdrop_vllm.surgery.selection import Ranked, select
 

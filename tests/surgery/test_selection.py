@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.orders import Deepest, LeastImportant, MostImportant, Random
 from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Ranked, select
 from tests.checkpoints import golden

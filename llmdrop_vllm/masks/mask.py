@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from llmdrop_vllm.dialects import DIALECTS, WRITERS, check_indices, is_int, rank_order
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.masks.dialects import DIALECTS, WRITERS, check_indices, is_int, rank_order
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 

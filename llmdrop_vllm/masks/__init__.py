@@ -1,0 +1,1 @@
+"""A mask is said and checked: which sublayers are gone, and the forms in which configs say so."""
