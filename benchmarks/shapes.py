@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from llmdrop_vllm import DropMask, InputError, MaskError
-from llmdrop_vllm.families import family_of
-from llmdrop_vllm.family import Family
+from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.architectures.family import Family
 
 Kind = Literal["attention", "mlp", "block"]
 

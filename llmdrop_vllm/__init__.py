@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmdrop_vllm.architectures.families import family_of
     from llmdrop_vllm.errors import InputError, MaskError
-    from llmdrop_vllm.families import family_of
     from llmdrop_vllm.masks.mask import DropMask
 
 __version__ = "0.1.0"

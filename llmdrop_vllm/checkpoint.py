@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
+from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of, no_row
-from llmdrop_vllm.family import Family
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.nemotron import plain
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors

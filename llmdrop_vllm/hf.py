@@ -19,10 +19,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.families import EXPLICIT_PREFIX, family_of
-from llmdrop_vllm.family import Family, Sublayer
 from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.shards import VARIANT

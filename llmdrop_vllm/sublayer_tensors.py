@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from llmdrop_vllm.family import Family, Sublayer
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.masks.mask import DropMask
 
 # A module has its weight under one of these names, quantized or not; scales and zero points it may have or not.

@@ -14,8 +14,8 @@ GROUND = {
     "llmdrop_vllm.errors": set(),
     "llmdrop_vllm.masks.dialects": {"llmdrop_vllm.errors"},
     "llmdrop_vllm.masks.mask": {"llmdrop_vllm.masks.dialects", "llmdrop_vllm.errors"},
-    "llmdrop_vllm.family": set(),
-    "llmdrop_vllm.families": {"llmdrop_vllm.family"},
+    "llmdrop_vllm.architectures.family": set(),
+    "llmdrop_vllm.architectures.families": {"llmdrop_vllm.architectures.family"},
 }
 FRAMEWORKS = {"torch", "transformers", "vllm", "lm_eval", "matplotlib"}
 # A room, and the rooms that it may not look into; what is left runs from the command line down to the mask.

@@ -13,7 +13,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from llmdrop_vllm.family import Family, Sublayer
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.kv_cache import KVBytes
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
-from llmdrop_vllm.families import family_of
+from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS

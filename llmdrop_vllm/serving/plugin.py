@@ -5,7 +5,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 
-from llmdrop_vllm.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
+from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
 from llmdrop_vllm.serving.nemotron_nas import register_config
 

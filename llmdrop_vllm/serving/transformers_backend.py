@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from llmdrop_vllm.family import Sublayer
+from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.serving.dropping import Dropping, Substitutes, SubstitutionError
 from llmdrop_vllm.serving.passthrough import DroppedPostNorm, ZeroSublayer
 

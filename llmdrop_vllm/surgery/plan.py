@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm import nemotron
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.families import EXPLICIT_PREFIX
 from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files

@@ -4,9 +4,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, MaskError
-from llmdrop_vllm.family import Family
 from llmdrop_vllm.masks.mask import DropMask, layer_count
 from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 

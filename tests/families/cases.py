@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.families import family_of
-from llmdrop_vllm.family import Family
+from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.architectures.family import Family
 
 LAYERS = 5
 # Given to every config class that has the attribute.

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.family import Family
+from llmdrop_vllm.architectures.family import Family
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

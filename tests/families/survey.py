@@ -18,8 +18,8 @@ import vllm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.models import registry
 
-from llmdrop_vllm.families import BY_ARCHITECTURE, FAMILIES
-from llmdrop_vllm.family import Family, Sublayer
+from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, FAMILIES
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from tests.families.cases import CASES
 
 README = Path(__file__).parents[2] / "README.md"

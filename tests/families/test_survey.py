@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from llmdrop_vllm.families import BY_ARCHITECTURE
+from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
 from tests.families import survey
 from tests.families.cases import CASES
 

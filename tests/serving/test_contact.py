@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 from vllm.plugins import load_general_plugins
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from llmdrop_vllm.families import BY_ARCHITECTURE
+from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
 from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
 from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer

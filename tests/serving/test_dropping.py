@@ -9,7 +9,7 @@ from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.family import Family, Sublayer
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.serving import dropping as module
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.weights import check_all_loaded

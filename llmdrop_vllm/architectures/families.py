@@ -6,7 +6,7 @@ Supporting a new architecture is one more row, or one more name in a row.
 
 from types import MappingProxyType
 
-from llmdrop_vllm.family import Family, Sublayer, attention
+from llmdrop_vllm.architectures.family import Family, Sublayer, attention
 
 PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
 

@@ -1,0 +1,1 @@
+"""How each architecture names the sublayers of its decoder layer; a new one is a row in `families.py`."""
