@@ -25,7 +25,7 @@ from benchmarks.record import add_out, finish
 from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
 from llmdrop_vllm.options import count
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.accounting import DTYPE_BYTES, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.memory.accounting import DTYPE_BYTES, kv_bytes_per_layer_token, kv_kinds
 
 CONTEXT_SAMPLES = 8
 

@@ -16,7 +16,7 @@ from benchmarks.memory import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.accounting import kept_layout, kv_bytes_per_layer_token
+from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
 
 # vLLM's defaults.
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}

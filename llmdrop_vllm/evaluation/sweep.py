@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmdrop_vllm.accounting import kept_layout
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
@@ -30,6 +29,7 @@ from llmdrop_vllm.evaluation.records import (
 from llmdrop_vllm.hf import transformers_config
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.accounting import kept_layout
 from llmdrop_vllm.surgery.inspection import count_parameters
 
 SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.kv_groups import KVLayout, kv_layout
 from llmdrop_vllm.masks.dialects import is_int
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.kv_groups import KVLayout, kv_layout
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
 NOUNS = {

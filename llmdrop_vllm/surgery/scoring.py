@@ -18,7 +18,6 @@ from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import __version__
-from llmdrop_vllm.accounting import kv_kinds
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
     Diagnostics,
@@ -34,6 +33,7 @@ from llmdrop_vllm.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.accounting import kv_kinds
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.surgery.calibration import Calibration
 from llmdrop_vllm.surgery.layers import LayerStream

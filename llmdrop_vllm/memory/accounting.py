@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.kv_groups import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, layer_count
+from llmdrop_vllm.memory.kv_groups import KVLayout, kv_layout
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
