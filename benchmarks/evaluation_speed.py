@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.record import add_out, finish
 from benchmarks.servers import MASK
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.record import RESULTS, add_out, finish
 from llmdrop_vllm.artifacts import Scores, read_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.divergence import Reference

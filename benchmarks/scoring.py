@@ -27,7 +27,7 @@ from benchmarks.memory import kernel_bytes
 from benchmarks.record import add_out, finish
 from benchmarks.shapes import Shape, find
 from benchmarks.weights import write_random, write_tokens
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.options import count
 from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score

@@ -22,7 +22,7 @@ from llmdrop_vllm.artifacts import (
     read_record,
     write_record,
 )
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.console import show_inspection, show_scores, show_selection
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
@@ -88,7 +88,7 @@ def convert(args: Namespace) -> None:
 
 def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
-    from llmdrop_vllm.surgery.inspection import inspect_checkpoint
+    from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype)
     if args.json:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.inspection import weights_dtype
 from llmdrop_vllm.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
 from llmdrop_vllm.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
@@ -17,7 +18,6 @@ from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.report import write_report
-from llmdrop_vllm.surgery.inspection import weights_dtype
 
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 

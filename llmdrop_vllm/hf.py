@@ -21,11 +21,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family, Sublayer
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.shards import VARIANT
 
 logger = logging.getLogger("llmdrop_vllm")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.surgery import scoring
 from tests.checkpoints import TINY_LLAMA, write_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from benchmarks.paper_findings import curve
 from llmdrop_vllm.artifacts import read_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL, held_out
 from llmdrop_vllm.embedded.corpus import documents
 from llmdrop_vllm.evaluation.engine import EngineSettings, running

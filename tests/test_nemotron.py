@@ -10,10 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.nemotron import SOURCE, plain, renamed, warnings
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.nemotron import SOURCE, plain, renamed, warnings
 from llmdrop_vllm.surgery.plan import plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint

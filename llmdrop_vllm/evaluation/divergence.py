@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.evaluation.records import Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.calibration import TokenIds

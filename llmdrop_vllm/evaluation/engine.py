@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.masks.mask import DropMask

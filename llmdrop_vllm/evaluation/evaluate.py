@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.artifacts import MaskRecord, ModelIdentity, Provenance
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running

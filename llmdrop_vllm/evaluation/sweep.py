@@ -10,7 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, make_directory, read_record, write_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.inspection import count_parameters
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running, speeds_in_turns
@@ -30,7 +31,6 @@ from llmdrop_vllm.hf import transformers_config
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kept_layout
-from llmdrop_vllm.surgery.inspection import count_parameters
 
 SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"
 NUM_ROUNDS = 3

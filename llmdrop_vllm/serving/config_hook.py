@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
-from llmdrop_vllm.checkpoint import check_complete, read_config
+from llmdrop_vllm.checkpoints.checkpoint import check_complete, read_config
+from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:

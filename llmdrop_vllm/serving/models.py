@@ -13,8 +13,8 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from llmdrop_vllm.configuration_nemotron_nas import NemotronNasConfig
+from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.masks.dialects import NEMOTRON_NO_OP, block_entry
 from llmdrop_vllm.serving.dropping import Dropping
 

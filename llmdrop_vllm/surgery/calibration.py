@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import held_out
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.surgery.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines

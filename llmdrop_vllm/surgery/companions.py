@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmdrop_vllm.checkpoint import OTHER_WEIGHTS, Checkpoint
-from llmdrop_vllm.shards import index_files
+from llmdrop_vllm.checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint
+from llmdrop_vllm.checkpoints.shards import index_files
 
 # Weights of another form or of the undropped model; next to dropped ones an engine might take them.
 LEFT_OUT = (*OTHER_WEIGHTS, "consolidated*", "*.onnx_data", "*.bin.index*.json", "*.safetensors.index*.json")

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.checkpoint import Checkpoint
-from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
-from llmdrop_vllm.hf_weights import (
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.hf_weights import (
     TORCH_DTYPES,
     checkpoint_tensors,
     declare_dtype,
@@ -21,8 +19,10 @@ from llmdrop_vllm.hf_weights import (
     is_converted,
     load_converted,
 )
+from llmdrop_vllm.checkpoints.shards import StoredTensor
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.shards import StoredTensor
 
 
 @dataclass(frozen=True)

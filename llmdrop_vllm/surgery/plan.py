@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm import nemotron
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints import nemotron
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
-from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.surgery.companions import companions
 from llmdrop_vllm.surgery.validation import checked_config, checked_mask, is_whole, output_projections
 

@@ -29,9 +29,9 @@ from llmdrop_vllm.artifacts import (
     SublayerDiagnostics,
     sha256,
 )
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
-from llmdrop_vllm.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kv_kinds
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing

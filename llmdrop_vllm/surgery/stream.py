@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from llmdrop_vllm.checkpoints.shards import StoredTensor, read_exactly
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.shards import StoredTensor, read_exactly
 from llmdrop_vllm.surgery.plan import OutputShard
 
 # Small enough to stay in a processor's cache between reading, looking and writing; enough of them that neither the

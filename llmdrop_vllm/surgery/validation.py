@@ -5,10 +5,10 @@ from collections.abc import Collection
 from typing import Any
 
 from llmdrop_vllm.architectures.family import Family
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.mask import DropMask, layer_count
-from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 
 
 def checked_mask(checkpoint: Checkpoint, mask: DropMask | None, *, may_be_empty: bool) -> DropMask:
@@ -54,7 +54,7 @@ def checked_config(checkpoint: Checkpoint, mask: DropMask) -> Any:
     from transformers import CONFIG_MAPPING
 
     from llmdrop_vllm import hf
-    from llmdrop_vllm.hf_weights import find_tensors
+    from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     if checkpoint.plain_config.get("model_type") not in CONFIG_MAPPING:
         return None

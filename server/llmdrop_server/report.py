@@ -9,11 +9,11 @@ from llmdrop_server import SCORES_ENVIRONMENT
 from llmdrop_server.schemas import Drop, Importance, Mask, Scores, Size
 from llmdrop_vllm import artifacts
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.checkpoints.inspection import count_parameters
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import dropped_config
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
-from llmdrop_vllm.surgery.inspection import count_parameters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

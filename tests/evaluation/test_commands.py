@@ -197,7 +197,7 @@ def test_recommend_shows_the_nearest_and_fails_where_nothing_meets_the_goal(swep
 
 def test_recommend_says_where_generation_was_not_measured(tmp_path, capsys):
     path = write_checkpoint(tmp_path / "model", TINY_LLAMA)
-    from llmdrop_vllm.checkpoint import Checkpoint
+    from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 
     found = sweep(point(DropMask(8, (1,)), generation=None, kv_share=0.5), full=point(DropMask(8), generation=None))
     request = found.request.model_copy(update={"fingerprint": Checkpoint.open(path).fingerprint})

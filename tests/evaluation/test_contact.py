@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.core_client import InprocClient
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.harness import METRICS, OWN_TASKS

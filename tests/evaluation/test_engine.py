@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Reference

@@ -7,7 +7,7 @@ import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL, held_out
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation import harness as harness_module

@@ -8,7 +8,7 @@ import pytest
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import Scores, read_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation import sweep as sweep_module

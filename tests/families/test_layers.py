@@ -5,7 +5,7 @@ import torch
 from transformers.utils import logging
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.surgery.layers import LayerStream
 from tests.families.cases import CASES, LAYERS
 

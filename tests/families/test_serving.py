@@ -15,8 +15,8 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from llmdrop_vllm import DropMask
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
-from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 from tests.engines import engine, greedy
 from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import skipping

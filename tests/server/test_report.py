@@ -12,9 +12,9 @@ from llmdrop_server.report import report
 from llmdrop_server.schemas import Drop
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import write_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.surgery.inspection import inspect_checkpoint
 from tests.families.cases import CASES
 from tests.surgery.scores import make_scores
 

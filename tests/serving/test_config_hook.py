@@ -15,7 +15,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.plugins import load_general_plugins
 
 from llmdrop_vllm import DropMask, family_of
-from llmdrop_vllm.checkpoint import check_complete
+from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_mask
 from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
 from tests.checkpoints import TINY_LLAMA
 

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.embedded.corpus import END, USER, documents
 from llmdrop_vllm.errors import CheckpointError, DataError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.plan import plan_surgery

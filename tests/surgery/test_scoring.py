@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import DropMask, hf
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.surgery import scoring, scratch
 from llmdrop_vllm.surgery.attention_probe import QUERIES_PER_SEQUENCE

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, OutputError
 from llmdrop_vllm.surgery import staging
 from llmdrop_vllm.surgery.plan import plan_surgery

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.shards import StoredTensor
 from llmdrop_vllm.surgery import stream
 from llmdrop_vllm.surgery.plan import OutputShard, plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.artifacts import MaskRecord, read_record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.surgery.plan import ON_DISK, plan_surgery
 from llmdrop_vllm.surgery.write import write_checkpoint as write

@@ -4,11 +4,11 @@ import torch
 from transformers import PretrainedConfig
 
 from llmdrop_vllm.artifacts import MaskRecord, Record
-from llmdrop_vllm.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.hf import model_class, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import DTYPE_BYTES, kept_layout, kv_bytes_per_layer_token
-from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 

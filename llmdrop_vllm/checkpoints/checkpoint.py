@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.nemotron import plain
+from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.nemotron import plain
-from llmdrop_vllm.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
-from llmdrop_vllm.sublayer_tensors import in_dropped_sublayer, missing_weights
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.

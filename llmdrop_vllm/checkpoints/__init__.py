@@ -1,0 +1,1 @@
+"""Model directories: what is in their files, whether it is whole, and what it weighs."""
