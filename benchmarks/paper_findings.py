@@ -21,11 +21,11 @@ from benchmarks.record import RESULTS, add_out, finish
 from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
+from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.records import Point, Sweep
 from llmdrop_vllm.evaluation.series import make_series
-from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score
 
 TASKS = "llmdrop_docstring,llmdrop_name"

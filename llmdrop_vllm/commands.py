@@ -24,9 +24,9 @@ from llmdrop_vllm.artifacts import (
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.console import show_inspection, show_scores, show_selection
+from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 from llmdrop_vllm.surgery.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative

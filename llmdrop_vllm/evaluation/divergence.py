@@ -10,9 +10,9 @@ import torch
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.calibration import TokenIds
 from llmdrop_vllm.evaluation.records import Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.calibration import TokenIds
 
 
 class Reference:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.calibration import TokenIds
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.calibration import TokenIds
 
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}

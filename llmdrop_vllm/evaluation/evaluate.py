@@ -6,13 +6,13 @@ from typing import Any
 
 from llmdrop_vllm.artifacts import MaskRecord, ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
 
 DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
 

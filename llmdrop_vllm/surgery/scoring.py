@@ -31,11 +31,11 @@ from llmdrop_vllm.artifacts import (
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
+from llmdrop_vllm.data.calibration import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kv_kinds
 from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
-from llmdrop_vllm.surgery.calibration import Calibration
 from llmdrop_vllm.surgery.layers import LayerStream
 from llmdrop_vllm.surgery.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
 from llmdrop_vllm.surgery.similarity import ResidualSums

@@ -6,9 +6,9 @@ import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
+from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
-from llmdrop_vllm.surgery.calibration import load_calibration
 from llmdrop_vllm.surgery.scoring import score
 from tests.families.cases import CASES, LAYERS
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.surgery.calibration import Calibration, load_calibration
+from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.surgery.files import split, token_file
 

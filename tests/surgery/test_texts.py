@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from llmdrop_vllm.data import texts
 from llmdrop_vllm.embedded.corpus import ASSISTANT, END, USER, Document
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.surgery import texts
 
 DOCUMENTS = [Document(f"subject {n}", f"question {n}", f"answer {n}") for n in range(100)]
 MIXED = "Ein Satz über Äpfel, 文字 und 🙂. " * 600

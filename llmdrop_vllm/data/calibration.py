@@ -12,9 +12,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
 from llmdrop_vllm.embedded import held_out
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.surgery.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
 
 EMBEDDED, HELD_OUT, DATASETS = "embedded", "held-out", "datasets"
 FILES = (".txt", ".jsonl", ".json")

@@ -1,0 +1,1 @@
+"""Text becomes token ids, the same ones each time."""
