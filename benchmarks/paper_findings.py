@@ -26,7 +26,7 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.records import Point, Sweep
 from llmdrop_vllm.evaluation.series import make_series
-from llmdrop_vllm.surgery.scoring import score
+from llmdrop_vllm.scoring.scoring import score
 
 TASKS = "llmdrop_docstring,llmdrop_name"
 TWIN_SERIES = ("attention", "mlp", "reverse")

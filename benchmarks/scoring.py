@@ -30,7 +30,7 @@ from benchmarks.weights import write_random, write_tokens
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.options import count
-from llmdrop_vllm.surgery.scoring import score
+from llmdrop_vllm.scoring.scoring import score
 
 CONTENDERS = ("llmdrop", "three passes", "three passes, all gaps")
 WIDTH = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}

@@ -121,7 +121,7 @@ def run_scoring(
     checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
 ) -> Scores:
     """Score with the arguments' device and dtype, hidden states beside `out`."""
-    from llmdrop_vllm.surgery.scoring import score as score_checkpoint
+    from llmdrop_vllm.scoring.scoring import score as score_checkpoint
 
     return score_checkpoint(
         checkpoint,
@@ -160,7 +160,7 @@ def _scored_or_kept(
 def _kept_scores(
     path: Path, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None
 ) -> Scores | None:
-    from llmdrop_vllm.surgery.scoring import precision
+    from llmdrop_vllm.scoring.scoring import precision
 
     try:
         scores = read_record(Scores, path)

@@ -10,7 +10,7 @@ import pytest
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
-from llmdrop_vllm.surgery import scoring
+from llmdrop_vllm.scoring import scoring
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 
 ROWS = 6

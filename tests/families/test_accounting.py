@@ -9,7 +9,7 @@ from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
-from llmdrop_vllm.surgery.scoring import score
+from llmdrop_vllm.scoring.scoring import score
 from tests.families.cases import CASES, LAYERS
 
 # Bytes of one token in one layer: 2 heads of 32 values, keys and values, unless the architecture says otherwise.

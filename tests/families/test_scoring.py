@@ -8,7 +8,7 @@ import torch
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
-from llmdrop_vllm.surgery.scoring import score
+from llmdrop_vllm.scoring.scoring import score
 from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import layers_of, skipping
 

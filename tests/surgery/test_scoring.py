@@ -12,9 +12,9 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.scoring.attention_probe import QUERIES_PER_SEQUENCE
+from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.surgery import scoring, scratch
-from llmdrop_vllm.surgery.attention_probe import QUERIES_PER_SEQUENCE
-from llmdrop_vllm.surgery.layers import LayerStream
 from tests.checkpoints import TINY_LLAMA, golden, write_checkpoint
 from tests.surgery.files import token_file
 

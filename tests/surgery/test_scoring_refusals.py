@@ -7,8 +7,8 @@ from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
+from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.surgery import scoring, scratch
-from llmdrop_vllm.surgery.layers import LayerStream
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 
 

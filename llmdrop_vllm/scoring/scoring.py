@@ -35,10 +35,10 @@ from llmdrop_vllm.data.calibration import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.accounting import kv_kinds
-from llmdrop_vllm.surgery.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
-from llmdrop_vllm.surgery.layers import LayerStream
-from llmdrop_vllm.surgery.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
-from llmdrop_vllm.surgery.similarity import ResidualSums
+from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
+from llmdrop_vllm.scoring.layers import LayerStream
+from llmdrop_vllm.scoring.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
+from llmdrop_vllm.scoring.similarity import ResidualSums
 
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
 # depths stays below this size on disk.
