@@ -27,10 +27,10 @@ from llmdrop_vllm.console import show_inspection, show_scores, show_selection
 from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.orders import Deepest, MostImportant, Random
+from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
+from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
+from llmdrop_vllm.selection.selection import select as select_mask
 from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
-from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
-from llmdrop_vllm.surgery.selection import select as select_mask
 from llmdrop_vllm.surgery.staging import check_free
 from llmdrop_vllm.surgery.write import check_destination, write_checkpoint
 

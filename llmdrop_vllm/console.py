@@ -9,7 +9,7 @@ from rich.table import Table
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
-from llmdrop_vllm.surgery.selection import Selection
+from llmdrop_vllm.selection.selection import Selection
 
 if TYPE_CHECKING:
     from llmdrop_vllm.checkpoints.inspection import Inspection

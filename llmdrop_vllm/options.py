@@ -70,7 +70,7 @@ def add_precision(command: Parser) -> None:
 
 
 def add_selection(command: Parser) -> None:
-    """The methods of `llmdrop_vllm.surgery.selection`."""
+    """The methods of `llmdrop_vllm.selection.selection`."""
     group = command.add_argument_group("what to drop (several may be combined)")
     for name, what in {
         "attention": "the N least important attention sublayers",

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, Provenance, Record, Scores, sha256
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.candidates import Kind
+from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 

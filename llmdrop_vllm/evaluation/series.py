@@ -9,9 +9,9 @@ from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.evaluation.records import Series, mask_id
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.candidates import Kind
-from llmdrop_vllm.surgery.orders import Deepest, LeastImportant, MostImportant, Order, Random
-from llmdrop_vllm.surgery.selection import Consecutive, Method, Ranked, select
+from llmdrop_vllm.selection.candidates import Kind
+from llmdrop_vllm.selection.orders import Deepest, LeastImportant, MostImportant, Order, Random
+from llmdrop_vllm.selection.selection import Consecutive, Method, Ranked, select
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ORDERS: dict[str, Order] = {

@@ -21,7 +21,7 @@ from llmdrop_vllm.report.style import (
     panels,
     scale,
 )
-from llmdrop_vllm.surgery.candidates import NOUNS
+from llmdrop_vllm.selection.candidates import NOUNS
 
 DROPPED = "number dropped (sublayers, or blocks)"
 

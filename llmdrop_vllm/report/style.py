@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llmdrop_vllm.evaluation.records import Estimate
-from llmdrop_vllm.surgery.candidates import Kind
+from llmdrop_vllm.selection.candidates import Kind
 
 # The page exchanges these two for its own, so that a picture follows its light or dark theme.
 INK, PAPER = "#1a1d1f", "#ffffff"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Point, Sweep
 from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TASK_MEASURES, Measure
-from llmdrop_vllm.surgery.candidates import NOUNS
+from llmdrop_vllm.selection.candidates import NOUNS
 
 PERPLEXITY_LIMIT_PERCENT = 5.0
 TASK_LIMIT_POINTS = 1.0

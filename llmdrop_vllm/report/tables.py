@@ -17,7 +17,7 @@ from llmdrop_vllm.report.measures import (
     percent,
 )
 from llmdrop_vllm.report.summary import main_curve, speedup_text, verdicts
-from llmdrop_vllm.surgery.candidates import NOUNS
+from llmdrop_vllm.selection.candidates import NOUNS
 
 DASH = "–"
 

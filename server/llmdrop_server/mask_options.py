@@ -54,7 +54,7 @@ def _count(kind: str, text: str, measured: Scores | None) -> int:
 
 
 def _least_important(measured: Scores, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    from llmdrop_vllm.surgery.selection import Ranked, select  # brings torch along
+    from llmdrop_vllm.selection.selection import Ranked, select  # brings torch along
 
     methods = [Ranked(kind, counts[kind]) for kind in ("attention", "mlp") if kind in counts]
     chosen = select(measured, *methods).mask if methods else measured.dropped.mask

@@ -4,8 +4,8 @@ from llmdrop_vllm import DropMask
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import mask_id
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, default_counts, make_series
-from llmdrop_vllm.surgery.orders import Deepest, Random
-from llmdrop_vllm.surgery.selection import Consecutive, Ranked, select
+from llmdrop_vllm.selection.orders import Deepest, Random
+from llmdrop_vllm.selection.selection import Consecutive, Ranked, select
 from tests.surgery.scores import make_scores
 
 ATTENTION = [0.90, 0.91, 0.95, 0.99, 0.98, 0.97, 0.96, 0.92]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from llmdrop_vllm.artifacts import MaskRecord, Scores
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.orders import LeastImportant
-from llmdrop_vllm.surgery.selection import Ranked, select
+from llmdrop_vllm.selection.orders import LeastImportant
+from llmdrop_vllm.selection.selection import Ranked, select
 
 FULL, SLIDING = "full", "sliding 4096"
 

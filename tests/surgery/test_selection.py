@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.orders import Deepest, LeastImportant, MostImportant, Random
-from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Ranked, select
+from llmdrop_vllm.selection.orders import Deepest, LeastImportant, MostImportant, Random
+from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
 from tests.checkpoints import golden
 from tests.surgery.scores import any_scores, make_scores, most
 

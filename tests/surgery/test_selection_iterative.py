@@ -4,7 +4,7 @@ import pytest
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.selection import Ranked, iterative, select
+from llmdrop_vllm.selection.selection import Ranked, iterative, select
 from tests.surgery.scores import FULL, SLIDING, make_scores
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.kv_groups import kv_layout
-from llmdrop_vllm.surgery.orders import Deepest, MostImportant, Random
-from llmdrop_vllm.surgery.selection import Consecutive, KVBudget, Ranked, select
+from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
+from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
 from tests.surgery.scores import FULL, SLIDING, any_scores, make_scores, most
 
 

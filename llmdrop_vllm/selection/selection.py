@@ -16,9 +16,9 @@ from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.dialects import check_indices
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.kv_groups import cheapest_without_padding, kv_layout
+from llmdrop_vllm.selection.candidates import Candidates, Kind, Unit
+from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share
-from llmdrop_vllm.surgery.candidates import Candidates, Kind, Unit
-from llmdrop_vllm.surgery.orders import LeastImportant, Order
 
 
 @dataclass(frozen=True)

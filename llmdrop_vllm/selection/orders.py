@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from llmdrop_vllm.surgery.candidates import Unit
+from llmdrop_vllm.selection.candidates import Unit
 
 
 class Order(Protocol):

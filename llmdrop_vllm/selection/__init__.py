@@ -1,0 +1,1 @@
+"""A mask is chosen by scores."""
