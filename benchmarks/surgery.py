@@ -25,9 +25,9 @@ from benchmarks.shapes import find
 from benchmarks.weights import write_random_apart
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.options import count
-from llmdrop_vllm.surgery import stream
-from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.writing import stream
+from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 
 
 def measure(plan: SurgeryPlan, directory: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import Shape
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 
 SHARD_BYTES = 2 * 10**9
 # A prime, so that tensors, which are cut from it one after the other, do not repeat each other.

@@ -30,9 +30,9 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
 from llmdrop_vllm.selection.selection import select as select_mask
-from llmdrop_vllm.surgery.plan import SurgeryPlan, plan_surgery
-from llmdrop_vllm.surgery.staging import check_free
-from llmdrop_vllm.surgery.write import check_destination, write_checkpoint
+from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
+from llmdrop_vllm.writing.staging import check_free
+from llmdrop_vllm.writing.write import check_destination, write_checkpoint
 
 
 def score(args: Namespace) -> None:

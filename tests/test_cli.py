@@ -55,7 +55,7 @@ def fail_to_write(monkeypatch, command):
     """Run a command while the disk is full."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "llmdrop_vllm.surgery.write._write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+            "llmdrop_vllm.writing.write._write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
         )
         assert main(command) == 1
 

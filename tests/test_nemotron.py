@@ -14,8 +14,8 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.nemotron import SOURCE, plain, renamed, warnings
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.serving.engine_process import run_job
 from tests.surgery.files import stored

@@ -14,8 +14,8 @@ from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 from tests.checkpoints import TINY_LLAMA
 from tests.checkpoints import write_checkpoint as write_tiny
 

@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import skipping
 

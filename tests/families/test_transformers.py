@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 from tests.families.cases import CASES, LAYERS, Case, model_of
 from tests.families.reference import skipping
 

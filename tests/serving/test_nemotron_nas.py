@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.engines import engine, greedy, kv_tokens
 

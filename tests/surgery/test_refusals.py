@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.surgery.files import MASK, SMALL, content, put_nan, truncate
 

@@ -11,9 +11,9 @@ import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, OutputError
-from llmdrop_vllm.surgery import staging
-from llmdrop_vllm.surgery.plan import plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing import staging
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import write_checkpoint
 from tests.surgery.files import MASK, SMALL, content, put_nan, split
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file as save_torch
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery import stream
-from llmdrop_vllm.surgery.plan import OutputShard, plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing import stream
+from llmdrop_vllm.writing.plan import OutputShard, plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.surgery.files import MASK, SMALL, stored
 

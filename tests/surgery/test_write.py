@@ -12,8 +12,8 @@ from llmdrop_vllm import hf
 from llmdrop_vllm.artifacts import MaskRecord, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.plan import ON_DISK, plan_surgery
-from llmdrop_vllm.surgery.write import write_checkpoint as write
+from llmdrop_vllm.writing.plan import ON_DISK, plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.engines import engine, greedy
 from tests.surgery.files import COMPANIONS, MASK, SMALL, add_companions, content, split, stored

@@ -13,8 +13,8 @@ from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.surgery.companions import companions
-from llmdrop_vllm.surgery.validation import checked_config, checked_mask, is_whole, output_projections
+from llmdrop_vllm.writing.companions import companions
+from llmdrop_vllm.writing.validation import checked_config, checked_mask, is_whole, output_projections
 
 NEMOTRON_CODE = Path(__file__).parents[1] / "configuration_nemotron_nas.py"
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmdrop_vllm.checkpoints.shards import StoredTensor, read_exactly
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.surgery.plan import OutputShard
+from llmdrop_vllm.writing.plan import OutputShard
 
 # Small enough to stay in a processor's cache between reading, looking and writing; enough of them that neither the
 # reader nor the writer waits for the other when the system lets one of them pause.

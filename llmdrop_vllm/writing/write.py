@@ -9,9 +9,9 @@ from typing import Any
 
 from llmdrop_vllm.artifacts import Record, write_record
 from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.surgery.plan import SurgeryPlan
-from llmdrop_vllm.surgery.staging import check_free, partial_of, staged
-from llmdrop_vllm.surgery.stream import Progress, write_shard
+from llmdrop_vllm.writing.plan import SurgeryPlan
+from llmdrop_vllm.writing.staging import check_free, partial_of, staged
+from llmdrop_vllm.writing.stream import Progress, write_shard
 
 MARGIN_BYTES = 1 << 20  # for headers, JSON and the file system's own
 
