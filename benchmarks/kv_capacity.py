@@ -25,8 +25,8 @@ from benchmarks.record import add_out, finish
 from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
+from llmdrop_vllm.cli.options import count
 from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
-from llmdrop_vllm.options import count
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 DTYPE, MAX_MODEL_LEN = "bfloat16", 1024

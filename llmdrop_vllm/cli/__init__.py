@@ -57,7 +57,7 @@ class Commands:
     def __init__(self, top: options.Parser) -> None:
         self._commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(self, name: str, summary: str, example: str, module: str = "llmdrop_vllm.commands") -> options.Parser:
+    def add(self, name: str, summary: str, example: str, module: str = "llmdrop_vllm.cli.commands") -> options.Parser:
         """A command with its summary, and an example that stands in its help."""
         command = self._commands.add_parser(
             name,
@@ -134,7 +134,7 @@ def _add_writing(commands: Commands) -> None:
 
 
 def _add_measuring(commands: Commands) -> None:
-    module = "llmdrop_vllm.evaluation_commands"
+    module = "llmdrop_vllm.cli.evaluation_commands"
     example = "llmdrop evaluate MODEL --attention 25,26 --tasks arc_easy,gsm8k --out dropped.json"
     evaluate = commands.add("evaluate", "measure what is left of a model's quality under a mask", example, module)
     options.add_model(evaluate)

@@ -23,7 +23,7 @@ from llmdrop_vllm.artifacts import (
     write_record,
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.console import show_inspection, show_scores, show_selection
+from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
 from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.masks.mask import DropMask

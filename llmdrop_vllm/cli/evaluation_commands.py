@@ -7,8 +7,8 @@ from pathlib import Path
 from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.inspection import weights_dtype
-from llmdrop_vllm.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
-from llmdrop_vllm.console import show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
+from llmdrop_vllm.cli.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
