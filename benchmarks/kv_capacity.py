@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.cli.options import count
-from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.memory.kinds import dtype_bytes, layer_kinds
+from llmdrop_vllm.memory.layout import stage_values
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 DTYPE, MAX_MODEL_LEN = "bfloat16", 1024
@@ -99,7 +101,7 @@ def capacities(cases: Sequence[Case], stages: Sequence[int], memory_bytes: int) 
                 (planned,) = process.ask("stages_kv_tokens", splits=[[shape.num_layers]], memory_bytes=GPU_BYTES)
                 gain = planned / full.setdefault(shape.name, planned)
                 yield capacity(shape, each_label, each, process, memory_bytes, gain)
-            if len(set(kv_kinds(shape.config))) == 1:
+            if len(set(layer_kinds(shape.config))) == 1:
                 yield from staged(shape, label, mask, process, stages, memory_bytes)
 
 
@@ -112,27 +114,22 @@ def load(process: Process, directory: Path, shape: Shape, mask: DropMask, memory
     process.load("vllm", settings.options("vllm", directory) | {"max_model_len": MAX_MODEL_LEN, "load_format": "dummy"})
 
 
-def whole_blocks(shape: Shape, layers: int, memory_bytes: int, block_tokens: int) -> int:
-    """Tokens that fit where each is stored in so many layers."""
-    block_bytes = layers * kv_bytes_per_layer_token(shape.config, DTYPE) * block_tokens
-    return memory_bytes // block_bytes * block_tokens
+def whole_blocks(block_values: int, memory_bytes: int, block_tokens: int) -> int:
+    """Blocks that fit, with so many numbers for each of their tokens."""
+    return memory_bytes // (block_values * dtype_bytes(DTYPE) * block_tokens)
 
 
 def predict(shape: Shape, mask: DropMask, memory_bytes: int, block_tokens: int) -> tuple[int, int]:
-    """(tokens, sequences) of the longest kind that fit: blocks of a group's layers, some for each group.
-
-    vLLM counts one more block for a sequence in each group of sliding layers, whose window may begin within a block.
-    """
-    layout, kinds = kept_layout(shape.config, mask), kv_kinds(shape.config)
-    blocks = whole_blocks(shape, layout.group_size, memory_bytes, block_tokens) // block_tokens
-    sliding = sum(kinds[mask.kept_attention[group[0]]].startswith("sliding") for group in layout.groups)
-    blocks_per_sequence = len(layout.groups) * -(-MAX_MODEL_LEN // block_tokens) + sliding
+    """(tokens, sequences) of the longest kind that fit, as vLLM counts them."""
+    layout = shape.layout(mask)
+    blocks = whole_blocks(layout.block_values, memory_bytes, block_tokens)
+    blocks_per_sequence = layout.request_blocks(MAX_MODEL_LEN, block_tokens, MAX_MODEL_LEN)
     return int(blocks / blocks_per_sequence * MAX_MODEL_LEN), blocks // blocks_per_sequence
 
 
 def capacity(shape: Shape, label: str, mask: DropMask, process: Process, memory_bytes: int, gain: float) -> Capacity:
     """The loaded engine's, beside what config and mask say; `gain` is over the full model."""
-    layout = kept_layout(shape.config, mask)
+    layout = shape.layout(mask)
     of_gpu, of_full = (
         predict(shape, each, GPU_BYTES, process.block_tokens)[0] for each in (mask, DropMask(shape.num_layers))
     )
@@ -141,7 +138,7 @@ def capacity(shape: Shape, label: str, mask: DropMask, process: Process, memory_
         shape=shape.name,
         mask=label,
         attention_layers=layout.layers,
-        padding_layers=layout.padding_layers,
+        padding_layers=round(layout.padding_share * layout.layers),
         predicted_tokens=tokens,
         measured_tokens=int(process.kv_tokens),
         predicted_sequences=sequences,
@@ -164,8 +161,11 @@ def staged(
         }.items():
             attention = stage_attention(mask, layers)
             (measured,) = process.ask("stages_kv_tokens", splits=[layers], memory_bytes=memory_bytes)
+            values = stage_values(shape.layout(mask), mask.kept_attention, shape.num_layers)
+            bounds = [*accumulate(layers, initial=0)]
             predicted = min(
-                whole_blocks(shape, number, memory_bytes, process.block_tokens) if number else 0 for number in attention
+                whole_blocks(stored, memory_bytes, process.block_tokens) * process.block_tokens if stored else 0
+                for stored in map(values, bounds, bounds[1:])
             )
             yield StagedCapacity(shape.name, label, split, tuple(layers), tuple(attention), predicted, measured)
 

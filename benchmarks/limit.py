@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.memory.accounting import DTYPE_BYTES, kv_bytes_per_layer_token, kv_kinds
+from llmdrop_vllm.memory.kinds import LayerKind, dtype_bytes, layer_kinds
 
 CONTEXT_SAMPLES = 8
 
@@ -64,9 +64,8 @@ class Model:
     embedding_values: int
     attention_layers: int
     mlp_layers: int
-    kinds: tuple[tuple[str, int], ...]
+    kinds: tuple[tuple[LayerKind, int], ...]
     query_width: int
-    kv_bytes: int
     experts: int
     experts_per_token: int
     itemsize: int
@@ -80,7 +79,7 @@ class Model:
             sum(count for name, count in values.items() if name.startswith(tuple(f"{layer}{n}." for n in part.names)))
             for part in (shape.family.attention, shape.family.mlp)
         )
-        kinds = kv_kinds(config)
+        kinds = layer_kinds(config)
         embedding = values["model.embed_tokens.weight"]
         return cls(
             attention_values=attention,
@@ -91,10 +90,9 @@ class Model:
             mlp_layers=shape.num_layers - len(mask.mlp),
             kinds=tuple(Counter(kinds[index] for index in mask.kept_attention).items()),
             query_width=config["num_attention_heads"] * config["head_dim"],
-            kv_bytes=kv_bytes_per_layer_token(config, dtype),
             experts=config.get("num_local_experts", 1),
             experts_per_token=config.get("num_experts_per_tok", 1),
-            itemsize=DTYPE_BYTES[dtype],
+            itemsize=dtype_bytes(dtype),
         )
 
     @property
@@ -125,11 +123,11 @@ class Model:
         values = self.mlp_values * self.mlp_layers
         return Work(2 * values * tokens * self.experts_per_token / self.experts, values * read * self.itemsize)
 
-    def _attention(self, kind: str, layers: int, step: Step) -> Work:
+    def _attention(self, kind: LayerKind, layers: int, step: Step) -> Work:
         """Scores and weighted sum are a multiplication and an addition each, per query value and visible token."""
-        visible = min(step.visible_tokens, float(kind.partition(" ")[2] or math.inf))
+        visible = min(step.visible_tokens, kind.span or math.inf)
         flops = 4 * self.query_width * visible * step.tokens * layers
-        return Work(flops, self.kv_bytes * visible * step.sequences * layers)
+        return Work(flops, kind.values * self.itemsize * visible * step.sequences * layers)
 
     def step_bytes(self, step: Step) -> float:
         """Everything that a step reads."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from llmdrop_vllm import DropMask, InputError, MaskError
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.memory.kinds import layer_kinds
+from llmdrop_vllm.memory.layout import KVLayout, kv_layout
 
 Kind = Literal["attention", "mlp", "block"]
 
@@ -32,6 +34,11 @@ class Shape:
         family = family_of(self.config["architectures"][0])
         assert family is not None, f"{self.name} has an architecture without a row in the family table"
         return family
+
+    def layout(self, mask: DropMask) -> KVLayout:
+        """How vLLM stores the KV cache of the attention that a mask keeps."""
+        kinds = layer_kinds(self.config)
+        return kv_layout([kinds[layer] for layer in mask.kept_attention])
 
     def with_layers(self, num_layers: int) -> "Shape":
         """The same layers at another depth, for which no masks are published."""

@@ -16,7 +16,7 @@ from benchmarks.memory import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
+from llmdrop_vllm.memory.kinds import dtype_bytes
 
 # vLLM's defaults.
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
@@ -38,9 +38,7 @@ class Plan:
 
     def kv_tokens(self, mask: DropMask) -> int:
         """Tokens that vLLM's KV cache holds, hybrid padding included."""
-        config = self.shape.config
-        per_layer = kv_bytes_per_layer_token(config, self.settings.dtype)
-        return self.settings.kv_bytes // (kept_layout(config, mask).stored_layers * per_layer)
+        return self.settings.kv_bytes // self.shape.layout(mask).token_bytes(dtype_bytes(self.settings.dtype))
 
     def check_fits(self, workload: Workload) -> None:
         """Raise InputError for requests longer than the full model's KV cache, or than the model can count."""
@@ -86,8 +84,7 @@ def with_room_for(requests: int, workload: Workload, shape: Shape, settings: Set
     """KV cache that holds so many requests of the full model at once."""
     block_tokens = BLOCK_TOKENS[settings.device]
     blocks = 1 + requests * -(-workload.tokens_per_sequence // block_tokens)  # one is vLLM's own
-    layers = kept_layout(shape.config, DropMask(shape.num_layers)).stored_layers
-    block_bytes = block_tokens * layers * kv_bytes_per_layer_token(shape.config, settings.dtype)
+    block_bytes = block_tokens * shape.layout(DropMask(shape.num_layers)).token_bytes(dtype_bytes(settings.dtype))
     return replace(settings, kv_bytes=blocks * block_bytes)
 
 

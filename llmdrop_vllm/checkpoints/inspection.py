@@ -4,18 +4,22 @@ import torch
 from transformers import PretrainedConfig
 
 from llmdrop_vllm.artifacts import MaskRecord, Record
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import model_class, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.accounting import DTYPE_BYTES, kept_layout, kv_bytes_per_layer_token
+from llmdrop_vllm.memory.kinds import DTYPE_BYTES, dtype_bytes
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
+LONGEST_REQUEST = 8192
+# vLLM computes so many tokens of prompts together, and a window keeps them until they are done.
+IN_FLIGHT_TOKENS = 2048
 
 
 class Footprint(Record):
-    """A model's size. `kv_bytes_per_token` is as vLLM stores it, padding included; tokens are what fits beside the
-    weights in `Inspection.memory_bytes`, in whole blocks.
+    """A model's size. `kv_bytes_per_token` is as vLLM stores it, padding included, before a window has passed a token;
+    tokens are what fits beside the weights in `Inspection.memory_bytes`, in whole blocks. `request_bytes` is what vLLM
+    keeps ready for a request of `Inspection.context` tokens; of those, `requests` fit.
     """
 
     parameters: int
@@ -23,6 +27,8 @@ class Footprint(Record):
     attention_layers: int
     kv_bytes_per_token: int
     kv_tokens: int
+    request_bytes: int
+    requests: int
 
 
 class Inspection(Record):
@@ -36,6 +42,7 @@ class Inspection(Record):
     stripped: bool
     disk_bytes: int
     memory_bytes: int
+    context: int
     kv_dtype: str
     kv_layout: str
     full: Footprint
@@ -48,7 +55,9 @@ class Inspection(Record):
             "weight_bytes": "weights, bytes",
             "attention_layers": "attention layers",
             "kv_bytes_per_token": f"KV cache, bytes per token ({self.kv_dtype})",
+            "request_bytes": f"KV cache, bytes of a request of {self.context:,} tokens",
             "kv_tokens": f"tokens in {self.memory_bytes / 2**30:g} GiB beside the weights",
+            "requests": f"requests of {self.context:,} tokens there",
         }
         table = []
         for name, title in names.items():
@@ -57,46 +66,65 @@ class Inspection(Record):
         return table
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None) -> Inspection:
-    """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given."""
-    mask = checkpoint.mask
-    disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-    whole = DropMask(mask.num_hidden_layers)
-    config = transformers_config(checkpoint, whole).to_dict()
-    kv_dtype = kv_dtype or weights_dtype(checkpoint)
-    kept = sum(
-        t.num_bytes for t in checkpoint.tensors.values() if not in_dropped_sublayer(t.name, checkpoint.family, mask)
-    )
-    parameters = {each: count_parameters(transformers_config(checkpoint, each)) for each in (whole, mask)}
+def inspect_checkpoint(
+    checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None, context: int | None = None
+) -> Inspection:
+    """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given.
 
-    def footprint(each: DropMask) -> Footprint:
-        # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
-        whole_bytes = round(kept * parameters[whole] / parameters[mask]) if checkpoint.is_stripped else disk_bytes
-        weight_bytes = kept if each is mask else whole_bytes
-        per_token = kept_layout(config, each).stored_layers * kv_bytes_per_layer_token(config, kv_dtype)
+    `context` is how long the requests are that should fit: by default as long as the model takes, up to 8,192 tokens.
+    Raises InputError for longer ones.
+    """
+    masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
+    context = _context(checkpoint, context)
+    disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+    kv_dtype = kv_dtype or weights_dtype(checkpoint)
+    value_bytes = dtype_bytes(kv_dtype)
+    parameters = {each.mask: count_parameters(transformers_config(checkpoint, each.mask)) for each in (whole, masked)}
+
+    def footprint(each: MaskedCheckpoint) -> Footprint:
+        weight_bytes = masked.weight_bytes
+        if each is whole:
+            # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
+            stripped = round(weight_bytes * parameters[whole.mask] / parameters[masked.mask])
+            weight_bytes = stripped if checkpoint.is_stripped else disk_bytes
+        per_token = each.layout.token_values * value_bytes
+        block_bytes = each.layout.block_values * value_bytes * BLOCK_TOKENS
         free_bytes = max(0, memory_bytes - weight_bytes)
+        blocks = each.layout.request_blocks(context, BLOCK_TOKENS, IN_FLIGHT_TOKENS)
         return Footprint(
-            parameters=parameters[each],
+            parameters=parameters[each.mask],
             weight_bytes=weight_bytes,
-            attention_layers=len(each.kept_attention),
-            kv_bytes_per_token=per_token,
-            kv_tokens=free_bytes // (per_token * BLOCK_TOKENS) * BLOCK_TOKENS,
+            attention_layers=each.layout.layers,
+            kv_bytes_per_token=int(per_token),
+            kv_tokens=int(free_bytes // (per_token * BLOCK_TOKENS)) * BLOCK_TOKENS,
+            request_bytes=blocks * block_bytes,
+            requests=free_bytes // block_bytes // blocks,
         )
 
     return Inspection(
         model=str(checkpoint.directory),
         architecture=checkpoint.architecture,
         dialects=DropMask.dialects(checkpoint.config),
-        mask=MaskRecord.of(mask),
-        summary=mask.summary(),
+        mask=MaskRecord.of(masked.mask),
+        summary=masked.mask.summary(),
         stripped=checkpoint.is_stripped,
         disk_bytes=disk_bytes,
         memory_bytes=memory_bytes,
+        context=context,
         kv_dtype=kv_dtype,
-        kv_layout=kept_layout(config, mask).describe(),
+        kv_layout=masked.layout.describe(),
         full=footprint(whole),
-        dropped=footprint(mask),
+        dropped=footprint(masked),
     )
+
+
+def _context(checkpoint: Checkpoint, asked: int | None) -> int:
+    most = checkpoint.context
+    if asked is None:
+        return min(most or LONGEST_REQUEST, LONGEST_REQUEST)
+    if asked < 1 or (most is not None and asked > most):
+        raise InputError(f"requests of {asked} tokens asked; expected 1 to {most or 'any number'}, the model's context")
+    return asked
 
 
 def count_parameters(config: PretrainedConfig) -> int:

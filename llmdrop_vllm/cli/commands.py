@@ -90,7 +90,9 @@ def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
     from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype)
+    found = inspect_checkpoint(
+        Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype, context=args.context
+    )
     if args.json:
         print(found.model_dump_json(indent=2))
     else:

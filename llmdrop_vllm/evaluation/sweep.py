@@ -30,7 +30,6 @@ from llmdrop_vllm.evaluation.records import (
 from llmdrop_vllm.hf import transformers_config
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.accounting import kept_layout
 
 SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"
 NUM_ROUNDS = 3
@@ -144,9 +143,12 @@ class _Keeper:
         quality, raw = self.plan.measures.quality(engine, mask, divergence, bars=False)
         if raw is not None:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{mask_id(mask)}.json")
-        stored, whole = (kept_layout(self.config, each).stored_layers for each in (mask, self.plan.checkpoint.mask))
+        stored, whole = (
+            self.plan.checkpoint.under(each).layout.token_values for each in (mask, self.plan.checkpoint.mask)
+        )
+        kv_share = float(stored / whole)
         parameters = count_parameters(transformers_config(self.plan.checkpoint, mask))
-        return Point(quality=quality, speed=None, full_speed=None, kv_share=stored / whole, parameters=parameters)
+        return Point(quality=quality, speed=None, full_speed=None, kv_share=kv_share, parameters=parameters)
 
     def keep(self, **changes: Any) -> Sweep:
         """Write what is new."""

@@ -27,6 +27,7 @@ from llmdrop_vllm.artifacts import (
     Scores,
     Similarities,
     SublayerDiagnostics,
+    kinds_entries,
     sha256,
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -34,7 +35,6 @@ from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.calibration import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.accounting import kv_kinds
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
@@ -271,7 +271,7 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
                 token_cosine_after=column("mlp_after", mask.mlp),
             ),
         ),
-        kv_groups=kv_kinds(run.stream.model.config.to_dict()),
+        **kinds_entries(run.checkpoint.decoder.kinds),
         dropped=MaskRecord.of(mask),
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

@@ -8,7 +8,8 @@ from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.dialects import is_int
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kv_groups import KVLayout, kv_layout
+from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.memory.layout import KVLayout, kv_layout
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
 NOUNS = {
@@ -87,14 +88,14 @@ class Candidates:
         return len(self.take(units, len(units)))
 
     @property
-    def kv_kinds(self) -> list[str]:
-        """Kind of KV cache of each attention sublayer that stays, in layer order."""
-        return [self.scores.kv_groups[layer] for layer in self.mask.kept_attention]
+    def kinds(self) -> list[LayerKind]:
+        """What each attention sublayer that stays keeps in the KV cache, in layer order."""
+        return [self.scores.kinds[layer] for layer in self.mask.kept_attention]
 
     @property
     def kv_layout(self) -> KVLayout:
         """How vLLM stores the KV cache of what stays."""
-        return kv_layout(self.kv_kinds)
+        return kv_layout(self.kinds)
 
     def check_count(self, key: str, count: object, available: int) -> None:
         """Raise MaskError unless so many can be dropped."""

@@ -15,7 +15,8 @@ from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.dialects import check_indices
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kv_groups import cheapest_without_padding, kv_layout
+from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.memory.layout import cheapest_without_padding, kv_layout
 from llmdrop_vllm.selection.candidates import Candidates, Kind, Unit
 from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share
@@ -125,19 +126,20 @@ class KVBudget:
 
     def pick(self, candidates: Candidates) -> Picked:
         """The smallest number of drops that meets the budget: more of them may be stored in more layers."""
-        full = kv_layout(candidates.scores.kv_groups).stored_layers
+        kinds = candidates.scores.kinds
+        full = kv_layout(kinds).token_values
         most = candidates.available(candidates.units("attention"))
         smallest = full
         for count in range(most + 1):
             ranked = Ranked("attention", count, avoid_padding=self.avoid_padding)
             picked = ranked.pick(candidates) if count else Picked(())
-            stored = candidates.without(picked.units).kv_layout.stored_layers
+            stored = candidates.without(picked.units).kv_layout.token_values
             smallest = min(smallest, stored)
             if stored <= self.share * full:
-                size = f"KV cache stored as {stored} of the full model's {full} layers"
-                return replace(picked, notes=(*picked.notes, f"{size} ({_percent(Fraction(stored, full))})"))
+                size = f"KV cache stored as {_in_layers(stored, kinds)} of the full model's {_in_layers(full, kinds)}"
+                return replace(picked, notes=(*picked.notes, f"{size} layers ({_percent(stored / full)})"))
         # Rounded up, so that the share it names can be met.
-        least = _percent(Fraction(math.ceil(Fraction(10_000 * smallest, full)), 10_000))
+        least = _percent(Fraction(math.ceil(10_000 * smallest / full), 10_000))
         limits = candidates.limits("attention", most)
         raise MaskError(f"kv budget is {_percent(self.share)}; expected at least {least}: {limits}")
 
@@ -180,25 +182,31 @@ def iterative(
 def _avoid_padding(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Picked:
     """The plain choice, or one of as many layers that vLLM stores in less, with what it costs."""
     before = candidates.without(plain).kv_layout
-    if not before.padding_layers:
+    if not before.is_padded:
         return Picked(tuple(plain))
-    kv_groups = candidates.scores.kv_groups
-    costs: dict[str, list[float]] = defaultdict(list)
+    kinds = candidates.scores.kinds
+    costs: dict[LayerKind, list[float]] = defaultdict(list)
     for unit in ranked:
-        costs[kv_groups[unit.layer]].append(unit.importance)
-    numbers = cheapest_without_padding(costs, Counter(candidates.kv_kinds), len(plain), tolerance)
+        costs[kinds[unit.layer]].append(unit.importance)
+    numbers = cheapest_without_padding(costs, Counter(candidates.kinds), len(plain), tolerance)
     chosen = []
     for unit in ranked:
-        if numbers[kv_groups[unit.layer]]:
-            numbers[kv_groups[unit.layer]] -= 1
+        if numbers[kinds[unit.layer]]:
+            numbers[kinds[unit.layer]] -= 1
             chosen.append(unit)
     after = candidates.without(chosen).kv_layout
-    if after.stored_layers == before.stored_layers:
+    if after.token_values == before.token_values:
         return Picked(tuple(plain))
     swap = f"attention is dropped in layers [{_layers(chosen, plain)}] instead of [{_layers(plain, chosen)}]"
     cost = f"importance {_importance(chosen):.4f} instead of {_importance(plain):.4f} in all"
-    stored = f"KV cache stored as {after.stored_layers} layers instead of {before.stored_layers}"
+    sizes = (_in_layers(each.token_values, kinds) for each in (after, before))
+    stored = f"KV cache stored as {' layers instead of '.join(sizes)}"
     return Picked(tuple(chosen), (f"to avoid padding, {swap} ({cost}): {stored}",))
+
+
+def _in_layers(values: Fraction, kinds: Iterable[LayerKind]) -> str:
+    """Numbers per token, in layers that store as much as the widest of the model."""
+    return f"{float(values / max(kind.values for kind in kinds)):.4g}"
 
 
 def _layers(units: Iterable[Unit], others: Sequence[Unit]) -> str:
@@ -228,7 +236,7 @@ def _selection(candidates: Candidates, method: str, before: DropMask, notes: Ite
         method += f", protecting {', '.join(map(str, sorted(candidates.protect)))}"
     if before:
         notes = (f"extends the mask that the scores were measured with: {before.summary()}", *notes)
-    if candidates.kv_layout.padding_layers:
+    if candidates.kv_layout.is_padded:
         notes = (*notes, candidates.kv_layout.describe())
     return Selection(candidates.mask, method, tuple(dict.fromkeys(notes)))
 

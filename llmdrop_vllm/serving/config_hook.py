@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
-from llmdrop_vllm.checkpoints.checkpoint import check_complete, read_config
+from llmdrop_vllm.checkpoints.checkpoint import check_complete
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
@@ -40,15 +42,15 @@ class ConfigHook:
     def verify_and_update_model_config(self, model_config: "ModelConfig") -> None:
         """For every model of an engine, draft models included."""
         with _clear_errors():
-            checked_mask(self.architecture, model_config)
+            checked_decoder(self.architecture, model_config)
         if self.inner is not None:
             self.inner.verify_and_update_model_config(model_config)
 
     def verify_and_update_config(self, vllm_config: "VllmConfig") -> None:
         """For the engine as a whole."""
         with _clear_errors():
-            mask = checked_mask(self.architecture, vllm_config.model_config)
-            _set_partition(mask, vllm_config)
+            decoder = checked_decoder(self.architecture, vllm_config.model_config)
+            _set_partition(decoder, vllm_config)
             draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
             for model_config in (vllm_config.model_config, draft):
                 if model_config is not None:
@@ -69,8 +71,8 @@ def _clear_errors() -> Iterator[None]:
         raise
 
 
-def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | None:
-    """The mask that the model will be served with; None for a config without one that is none of our business.
+def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder | None:
+    """What the model will be served as; None for a config without a mask, which is none of our business.
 
     Raises MaskError for a mask that cannot be served.
     """
@@ -86,13 +88,13 @@ def checked_mask(architecture: str, model_config: "ModelConfig") -> DropMask | N
         if architecture.startswith(EXPLICIT_PREFIX):
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
-    mask = DropMask.from_config(config)
-    if mask:
+    decoder = Decoder.of(config, architecture)
+    if decoder.mask:
         _check_registered(architecture)
     if "nemotron-nas" in dialects and architecture != NEMOTRON_NAS:
         _check_uniform(config)
-    mask.check_attention_is_left()
-    return mask
+    decoder.mask.check_attention_is_left()
+    return decoder
 
 
 def _refuse_unsupported(architecture: str, config: object) -> None:
@@ -153,27 +155,28 @@ def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> No
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM
     compiled before this package was installed has the same cache key, and would be loaded.
     """
-    family, mask = family_of(model_config.architecture, model_config.hf_config), None
-    if family is not None and DropMask.dialects(model_config.hf_config):
-        mask = DropMask.from_config(model_config.hf_config)
-    if family is None or not mask:
+    if family_of(model_config.architecture, model_config.hf_config) is None:
+        return
+    decoder = Decoder.of(model_config.hf_config, model_config.architecture)
+    if decoder.family is None or not decoder.mask:
         return
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config.setdefault("llmdrop", []).append(mask.summary())
+        vllm_config.additional_config.setdefault("llmdrop", []).append(decoder.mask.summary())
     directory = Path(model_config.model)
     if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
-        check_complete(directory, family, mask)
+        check_complete(directory, decoder.family, decoder.mask)
 
 
-def _set_partition(mask: DropMask | None, vllm_config: "VllmConfig") -> None:
+def _set_partition(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
     """Set the pipeline stages for a mask, or check those that the user has set."""
     ours = os.environ.pop(OUR_PARTITION, None)
     if ours is not None and os.environ.get(PARTITION) == ours:
         del os.environ[PARTITION]
     num_stages = vllm_config.parallel_config.pipeline_parallel_size
-    if not mask or num_stages == 1:
+    if decoder is None or not decoder.mask or num_stages == 1:
         return
-    plan = partition(mask, num_stages, _layer_cost(vllm_config), _stage_memory_bytes(vllm_config))
+    mask = decoder.mask
+    plan = partition(mask, num_stages, _layer_cost(decoder, vllm_config), _stage_memory_bytes(vllm_config))
     if users := os.environ.get(PARTITION):
         sizes = [int(size) for size in users.split(",")]
         attention = stage_attention(mask, sizes)
@@ -186,7 +189,7 @@ def _set_partition(mask: DropMask | None, vllm_config: "VllmConfig") -> None:
     os.environ[PARTITION] = os.environ[OUR_PARTITION] = ",".join(map(str, plan))
 
 
-def _layer_cost(vllm_config: "VllmConfig") -> LayerCost:
+def _layer_cost(decoder: Decoder, vllm_config: "VllmConfig") -> LayerCost:
     """From the config's widths; a quantized weight is taken as one byte."""
     model = vllm_config.model_config
     config = model.hf_text_config
@@ -195,7 +198,7 @@ def _layer_cost(vllm_config: "VllmConfig") -> LayerCost:
     scale = itemsize * config.hidden_size / vllm_config.parallel_config.tensor_parallel_size
     widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
     intermediate_size = next(filter(None, widths), 4 * config.hidden_size)
-    return LayerCost(scale * heads * model.get_head_size(), scale * 3 * intermediate_size)
+    return LayerCost(scale * heads * model.get_head_size(), scale * 3 * intermediate_size, decoder.kinds)
 
 
 def _stage_memory_bytes(vllm_config: "VllmConfig") -> float:

@@ -14,6 +14,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.kv_cache import KVBytes
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
@@ -34,14 +35,24 @@ class SubstitutionError(RuntimeError):
 class Dropping:
     """One construction of one model: what was seen and what was replaced."""
 
-    mask: DropMask
-    family: Family
+    decoder: Decoder
     vllm_config: "VllmConfig"
     kv_bytes: KVBytes = field(default_factory=KVBytes)
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
+
+    @property
+    def mask(self) -> DropMask:
+        """What is dropped."""
+        return self.decoder.mask
+
+    @property
+    def family(self) -> Family:
+        """How the layers are laid out."""
+        assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
+        return self.decoder.family
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""

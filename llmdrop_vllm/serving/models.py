@@ -12,9 +12,8 @@ from torch import nn
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
-from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
-from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
@@ -47,15 +46,12 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        config = vllm_config.model_config.hf_config
-        mask = DropMask.from_config(config)
-        if not mask:
+        decoder = Decoder.of(vllm_config.model_config.hf_config, self.architecture)
+        if not decoder.mask:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
             return
-        family = family_of(self.architecture, config)
-        assert family is not None, f"{self.architecture} passed the config hook without a row that fits"
-        self.dropping = self.dropping_class(mask, family, vllm_config)
+        self.dropping = self.dropping_class(decoder, vllm_config)
         with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)

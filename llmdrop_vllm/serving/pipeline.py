@@ -7,16 +7,22 @@ from itertools import accumulate
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.memory.layout import kv_layout, stage_values
 
 StageCost = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Weights of one attention and one MLP sublayer, in bytes on one rank; decoding reads them once per step."""
+    """Weights of one attention and one MLP sublayer, in bytes on one rank; decoding reads them once per step.
+
+    `kinds` say what each decoder layer's attention stores, all alike where nothing is said.
+    """
 
     attention_bytes: float
     mlp_bytes: float
+    kinds: tuple[LayerKind, ...] = ()
 
 
 def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: float = math.inf) -> list[int]:
@@ -35,6 +41,9 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     layers = range(mask.num_hidden_layers)
     kept_attention = [*accumulate((layer not in no_attention for layer in layers), initial=0)]
     kept_mlp = [*accumulate((layer not in no_mlp for layer in layers), initial=0)]
+    kinds = cost.kinds or (LayerKind("full"),) * len(layers)
+    layout = kv_layout([kinds[layer] for layer in mask.kept_attention])
+    stored_in = stage_values(layout, mask.kept_attention, len(layers))
 
     def attention_in(start: int, end: int) -> int:
         return kept_attention[end] - kept_attention[start]
@@ -43,11 +52,11 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
         return attention_in(start, end) * cost.attention_bytes + (kept_mlp[end] - kept_mlp[start]) * cost.mlp_bytes
 
     def kv_cost(start: int, end: int) -> float:
-        """Lower is better: the negative of the memory for each attention sublayer's share of the KV cache."""
-        attention = attention_in(start, end)
-        if not attention:
+        """Lower is better: the negative of the memory for each number that the stage stores per token."""
+        stored = stored_in(start, end)
+        if not stored:
             return math.inf
-        return attention if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / attention
+        return stored if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / stored
 
     best_kv = max(kv_cost(start, end) for start, end in _best_split(len(layers), num_stages, kv_cost))
 

@@ -1,1 +1,1 @@
-"""Finding what to drop and writing the smaller checkpoint."""
+"""The smaller checkpoint is planned, checked and written whole."""

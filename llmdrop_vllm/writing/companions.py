@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmdrop_vllm.checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.directory import OTHER_WEIGHTS
 from llmdrop_vllm.checkpoints.shards import index_files
 
 # Weights of another form or of the undropped model; next to dropped ones an engine might take them.

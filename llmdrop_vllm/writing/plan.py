@@ -7,16 +7,15 @@ from typing import Any
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints import nemotron
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
-from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
-from llmdrop_vllm.writing.validation import checked_config, checked_mask, is_whole, output_projections
+from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
 
-NEMOTRON_CODE = Path(__file__).parents[1] / "configuration_nemotron_nas.py"
+NEMOTRON_CODE = Path(nemotron.__file__).with_name("configuration_nemotron_nas.py")
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
 
@@ -39,8 +38,7 @@ class SurgeryPlan:
     `warnings` are for the user to read.
     """
 
-    checkpoint: Checkpoint
-    mask: DropMask
+    masked: MaskedCheckpoint
     config: Mapping[str, Any]
     shards: tuple[OutputShard, ...]
     index: str | None
@@ -50,6 +48,16 @@ class SurgeryPlan:
     code: tuple[Path, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is read."""
+        return self.masked.checkpoint
+
+    @property
+    def mask(self) -> DropMask:
+        """What the new checkpoint goes without."""
+        return self.masked.mask
 
     @property
     def weight_bytes(self) -> int:
@@ -89,37 +97,38 @@ def plan_surgery(
     for_nemotron = dialect == "nemotron-nas"
     _check_options(dialect, portable, config_only, keep_dropped)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    mask = checked_mask(checkpoint, mask, may_be_empty=keep_dropped)
-    full = DropMask(mask.num_hidden_layers)
+    masked = checkpoint.under(checkpoint.mask if mask is None else mask)
+    check_mask(masked, may_be_empty=keep_dropped)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
-    kept = _kept(checkpoint, full if portable or config_only or (keep_dropped and not for_nemotron) else mask)
-    if config_only and for_nemotron and len(_kept(checkpoint, mask)) < len(kept):
+    nothing_goes = len(masked.kept) == len(checkpoint.tensors)
+    keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or nothing_goes
+    if config_only and for_nemotron and not nothing_goes:
         raise InputError(
             "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
         )
-    whole = is_whole(kept, checkpoint.family, mask.num_hidden_layers)
-    reference = checked_config(checkpoint, full if whole else mask)
+    whole = keeps_all and checkpoint.is_whole
+    reference = checked_config(checkpoint.under(checkpoint.decoder.whole) if whole else masked)
+    kept = checkpoint.tensors if keeps_all else masked.kept
     shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
-    explicit = bool(mask) and not portable and not (keep_dropped and whole and _has_plain_name(checkpoint))
+    explicit = bool(masked.mask) and not portable and not (keep_dropped and whole and _has_plain_name(checkpoint))
     copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
     return SurgeryPlan(
-        checkpoint=checkpoint,
-        mask=mask,
-        config=_config(checkpoint, mask, dialect, reference, explicit=explicit),
+        masked=masked,
+        config=_config(masked, dialect, reference, explicit=explicit),
         shards=shards,
         index=_index_name(shards),
-        zeroed=output_projections(checkpoint, mask) if portable else frozenset(),
+        zeroed=output_projections(masked) if portable else frozenset(),
         links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
         copies=copies,
         code=(NEMOTRON_CODE,) if for_nemotron else (),
         left_out=left_out,
-        warnings=tuple(_warnings(checkpoint, mask, dialect, reference)),
+        warnings=tuple(_warnings(masked, dialect, reference)),
     )
 
 
 def _has_plain_name(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config["architectures"] == [checkpoint.architecture]
+    return bool(checkpoint.config["architectures"] == [checkpoint.architecture])
 
 
 def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool) -> None:
@@ -129,11 +138,6 @@ def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped
         raise InputError("portable, config_only and keep_dropped exclude each other")
     if portable and dialect == "nemotron-nas":
         raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
-
-
-def _kept(checkpoint: Checkpoint, mask: DropMask) -> dict[str, StoredTensor]:
-    tensors = checkpoint.tensors.items()
-    return {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, checkpoint.family, mask)}
 
 
 def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: str | None) -> tuple[OutputShard, ...]:
@@ -154,11 +158,10 @@ def _index_name(shards: Collection[OutputShard]) -> str | None:
     return VARIANT_INDEX_FILE if all(shard.name.startswith(f"model.{VARIANT}") for shard in shards) else INDEX_FILE
 
 
-def _config(
-    checkpoint: Checkpoint, mask: DropMask, dialect: str, reference: Any, *, explicit: bool
-) -> Mapping[str, Any]:
+def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool) -> Mapping[str, Any]:
     """config.json of the new checkpoint, its keys in the order of the old one's."""
-    entries = without_mask(checkpoint.plain_config)
+    checkpoint, mask = masked.checkpoint, masked.mask
+    entries = without_mask(checkpoint.decoder.config)
     if dialect == "nemotron-nas":
         # The architecture without our prefix is what the model is called when it gets its name back.
         entries |= {"architectures": [checkpoint.architecture]}
@@ -170,13 +173,14 @@ def _config(
     return {key: entries[key] for key in checkpoint.config if key in entries} | entries
 
 
-def _warnings(checkpoint: Checkpoint, mask: DropMask, dialect: str, reference: Any) -> list[str]:
+def _warnings(masked: MaskedCheckpoint, dialect: str, reference: Any) -> list[str]:
     found = []
     if reference is None:
+        model_type = masked.checkpoint.decoder.config.get("model_type")
         found.append(
-            f"Transformers does not know model_type {checkpoint.plain_config.get('model_type')!r}: "
+            f"Transformers does not know model_type {model_type!r}: "
             "names and shapes of the tensors were not compared with the architecture"
         )
     if dialect == "nemotron-nas":
-        found += nemotron.warnings(mask, reference)
+        found += nemotron.warnings(masked.mask, reference)
     return found

@@ -14,7 +14,7 @@ from llmdrop_server.limits import Limits
 from llmdrop_server.mask_options import mask_entries
 from llmdrop_server.preflight import check_port, check_readable, read_keys
 from llmdrop_vllm import register
-from llmdrop_vllm.checkpoints.checkpoint import check_model_name
+from llmdrop_vllm.checkpoints.directory import check_model_name
 from llmdrop_vllm.errors import InputError
 
 PLUGIN = "llmdrop"

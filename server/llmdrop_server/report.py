@@ -1,59 +1,64 @@
 """What the served model goes without and what that saves, from the engine's config and the scores beside the model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmdrop_server import SCORES_ENVIRONMENT
 from llmdrop_server.schemas import Drop, Importance, Mask, Scores, Size
 from llmdrop_vllm import artifacts
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.inspection import count_parameters
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import dropped_config
-from llmdrop_vllm.masks.mask import DropMask, config_dict
-from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.kinds import dtype_bytes
+from llmdrop_vllm.memory.layout import KVLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+T = TypeVar("T")
 
 
 def report(vllm_config: "VllmConfig") -> Drop:
     """For an engine that has started: vLLM has counted its KV cache by then."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    config = config_dict(model.hf_config)
-    architecture = model.architecture.removeprefix(EXPLICIT_PREFIX)
-    family = family_of(architecture, config)
-    mask = DropMask.from_config(config) if family else DropMask(model.hf_text_config.num_hidden_layers)
+    known = family_of(model.architecture, model.hf_config) is not None
+    decoder = Decoder.of(model.hf_config if known else model.hf_text_config, model.architecture)
+    mask = decoder.mask
     kv_dtype = _kv_dtype(cache.cache_dtype, str(model.dtype).removeprefix("torch."))
-    layer_bytes = _or_none(kv_bytes_per_layer_token, config, kv_dtype)
+    value_bytes = _or_none(dtype_bytes, kv_dtype)
+    layouts = {each: _or_none(decoder.layout, each) for each in (decoder.whole, mask)}
     tokens, sequences = cache.kv_cache_size_tokens or 0, cache.kv_cache_max_concurrency or 0.0
-    served_layers = kept_layout(config, mask).stored_layers
 
     def size(each: DropMask) -> Size:
-        layers = kept_layout(config, each).stored_layers
-        # The same memory holds fewer tokens of the full model, in whole blocks.
-        blocks = tokens * served_layers // layers // cache.block_size
-        fitting = tokens if layers == served_layers else blocks * cache.block_size
+        layout, served = layouts[each], layouts[mask]
+        fitting = tokens
+        if layout is not None and served is not None and layout != served:
+            # The same memory holds fewer tokens of the full model, in whole blocks.
+            blocks = tokens * served.token_values // layout.token_values // cache.block_size
+            fitting = int(blocks) * cache.block_size
         return Size(
-            parameters=_or_none(_count, config, architecture, each),
+            parameters=_or_none(_count, decoder, each),
             attention_layers=len(each.kept_attention),
-            kv_bytes_per_token=layer_bytes and layers * layer_bytes,
+            kv_bytes_per_token=None if layout is None or value_bytes is None else layout.token_bytes(value_bytes),
             kv_tokens=fitting,
             sequences=round(sequences * fitting / tokens, 2) if tokens else 0.0,
         )
 
     return Drop(
         model=_served_name(model.served_model_name),
-        architecture=architecture,
-        family=family.name if family else None,
+        architecture=decoder.architecture,
+        family=decoder.family.name if decoder.family else None,
         summary=mask.summary(),
         mask=Mask(num_hidden_layers=mask.num_hidden_layers, attention=mask.attention, mlp=mask.mlp),
         kv_dtype=kv_dtype,
-        kv_layout=kept_layout(config, mask).describe(),
+        kv_layout=_layout_in_words(layouts[mask]),
         max_model_len=model.max_model_len,
-        full=size(DropMask(mask.num_hidden_layers)),
+        full=size(decoder.whole),
         served=size(mask),
         scores=_scores(Path(model.model), mask.num_hidden_layers),
     )
@@ -70,11 +75,15 @@ def _kv_dtype(cache_dtype: str, model_dtype: str) -> str:
     return "fp8" if cache_dtype.startswith("fp8") else cache_dtype
 
 
-def _count(config: Mapping[str, Any], architecture: str, mask: DropMask) -> int:
-    return count_parameters(dropped_config(config, architecture, mask))
+def _layout_in_words(layout: KVLayout | None) -> str:
+    return "KV cache not counted: the config does not say its sizes" if layout is None else layout.describe()
 
 
-def _or_none(count: Callable[..., int], *args: Any) -> int | None:
+def _count(decoder: Decoder, mask: DropMask) -> int:
+    return count_parameters(dropped_config(decoder.config, decoder.architecture, mask))
+
+
+def _or_none(count: Callable[..., T], *args: Any) -> T | None:
     """None for a model whose config does not say, or that Transformers has no class for: it is served all the same."""
     try:
         return count(*args)

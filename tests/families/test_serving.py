@@ -15,8 +15,8 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from llmdrop_vllm import DropMask
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
-from llmdrop_vllm.memory.accounting import kept_layout, kv_bytes_per_layer_token
 from tests.engines import engine, greedy
 from tests.families.cases import CASES, LAYERS, model_of
 from tests.families.reference import skipping
@@ -108,7 +108,8 @@ def test_served_with_a_mask_it_computes_what_transformers_does_without_the_subla
     expected = reference(architecture, MASKS[mask])
     assert logprobs == pytest.approx(expected, abs=1e-4)
     config = json.loads((directory / "config.json").read_bytes())
-    block_bytes = block_tokens * kv_bytes_per_layer_token(config, "float32")
-    assert blocks == KV_CACHE_BYTES // (block_bytes * kept_layout(config, MASKS[mask]).group_size)
+    assert blocks == KV_CACHE_BYTES // (
+        4 * block_tokens * Decoder.of(config, config["architectures"][0]).layout().block_values
+    )
     # The comparison can fail: without the mask the numbers are others.
     assert reference(architecture, DropMask(LAYERS)) != pytest.approx(expected, abs=1e-2)

@@ -17,7 +17,7 @@ from vllm.plugins import load_general_plugins
 from llmdrop_vllm import DropMask, family_of
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_mask
+from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_decoder
 from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint
 
 load_general_plugins()
@@ -115,7 +115,7 @@ def test_a_mask_that_another_config_file_hides_is_refused(tmp_path):
     model_config = engine_config(other).model_config
     model_config.model = str(tmp_path)
     with pytest.raises(ValueError, match=r"config.json has a drop mask \(llm-drop\) that vLLM does not see"):
-        checked_mask("LlamaForCausalLM", model_config)
+        checked_decoder("LlamaForCausalLM", model_config)
 
 
 def test_null_in_the_transformers_dialect_is_refused(tmp_path):
@@ -156,7 +156,7 @@ def test_block_configs_that_drop_nothing_are_left_alone():
     class ModelConfig:
         hf_config = hf_text_config = {"num_hidden_layers": 1, "block_configs": [{"block_type": "moe"}]}
 
-    assert checked_mask("NemotronHForCausalLM", ModelConfig()) is None
+    assert checked_decoder("NemotronHForCausalLM", ModelConfig()) is None
 
 
 class TestCheckpoint:

@@ -10,6 +10,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving import dropping as module
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.weights import check_all_loaded
@@ -41,7 +42,7 @@ def one_stage(monkeypatch):
 
 
 def build(mask, layer=Layer, num_layers=2, family=FAMILY):
-    with module.dropping(module.Dropping(mask, family, CONFIG)) as dropped:
+    with module.dropping(module.Dropping(Decoder("Toy", {}, family, mask), CONFIG)) as dropped:
         model = nn.ModuleList([layer(index) for index in range(num_layers)])
     dropped.finish(model)
     return model
@@ -56,7 +57,7 @@ def test_only_what_the_mask_names_is_replaced():
 
 
 def test_the_hook_is_gone_afterwards_even_after_an_error():
-    hook = module.Dropping(DropMask(1, attention=(0,)), FAMILY, CONFIG)
+    hook = module.Dropping(Decoder("Toy", {}, FAMILY, DropMask(1, attention=(0,))), CONFIG)
     with pytest.raises(ZeroDivisionError), module.dropping(hook):
         raise ZeroDivisionError
     assert type(Layer(0).attn) is Part

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kv_groups import kv_layout
+from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.memory.layout import kv_layout
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
 from tests.surgery.scores import FULL, SLIDING, any_scores, make_scores, most
@@ -131,8 +132,8 @@ def test_controls_are_never_swapped(order, layers):
 )
 def test_every_method_tells_what_padding_costs(method):
     selection = select(hybrid_scores(0.1, 0.3), method)
-    layout = kv_layout([(FULL, SLIDING)[layer % 2] for layer in selection.mask.kept_attention])
-    assert selection.notes == ((layout.describe(),) if layout.padding_layers else ())
+    layout = kv_layout([LayerKind.parse((FULL, SLIDING)[layer % 2]) for layer in selection.mask.kept_attention])
+    assert selection.notes == ((layout.describe(),) if layout.is_padded else ())
 
 
 @settings(deadline=None)
@@ -152,7 +153,7 @@ def test_no_mask_of_as_many_within_the_tolerance_is_stored_in_fewer_layers(score
 
     def stored(gone):
         kept = (layer for layer in range(scores.num_hidden_layers) if layer not in {*old, *gone})
-        return kv_layout(scores.kv_groups[layer] for layer in kept).stored_layers
+        return kv_layout([LayerKind.parse(scores.kv_groups[layer]) for layer in kept]).token_values
 
     def cost(gone):
         return sum(1 - scores.similarity.attention[layer] for layer in gone)

@@ -1,0 +1,64 @@
+"""What a config says of a model's layers, worked out once: how they are laid out, what is gone, what each stores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
+from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
+from llmdrop_vllm.memory.layout import KVLayout, kv_layout
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The layers that a config describes. `mask` is what it drops; `family` is None where the table has no row."""
+
+    architecture: str
+    config: Mapping[str, Any]
+    family: Family | None
+    mask: DropMask
+
+    @classmethod
+    def of(cls, config: object, architecture: str) -> Self:
+        """From a config.json dict or a config object; the architecture's name may bear our prefix.
+
+        Raises MaskError for a mask that cannot be read. Without a row a config's mask is nobody's: nothing is dropped.
+        """
+        entries = config_dict(config)
+        family = family_of(architecture, entries)
+        mask = DropMask.from_config(entries) if family else DropMask(layer_count(entries))
+        return cls(architecture.removeprefix(EXPLICIT_PREFIX), entries, family, mask)
+
+    @property
+    def whole(self) -> DropMask:
+        """The mask that drops nothing."""
+        return DropMask(self.mask.num_hidden_layers)
+
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Per layer, what its attention stores while it is there. Raises CheckpointError where the config lacks it."""
+        return layer_kinds(_completed(self.config))
+
+    def layout(self, mask: DropMask | None = None) -> KVLayout:
+        """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
+        kept = self.mask if mask is None else mask  # a mask that drops nothing is false
+        return kv_layout([self.kinds[layer] for layer in kept.kept_attention])
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries with those that config.json leaves to the architecture, as far as Transformers is there and knows it.
+
+    Published configs of Gemma 2, for one, name a window, and not the layers that have none.
+    """
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError:
+        return config
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return config
+    known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    return {**config, **known}

@@ -1,0 +1,79 @@
+"""A model's directory: where it is, its config.json, and which of its files are the weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, read_index
+from llmdrop_vllm.errors import CheckpointError
+
+# The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is on disk. Raises CheckpointError where there is none."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds {type(config).__name__}; expected an object")
+    return config
+
+
+def check_model_name(model: str | Path) -> None:
+    """Raise CheckpointError for what is neither a directory nor looks like a hub id."""
+    path = Path(model)
+    if path.is_dir():
+        return
+    if isinstance(model, Path) or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
+
+
+def local_directory(model: str | Path) -> Path:
+    check_model_name(model)
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(model, ignore_patterns=[*OTHER_WEIGHTS, "original/*"])
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model} is neither a directory nor a hub repository that can be read: {error}"
+        ) from None
+    return Path(found)
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
+    index_file, index = read_index(directory)
+    numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
+    if listed := sorted(set(index.values())):
+        for file in listed:
+            if not (directory / file).is_file():
+                raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
+        if extra := sorted(numbered.difference(listed)):
+            raise CheckpointError(f"{directory / extra[0]} is not listed in {index_file}")
+        return [directory / file for file in listed], index
+    if numbered:
+        raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
+    for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
+        if (directory / name).is_file():
+            return [directory / name], {}
+    others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
+    if others:
+        raise CheckpointError(
+            f"{directory} has its weights as {min(others)}; only safetensors are read, for pickle files can run code. "
+            f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
+        )
+    raise CheckpointError(
+        f"{directory} has no model.safetensors and no {INDEX_FILE}; weights in other formats (.bin, .gguf) are not read"
+    )

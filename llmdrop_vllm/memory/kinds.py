@@ -1,0 +1,134 @@
+"""What each layer's attention stores of the tokens it has seen, read from a config alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.masks.dialects import block_entry
+from llmdrop_vllm.masks.mask import layer_count
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+# Models with latent attention for which vLLM stores whole heads all the same.
+WHOLE_HEADS = frozenset({"minicpm3"})
+# Models whose values are of another size than their keys; elsewhere the entry is about latent attention.
+OWN_VALUE_SIZE = frozenset({"mimo_v2", "mimo_v2_flash"})
+# Entries that hold for all layers of one kind, and the entries that they stand in for there.
+ENTRIES_OF_KIND = {
+    "sliding_attention": {
+        "swa_num_key_value_heads": "num_key_value_heads",
+        "swa_head_dim": "head_dim",
+        "swa_v_head_dim": "v_head_dim",
+    },
+    "full_attention": {"num_global_key_value_heads": "num_key_value_heads", "global_head_dim": "head_dim"},
+}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer keeps of each token, and of how many.
+
+    `name` is `full`, `compressed` (one latent vector stands for all keys and values), `sliding` (only the last `span`
+    tokens are needed) or `chunked` (tokens see those of their chunk of `span`). `values` are the numbers that a token
+    takes, in the KV cache's dtype.
+    """
+
+    name: str
+    values: int = 1
+    span: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.span is None else f"{self.name} {self.span}"
+
+    @classmethod
+    def parse(cls, text: str, values: int = 1) -> Self:
+        """From what `str` of a kind gives: `sliding 4096`."""
+        name, _, span = text.partition(" ")
+        return cls(name, values, int(span) if span.isdecimal() else None)
+
+    def tokens_held(self, context: int, in_flight: int = 0) -> int:
+        """Tokens of a request of `context` whose keys and values must be there at once, at most.
+
+        `in_flight` of them may be computed together, and what they push out of a window goes only after that.
+        """
+        if self.span is None:
+            return context
+        return min(context, self.span + in_flight - (self.name == "sliding"))
+
+
+def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+    """Per decoder layer, what its attention stores if it has any.
+
+    Some architectures mix kinds though their config.json does not say it: Transformers' config objects do. Raises
+    CheckpointError for a config that does not say the sizes, or says them for fewer layers than it has.
+    """
+    depth = layer_count(config)
+    types = config.get("layer_types") or [_usual_type(config)] * depth
+    if len(types) < depth:
+        raise CheckpointError(f"layer_types names {len(types)} layers; the model has {depth}")
+    return tuple(_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(depth))
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one value of a KV cache in this dtype."""
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"KV cache dtype is {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+def _usual_type(config: Mapping[str, Any]) -> str:
+    has_window = config.get("sliding_window") and config.get("use_sliding_window", True)
+    return "sliding_attention" if has_window else "full_attention"
+
+
+def _settings(config: Mapping[str, Any], layer: int, kind: str) -> Mapping[str, Any]:
+    """The config's entries as they hold for one layer."""
+    own = {entry: config[key] for key, entry in ENTRIES_OF_KIND.get(kind, {}).items() if config.get(key)}
+    if (other := config.get("attention_other_setting") or {}).get("attention_type") == kind:  # Step 3.5
+        own |= {"num_key_value_heads": other["num_attention_groups"], "head_dim": other.get("head_dim")}
+    blocks = config.get("block_configs")  # Nemotron-NAS
+    if blocks and (shared_by := block_entry(block_entry(blocks[layer], "attention"), "n_heads_in_group")):
+        own["num_key_value_heads"] = config["num_attention_heads"] // shared_by
+    layers = config.get("per_layer_config") or {}  # Transformers' heterogeneous configs
+    return {**config, **own, **(layers.get(str(layer)) or layers.get(layer) or {})}
+
+
+def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
+    if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
+        return LayerKind("compressed", config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0))
+    values = _values_of_heads(config)
+    if layer_type == "sliding_attention":
+        return LayerKind("sliding", values, config.get("sliding_window"))
+    if layer_type == "chunked_attention":
+        return LayerKind("chunked", values, config.get("attention_chunk_size"))
+    return LayerKind("full", values)
+
+
+def _values_of_heads(config: Mapping[str, Any]) -> int:
+    """Keys and values of the heads that have some of their own: heads x (size of a key + size of a value)."""
+    heads = _first(config, "num_attention_heads", "n_head")
+    hidden = _first(config, "hidden_size", "n_embd", "n_embed") or 0
+    kv_heads = _kv_heads(config) or heads
+    head_dim = config.get("head_dim") or (heads and hidden // heads)
+    if config.get("kv_lora_rank"):
+        kv_heads, head_dim = heads, config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    if not kv_heads or not head_dim:
+        raise CheckpointError("the config lacks num_attention_heads or hidden_size, so the KV cache cannot be counted")
+    value_dim = config.get("v_head_dim") if config.get("model_type") in OWN_VALUE_SIZE else None
+    return int(kv_heads * (head_dim + (value_dim or head_dim)))
+
+
+def _kv_heads(config: Mapping[str, Any]) -> Any:
+    """Heads that have keys and values of their own, where the config names them: Falcon in two ways, by its layout."""
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads")
+    if config.get("multi_query"):
+        return 1
+    if config.get("multi_query_attention"):
+        return config.get("multi_query_group_num")
+    return _first(config, "num_key_value_heads", "num_attention_groups")
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key)), None)

@@ -1,0 +1,186 @@
+"""How vLLM stores the KV cache of a model: in groups of equally many layers, padded where a kind falls short.
+
+vLLM pads for every token that no sliding window has passed yet; with its hybrid KV cache manager off it groups, and
+pads, nothing.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from llmdrop_vllm.memory.kinds import LayerKind
+
+# Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.
+MAX_KINDS = 3
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that share their blocks, by position among those that have a KV cache.
+
+    A block holds `tokens_ratio` times as many tokens as vLLM's block size says: layers that store less of a token than
+    others get longer blocks, so that all blocks are of one size.
+    """
+
+    layers: tuple[int, ...]
+    kind: LayerKind
+    tokens_ratio: int = 1
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Which attention layers vLLM stores together. `kinds` are those of the layers that have a KV cache, in order."""
+
+    kinds: tuple[LayerKind, ...]
+    groups: tuple[KVGroup, ...]
+
+    @property
+    def layers(self) -> int:
+        """Attention layers that have a KV cache."""
+        return len(self.kinds)
+
+    @cached_property
+    def page_values(self) -> tuple[int, ...]:
+        """Numbers that each layer stores per token of vLLM's block size: with several groups, all alike."""
+        widest = max((kind.values for kind in self.kinds), default=0)
+        return tuple(kind.values for kind in self.kinds) if len(self.groups) == 1 else (widest,) * self.layers
+
+    @cached_property
+    def block_values(self) -> int:
+        """Numbers in a block, per token of vLLM's block size: every group's block takes as much as the largest."""
+        return max((sum(self.page_values[layer] for layer in group.layers) for group in self.groups), default=0)
+
+    @property
+    def token_values(self) -> Fraction:
+        """Numbers that a token takes in the KV cache, padding included, before any window has passed it."""
+        return sum((Fraction(self.block_values, group.tokens_ratio) for group in self.groups), Fraction(0))
+
+    @property
+    def padding_share(self) -> float:
+        """Padding as a share of what the layers need."""
+        needed = sum(kind.values for kind in self.kinds)
+        return float(self.token_values / needed) - 1 if needed else 0.0
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a token takes more than the layers need."""
+        return self.token_values > sum(kind.values for kind in self.kinds)
+
+    def token_bytes(self, value_bytes: int) -> int:
+        """Bytes that a token takes, with so many for each number."""
+        return int(self.token_values * value_bytes)
+
+    def request_blocks(self, context: int, block_tokens: int, in_flight: int = 0) -> int:
+        """Blocks that vLLM keeps ready for a request of `context` tokens, `in_flight` of which are computed together.
+
+        A window may begin within a block, so there is one more for each group that has one.
+        """
+        return sum(
+            -(-group.kind.tokens_held(context, in_flight) // (block_tokens * group.tokens_ratio))
+            + (group.kind.name == "sliding")
+            for group in self.groups
+        )
+
+    def describe(self) -> str:
+        """For people: `KV cache stored as 34 layers for 30: 4 layers (13%) of padding`."""
+        if len(set(self.page_values)) > 1 or any(group.tokens_ratio > 1 for group in self.groups):
+            sizes = f"KV cache of {self.layers} layers of different sizes"
+            return f"{sizes}, {f'{self.padding_share:.0%} of' if self.is_padded else 'without'} padding"
+        stored = int(self.token_values / self.page_values[0]) if self.layers else 0
+        if stored == self.layers and not self.is_padded:
+            return f"KV cache stored as {stored} layers, without padding"
+        padding = stored - self.layers
+        layers = "1 layer" if padding == 1 else f"{padding} layers"
+        return f"KV cache stored as {stored} layers for {self.layers}: {layers} ({self.padding_share:.0%}) of padding"
+
+
+def kv_layout(kinds: Sequence[LayerKind]) -> KVLayout:
+    """The layout for attention layers of these kinds, in layer order (vLLM 0.32, `get_kv_cache_groups`)."""
+    kinds = tuple(kinds)
+    if len({_slots(kind) for kind in kinds}) < 2:
+        # Layers that need room for the same tokens make one group, whatever each of them stores.
+        return KVLayout(kinds, (KVGroup(tuple(range(len(kinds))), kinds[0]),) if kinds else ())
+    widest = max(kind.values for kind in kinds)
+    positions: dict[LayerKind, list[int]] = {}
+    for position, kind in enumerate(kinds):
+        positions.setdefault(kind, []).append(position)
+    size = _group_size([len(layers) for layers in positions.values()])
+    groups = []
+    for kind, layers in positions.items():
+        # vLLM deals the layers out in turn, so that each pipeline stage has its share of every group.
+        num_groups = math.ceil(len(layers) / size)
+        # Pages that do not divide the widest one are padded up to it.
+        ratio = 1 if widest % kind.values else widest // kind.values
+        groups += [KVGroup(tuple(layers[first::num_groups]), kind, ratio) for first in range(num_groups)]
+    return KVLayout(kinds, tuple(groups))
+
+
+def _slots(kind: LayerKind) -> tuple[str, int | None]:
+    """What decides for which tokens a layer needs room."""
+    return ("full", None) if kind.span is None else (kind.name, kind.span)
+
+
+def _group_size(counts: Sequence[int]) -> int:
+    """Layers per group for so many layers of each kind (vLLM 0.32, `_get_kv_cache_groups_uniform_page_size`)."""
+    return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+
+
+def cheapest_without_padding(
+    costs: Mapping[LayerKind, Sequence[float]], kept: Mapping[LayerKind, int], count: int, tolerance: float
+) -> dict[LayerKind, int]:
+    """How many layers of each kind to drop, `count` in all, so that a token takes least in what is kept.
+
+    `costs`: the importance of each layer that may go, per kind, ascending; `kept`: layers of each kind that the model
+    has. Only choices whose summed importance is at most `tolerance` (a share) above the cheapest one's are considered;
+    of equals the cheapest wins. With more than MAX_KINDS kinds, the cheapest choice is returned, padded or not.
+    """
+    kinds = sorted(costs, key=str)
+    ranked = sorted((cost, str(kind), kind) for kind in kinds for cost in costs[kind])[:count]
+    if len(kinds) > MAX_KINDS:
+        cheapest = Counter(kind for *_, kind in ranked)
+        return {kind: cheapest[kind] for kind in kinds}
+    base = math.fsum(cost for cost, *_ in ranked)
+    limit = base + tolerance * abs(base)
+
+    def rank(choice: tuple[int, ...]) -> tuple[Fraction, float, tuple[int, ...]]:
+        left = Counter(kept)
+        left.subtract(dict(zip(kinds, choice, strict=True)))
+        return kv_layout([*left.elements()]).token_values, summed(choice), choice
+
+    def summed(choice: tuple[int, ...]) -> float:
+        return math.fsum(cost for kind, n in zip(kinds, choice, strict=True) for cost in costs[kind][:n])
+
+    choices = _shares([len(costs[kind]) for kind in kinds], count)
+    best = min((choice for choice in choices if summed(choice) <= limit), key=rank)
+    return dict(zip(kinds, best, strict=True))
+
+
+def stage_values(layout: KVLayout, kept: Sequence[int], num_layers: int) -> Callable[[int, int], int]:
+    """Numbers in a block on a pipeline stage with the decoder layers from `start` up to `end`, per token.
+
+    `kept` are the decoder layers of the layout's kinds, ascending. Groups are the whole model's; a stage has its own
+    layers of each, and blocks as large as its largest group needs.
+    """
+    sums = []
+    for group in layout.groups:
+        values = [0] * (num_layers + 1)
+        for position in group.layers:
+            values[kept[position] + 1] = layout.page_values[position]
+        for layer in range(num_layers):
+            values[layer + 1] += values[layer]
+        sums.append(values)
+    return lambda start, end: max((values[end] - values[start] for values in sums), default=0)
+
+
+def _shares(limits: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `total` as a sum with one term for each limit."""
+    if not limits:
+        if total == 0:
+            yield ()
+        return
+    for first in range(min(limits[0], total) + 1):
+        for rest in _shares(limits[1:], total - first):
+            yield first, *rest
