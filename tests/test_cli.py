@@ -11,7 +11,7 @@ from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.scoring import scoring
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 ROWS = 6
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from tests.checkpoints import PARITY_CASES, TINY_LLAMA, golden, write_checkpoint
+from tests.tiny import PARITY_CASES, TINY_LLAMA, golden, write_checkpoint
 
 MASK = {"drop_attn_list": [6, 0, 3], "drop_mlp_list": [6]}
 

@@ -10,8 +10,8 @@ from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Scores, read_record, wr
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.evaluation.sweeps import point, sweep
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 QUICK = ["--context", "32", "--windows", "2", "--divergence-tokens", "32"]
 

@@ -16,8 +16,8 @@ from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load
 from llmdrop_vllm.evaluation.records import SpeedWorkload
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
-from tests.checkpoints import TINY_LLAMA
-from tests.checkpoints import write_checkpoint as write_tiny
+from tests.tiny import TINY_LLAMA
+from tests.tiny import write_checkpoint as write_tiny
 
 MASK = DropMask(12, attention=(7, 11), mlp=(3,))
 CONTEXT = 64

@@ -18,7 +18,7 @@ from llmdrop_vllm import DropMask, family_of
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_decoder
-from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint
+from tests.tiny import TINY_LLAMA, shapes, write_checkpoint
 
 load_general_plugins()
 

@@ -10,8 +10,8 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from llmdrop_vllm import DropMask
-from tests.checkpoints import TINY_LLAMA, tensor, write_checkpoint
 from tests.engines import engine, greedy
+from tests.tiny import TINY_LLAMA, tensor, write_checkpoint
 
 PROMPT = [*range(3, 203)]
 MASK = DropMask(8, attention=(6, 5, 2), mlp=(7,))

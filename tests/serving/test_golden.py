@@ -3,8 +3,8 @@
 import pytest
 
 from llmdrop_vllm import DropMask
-from tests.checkpoints import PARITY_CASES, golden, write_checkpoint
 from tests.engines import ONE_GIB, engine, greedy, kv_tokens
+from tests.tiny import PARITY_CASES, golden, write_checkpoint
 
 BLOCK_TOKENS = 128  # vLLM's on CPU
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.checkpoints import TINY_LLAMA, shapes, write_checkpoint
 from tests.serving.engine_process import run_job
+from tests.tiny import TINY_LLAMA, shapes, write_checkpoint
 
 HIDDEN, INTERMEDIATE = 512, 2048
 MLP_BYTES = 3 * HIDDEN * INTERMEDIATE * 4  # the larger sublayer, 12 MiB

@@ -7,8 +7,8 @@ import pytest
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.engines import engine, greedy, kv_tokens
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 PROMPT = [*range(3, 60)]
 # A kept MLP before any attention crashes stock vLLM.

@@ -4,8 +4,8 @@ import pytest
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.serving.pipeline import stage_attention
-from tests.checkpoints import golden, write_checkpoint
 from tests.serving.engine_process import run_job
+from tests.tiny import golden, write_checkpoint
 
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 GIB_TOKENS_PER_SUBLAYER = 2**30 // (2 * 2 * 32 * 4)  # two key/value heads of 32 float32 numbers

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llmdrop_vllm import DropMask
-from tests.checkpoints import TINY_LLAMA, golden, write_checkpoint
 from tests.engines import engine, greedy, kv_tokens
 from tests.serving.engine_process import run_job
+from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
 PROMPT = [*range(3, 60)]
 DROPPED_LINE = (

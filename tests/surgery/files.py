@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
-from tests.checkpoints import TINY_LLAMA
+from tests.tiny import TINY_LLAMA
 
 # The mask and the smallest model of most tests here.
 MASK = DropMask(8, attention=(6, 5, 2), mlp=(7,))

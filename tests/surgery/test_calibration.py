@@ -17,7 +17,7 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.embedded.corpus import END, USER, documents
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.surgery import calibration, texts
-from tests.checkpoints import TINY_LLAMA, golden, write_checkpoint
+from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
 EMBEDDED = Checkpoint.open(MODEL)
 TOKENIZER, OTHER_TOKENIZER = AutoTokenizer.from_pretrained(MODEL), (MODEL / "tokenizer.json").read_text()

@@ -9,8 +9,8 @@ import pytest
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.surgery.files import MASK, SMALL, content, put_nan, truncate
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 
 def unlist(directory):

@@ -9,7 +9,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.surgery import scoring, scratch
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 
 def with_tensor(directory, name, change):

@@ -16,8 +16,8 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing import stream
 from llmdrop_vllm.writing.plan import OutputShard, plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.checkpoints import TINY_LLAMA, write_checkpoint
 from tests.surgery.files import MASK, SMALL, stored
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 
 @pytest.mark.parametrize("buffer_bytes", [8, 40, 1000, 1 << 20])
