@@ -10,7 +10,7 @@ from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.memory.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score
-from tests.families.cases import CASES
+from tests.architectures.cases import CASES
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Numbers of one token in one layer: 2 heads of 32 values, keys and values, unless the architecture says otherwise.

@@ -7,7 +7,7 @@ from transformers.utils import logging
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.scoring.layers import LayerStream
-from tests.families.cases import CASES, LAYERS
+from tests.architectures.cases import CASES, LAYERS
 
 logging.disable_progress_bar()
 MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "DeepseekV3ForCausalLM", "AfmoeForCausalLM")

@@ -5,15 +5,15 @@ from collections import Counter
 import pytest
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
-from tests.families import survey
-from tests.families.cases import CASES
+from tests.architectures import survey
+from tests.architectures.cases import CASES
 
 ENTRIES = survey.survey()
 
 
 def test_the_readme_has_the_generated_survey():
     assert survey.in_readme(survey.README.read_text(encoding="utf-8")) == survey.table(ENTRIES), (
-        "README.md is out of date: run `python -m tests.families.survey --write` and read the diff"
+        "README.md is out of date: run `python -m tests.architectures.survey --write` and read the diff"
     )
 
 

@@ -12,8 +12,8 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
-from tests.families.cases import CASES, LAYERS, Case, model_of
-from tests.families.reference import skipping
+from tests.architectures.cases import CASES, LAYERS, Case, model_of
+from tests.architectures.reference import skipping
 
 logging.disable_progress_bar()
 PROMPT = torch.arange(3, 43)[None]

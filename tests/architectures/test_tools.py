@@ -10,8 +10,8 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
-from tests.families.cases import CASES, LAYERS, model_of
-from tests.families.reference import skipping
+from tests.architectures.cases import CASES, LAYERS, model_of
+from tests.architectures.reference import skipping
 
 logging.disable_progress_bar()
 PROMPT = torch.arange(3, 43)[None]

@@ -1,7 +1,7 @@
 """What the family table covers of vLLM's text models, and why it leaves out the rest: the README's table, generated.
 
-    python -m tests.families.survey            # print it
-    python -m tests.families.survey --write    # put it into the README
+    python -m tests.architectures.survey            # print it
+    python -m tests.architectures.survey --write    # put it into the README
 
 Nothing is built or imported to find out: reasons are read in vLLM's model files, as syntax trees.
 """
@@ -20,7 +20,7 @@ from vllm.model_executor.models import registry
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, FAMILIES
 from llmdrop_vllm.architectures.family import Family, Sublayer
-from tests.families.cases import CASES
+from tests.architectures.cases import CASES
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- survey -->\n", "<!-- /survey -->"

@@ -9,8 +9,8 @@ from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.scoring.scoring import score
-from tests.families.cases import CASES, LAYERS, model_of
-from tests.families.reference import layers_of, skipping
+from tests.architectures.cases import CASES, LAYERS, model_of
+from tests.architectures.reference import layers_of, skipping
 
 IDS = torch.stack([torch.arange(3, 43), torch.arange(103, 143)])
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))

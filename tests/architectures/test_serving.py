@@ -17,9 +17,9 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from tests.architectures.cases import CASES, LAYERS, model_of
+from tests.architectures.reference import skipping
 from tests.engines import engine, greedy
-from tests.families.cases import CASES, LAYERS, model_of
-from tests.families.reference import skipping
 
 PROMPT = [*range(3, 43)]
 MASKS = {
