@@ -6,7 +6,7 @@ import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import Calibration, load_calibration
-from tests.surgery.files import split, token_file
+from tests.checkpoints.files import split, token_file
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 

@@ -10,7 +10,15 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import plan_surgery
-from tests.surgery.files import COMPANIONS, LEFT_OUT_DIRECTORIES, MASK, OTHER_WEIGHTS, add_companions, content, split
+from tests.checkpoints.files import (
+    COMPANIONS,
+    LEFT_OUT_DIRECTORIES,
+    MASK,
+    OTHER_WEIGHTS,
+    add_companions,
+    content,
+    split,
+)
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 LAYER = "model.layers.{}."

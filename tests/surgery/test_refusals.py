@@ -9,7 +9,7 @@ import pytest
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.surgery.files import MASK, SMALL, content, put_nan, truncate
+from tests.checkpoints.files import MASK, SMALL, content, put_nan, truncate
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 

@@ -15,7 +15,7 @@ from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.scoring.attention_probe import QUERIES_PER_SEQUENCE
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.surgery import scoring, scratch
-from tests.surgery.files import token_file
+from tests.checkpoints.files import token_file
 from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
 DEPTH = TINY_LLAMA["num_hidden_layers"]

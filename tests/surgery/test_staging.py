@@ -14,7 +14,7 @@ from llmdrop_vllm.errors import CheckpointError, OutputError
 from llmdrop_vllm.writing import staging
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.surgery.files import MASK, SMALL, content, put_nan, split
+from tests.checkpoints.files import MASK, SMALL, content, put_nan, split
 from tests.tiny import write_checkpoint
 
 

@@ -16,7 +16,7 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing import stream
 from llmdrop_vllm.writing.plan import OutputShard, plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
-from tests.surgery.files import MASK, SMALL, stored
+from tests.checkpoints.files import MASK, SMALL, stored
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 

@@ -14,8 +14,8 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import ON_DISK, plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
+from tests.checkpoints.files import COMPANIONS, MASK, SMALL, add_companions, content, split, stored
 from tests.engines import engine, greedy
-from tests.surgery.files import COMPANIONS, MASK, SMALL, add_companions, content, split, stored
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 MASKS = {

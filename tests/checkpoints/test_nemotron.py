@@ -16,8 +16,8 @@ from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
+from tests.checkpoints.files import stored
 from tests.serving.engine_process import run_job
-from tests.surgery.files import stored
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 MASK = DropMask(8, attention=(6, 5, 2), mlp=(6, 0))
