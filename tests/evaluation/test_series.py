@@ -6,7 +6,7 @@ from llmdrop_vllm.evaluation.records import mask_id
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, default_counts, make_series
 from llmdrop_vllm.selection.orders import Deepest, Random
 from llmdrop_vllm.selection.selection import Consecutive, Ranked, select
-from tests.surgery.scores import make_scores
+from tests.selection.scores import make_scores
 
 ATTENTION = [0.90, 0.91, 0.95, 0.99, 0.98, 0.97, 0.96, 0.92]
 MLP = [0.5, 0.6, 0.7, 0.94, 0.93, 0.8, 0.81, 0.4]

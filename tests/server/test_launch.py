@@ -14,7 +14,7 @@ from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import MaskFile, write_record
 from llmdrop_vllm.cli import main as cli_main
 from llmdrop_vllm.embedded import MODEL
-from tests.surgery.scores import make_scores
+from tests.selection.scores import make_scores
 
 
 @pytest.fixture

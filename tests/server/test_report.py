@@ -16,7 +16,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 from llmdrop_vllm.embedded import MODEL
 from tests.architectures.cases import CASES
-from tests.surgery.scores import make_scores
+from tests.selection.scores import make_scores
 
 MASK = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
 BLOCK = 16

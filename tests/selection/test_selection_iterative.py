@@ -5,7 +5,7 @@ import pytest
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.selection import Ranked, iterative, select
-from tests.surgery.scores import FULL, SLIDING, make_scores
+from tests.selection.scores import FULL, SLIDING, make_scores
 
 
 class FakeModel:

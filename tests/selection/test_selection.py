@@ -11,7 +11,7 @@ from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, LeastImportant, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
-from tests.surgery.scores import any_scores, make_scores, most
+from tests.selection.scores import any_scores, make_scores, most
 from tests.tiny import golden
 
 CASES = ("llama", "mistral")

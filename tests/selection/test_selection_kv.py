@@ -14,7 +14,7 @@ from llmdrop_vllm.memory.kinds import LayerKind
 from llmdrop_vllm.memory.layout import kv_layout
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
-from tests.surgery.scores import FULL, SLIDING, any_scores, make_scores, most
+from tests.selection.scores import FULL, SLIDING, any_scores, make_scores, most
 
 
 @pytest.mark.parametrize(
