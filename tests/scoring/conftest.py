@@ -1,0 +1,3 @@
+from tests.checkpoints.fixtures import parent, tiny
+
+__all__ = ["parent", "tiny"]
