@@ -52,7 +52,7 @@ def main() -> None:
     checkpoint = Checkpoint.open(MODEL)
     mask = DropMask(checkpoint.mask.num_hidden_layers, layers(MASK))
     harness = find_tasks(TASKS)
-    model, tokenizer = hf.load(checkpoint, mask, dtype="float32"), AutoTokenizer.from_pretrained(MODEL)
+    model, tokenizer = hf.load(checkpoint.under(mask), dtype="float32"), AutoTokenizer.from_pretrained(MODEL)
     tokens = count_tokens(harness, tokenizer)
     settings = EngineSettings(dtype="float32", max_model_len=1024)
     with running(checkpoint, mask, settings, harness=True) as engine:

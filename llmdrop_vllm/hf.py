@@ -8,7 +8,7 @@ is a PreTrainedModel like any other: it generates, trains, takes adapters, and c
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family, Sublayer
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.dialects import without_mask
@@ -38,36 +39,37 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if refused := sorted(kwargs.keys() & {"cache_dir", "config", "revision", "subfolder", "token"}):
         raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
-    return load(Checkpoint.open(model), **kwargs)
+    checkpoint = Checkpoint.open(model)
+    return load(checkpoint.under(checkpoint.mask), **kwargs)
 
 
-def load(checkpoint: Checkpoint, mask: DropMask | None = None, **kwargs: Any) -> PreTrainedModel:
-    """As `from_pretrained`, for a checkpoint that is open, under a mask in place of its own."""
-    mask = checkpoint.mask if mask is None else mask
-    config = transformers_config(checkpoint, mask)
+def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
+    """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
+    checkpoint = masked.checkpoint
+    config = transformers_config(masked)
     if is_variant(checkpoint):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     loaded, info = model_class(config).from_pretrained(checkpoint.directory, **kwargs)
     if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
         raise CheckpointError(f"{checkpoint.directory} lacks weights that the mask keeps: {', '.join(wrong)}")
-    if mask:
-        logger.warning("%s: %s", checkpoint.directory, mask.summary())
+    if masked.mask:
+        logger.warning("%s: %s", checkpoint.directory, masked.mask.summary())
     return loaded
 
 
-def transformers_config(checkpoint: Checkpoint, mask: DropMask) -> PretrainedConfig:
-    """The checkpoint's Transformers config with a mask, in one dialect."""
+def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
+    """The checkpoint's Transformers config with the mask, in one dialect."""
     try:
-        return dropped_config(checkpoint.decoder.config, checkpoint.architecture, mask)
+        return dropped_config(masked.checkpoint.decoder, masked.mask)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.directory}: {error}") from None
+        raise CheckpointError(f"{masked.checkpoint.directory}: {error}") from None
 
 
-def dropped_config(entries: Mapping[str, Any], architecture: str, mask: DropMask) -> PretrainedConfig:
-    """The Transformers config for an architecture's config entries, whatever they say of a mask, with this one."""
+def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
+    """The Transformers config of a decoder, whatever its own config says of a mask, with this one."""
     mask.check_attention_is_left()
-    entries = without_mask(entries) | {"architectures": [architecture]}
+    entries = without_mask(decoder.config) | {"architectures": [decoder.architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
@@ -84,6 +86,12 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
     return _dropped_model(MODEL_FOR_CAUSAL_LM_MAPPING[config.stock], config.architectures[0])
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model that a config from here describes, counted without memory for any."""
+    with torch.device("meta"):
+        return int(model_class(config)(config).num_parameters())
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:

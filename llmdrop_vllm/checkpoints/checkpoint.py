@@ -18,6 +18,7 @@ from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.memory.kinds import DTYPE_BYTES
 from llmdrop_vllm.memory.layout import KVLayout
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
@@ -78,6 +79,12 @@ class Checkpoint:
     def context(self) -> int | None:
         """Tokens that the model takes at most; None where the config does not say."""
         return next((int(self.config[key]) for key in CONTEXT_KEYS if self.config.get(key)), None)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as the config names it; bfloat16 where it names none that a KV cache can have."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
+        return name if name in DTYPE_BYTES else "bfloat16"
 
     @property
     def is_quantized(self) -> bool:

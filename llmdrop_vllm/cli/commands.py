@@ -88,7 +88,7 @@ def convert(args: Namespace) -> None:
 
 def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
-    from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
+    from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(
         Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype, context=args.context

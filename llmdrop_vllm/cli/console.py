@@ -12,7 +12,7 @@ from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.selection.selection import Selection
 
 if TYPE_CHECKING:
-    from llmdrop_vllm.checkpoints.inspection import Inspection
+    from llmdrop_vllm.evaluation.inspection import Inspection
 
 
 def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], title: str | None = None) -> None:

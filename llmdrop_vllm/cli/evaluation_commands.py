@@ -6,7 +6,6 @@ from pathlib import Path
 
 from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.inspection import weights_dtype
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
 from llmdrop_vllm.cli.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
@@ -136,7 +135,7 @@ def _default_dtype(checkpoint: Checkpoint) -> str:
     """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
     import torch
 
-    return weights_dtype(checkpoint) if torch.cuda.is_available() else "float32"
+    return checkpoint.dtype if torch.cuda.is_available() else "float32"
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:

@@ -49,7 +49,7 @@ class Reference:
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hf.load(checkpoint, mask, dtype=getattr(torch, dtype)).to(device).eval()
+    return hf.load(checkpoint.under(mask), dtype=getattr(torch, dtype)).to(device).eval()
 
 
 def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.inspection import count_parameters
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running, speeds_in_turns
@@ -27,7 +26,7 @@ from llmdrop_vllm.evaluation.records import (
     mask_id,
     scores_id,
 )
-from llmdrop_vllm.hf import transformers_config
+from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.locks import hold
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -121,7 +120,6 @@ class _Keeper:
         self.found = plan.begin(directory / SWEEP_FILE)
         write_record(plan.scores, directory / SCORES_FILE)
         self.masks = {self.found.base: plan.checkpoint.mask} | dict(plan.masks)
-        self.config = transformers_config(plan.checkpoint, DropMask(plan.checkpoint.mask.num_hidden_layers)).to_dict()
 
     def lacks(self, mask: DropMask) -> bool:
         """Whether a mask is to be measured, or its speed is."""
@@ -143,11 +141,9 @@ class _Keeper:
         quality, raw = self.plan.measures.quality(engine, mask, divergence, bars=False)
         if raw is not None:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{mask_id(mask)}.json")
-        stored, whole = (
-            self.plan.checkpoint.under(each).layout.token_values for each in (mask, self.plan.checkpoint.mask)
-        )
-        kv_share = float(stored / whole)
-        parameters = count_parameters(transformers_config(self.plan.checkpoint, mask))
+        masked, base = (self.plan.checkpoint.under(each) for each in (mask, self.plan.checkpoint.mask))
+        kv_share = float(masked.layout.token_values / base.layout.token_values)
+        parameters = count_parameters(transformers_config(masked))
         return Point(quality=quality, speed=None, full_speed=None, kv_share=kv_share, parameters=parameters)
 
     def keep(self, **changes: Any) -> Sweep:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import (
     TORCH_DTYPES,
     checkpoint_tensors,
@@ -22,7 +22,6 @@ from llmdrop_vllm.checkpoints.hf_weights import (
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
-from llmdrop_vllm.masks.mask import DropMask
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,17 @@ class LayerStream:
     The whole model exists on the meta device, where it takes no memory. `begin` runs what comes before the layers.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, mask: DropMask, *, device: torch.device, dtype: torch.dtype, attention: str
-    ) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        config = transformers_config(checkpoint, mask)
+    def __init__(self, masked: MaskedCheckpoint, *, device: torch.device, dtype: torch.dtype, attention: str) -> None:
+        checkpoint = self.checkpoint = masked.checkpoint
+        self.device, self.dtype = device, dtype
+        config = transformers_config(masked)
         made = model_class(config)
         config._attn_implementation = _implementation(made, config, attention)
         with torch.device("meta"):
             self.model = made(config).eval()
         declare_dtype(self.model, dtype)
         self.decoder: nn.Module = self.model.get_decoder()
-        self.layers = decoder_layers(self.model, mask.num_hidden_layers)
+        self.layers = decoder_layers(self.model, masked.mask.num_hidden_layers)
         names = {id(module): name for name, module in self.model.named_modules()}
         self.decoder_prefix, self.layers_prefix = (
             f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)

@@ -30,7 +30,7 @@ from llmdrop_vllm.artifacts import (
     kinds_entries,
     sha256,
 )
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.calibration import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
@@ -64,10 +64,10 @@ def score(
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
-    mask = checkpoint.mask if mask is None else mask
+    masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-        run = _Run(checkpoint, calibration, mask, where, what, scratch or Path(temporary) / "scratch")
+        run = _Run(masked, calibration, where, what, scratch or Path(temporary) / "scratch")
         try:
             scores = _scores(run.layers(progress), run)
             run.scratch.remove()
@@ -82,16 +82,15 @@ def score(
 class _Run:
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        masked: MaskedCheckpoint,
         calibration: Calibration,
-        mask: DropMask,
         device: torch.device,
         dtype: torch.dtype,
         directory: Path,
     ) -> None:
-        self.checkpoint, self.calibration, self.mask = checkpoint, calibration, mask
-        self.family = checkpoint.family
-        self.stream = LayerStream(checkpoint, mask, device=device, dtype=dtype, attention=PROBED_ATTENTION)
+        checkpoint, mask = self.checkpoint, self.mask = masked.checkpoint, masked.mask
+        self.calibration, self.family = calibration, checkpoint.family
+        self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
         lengths = [len(sequence) for sequence in calibration.sequences]
         self.chunks = list(chunks(lengths, TOKENS_PER_CHUNK[device.type]))
         hidden_size, depth = self.stream.hidden_size, mask.num_hidden_layers

@@ -45,7 +45,7 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     if checkpoint.decoder.config.get("model_type") not in CONFIG_MAPPING:
         return None
     try:
-        config = hf.transformers_config(checkpoint, masked.mask)
+        config = hf.transformers_config(masked)
         with torch.device("meta"):
             model = hf.model_class(config)(config)
     except (CheckpointError, MaskError):

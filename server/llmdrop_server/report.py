@@ -10,9 +10,8 @@ from llmdrop_server.schemas import Drop, Importance, Mask, Scores, Size
 from llmdrop_vllm import artifacts
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.checkpoints.inspection import count_parameters
 from llmdrop_vllm.errors import InputError
-from llmdrop_vllm.hf import dropped_config
+from llmdrop_vllm.hf import count_parameters, dropped_config
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.kinds import dtype_bytes
 from llmdrop_vllm.memory.layout import KVLayout
@@ -80,7 +79,7 @@ def _layout_in_words(layout: KVLayout | None) -> str:
 
 
 def _count(decoder: Decoder, mask: DropMask) -> int:
-    return count_parameters(dropped_config(decoder.config, decoder.architecture, mask))
+    return count_parameters(dropped_config(decoder, mask))
 
 
 def _or_none(count: Callable[..., T], *args: Any) -> T | None:

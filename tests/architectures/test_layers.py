@@ -15,7 +15,7 @@ MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "DeepseekV3ForCausalL
 
 def stream(checkpoint, dtype):
     where = {"device": torch.device("cpu"), "dtype": dtype}
-    return LayerStream(Checkpoint.open(checkpoint), DropMask(LAYERS), **where, attention="sdpa")
+    return LayerStream(Checkpoint.open(checkpoint).under(DropMask(LAYERS)), **where, attention="sdpa")
 
 
 @pytest.fixture(params=MIXTURES)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import published
 from benchmarks.shapes import SHAPES, find
 from llmdrop_vllm import DropMask, InputError, MaskError, hf
+from llmdrop_vllm.checkpoints.decoder import Decoder
 
 # As the model cards and Transformers count them.
 PARAMETERS = {
@@ -31,7 +32,7 @@ def test_parameters_are_those_of_the_real_model(name):
 @pytest.mark.parametrize("name", ["llama-2-7b", "mistral-7b", "qwen3-8b", "gemma-2-9b"])
 def test_tensors_are_those_that_transformers_saves(name):
     shape = find(name, num_layers=2)
-    config = hf.dropped_config(shape.config, shape.config["architectures"][0], DropMask(2))
+    config = hf.dropped_config(Decoder.of(shape.config, shape.config["architectures"][0]), DropMask(2))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -40,7 +40,7 @@ def logprobs(checkpoint, text):
     windows = torch.from_numpy(np.stack(text.sequences))
     models = (
         AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
-        hf.load(checkpoint, MASK, dtype="float32"),
+        hf.load(checkpoint.under(MASK), dtype="float32"),
     )
     with torch.inference_mode():
         return [model(windows, use_cache=False).logits.log_softmax(-1) for model in models]
@@ -71,7 +71,7 @@ def test_a_mask_leaves_the_full_model_as_it_was(checkpoint, text):
 
 
 def test_an_error_under_a_mask_leaves_the_model_as_it_was(checkpoint):
-    model = hf.load(checkpoint, dtype="float32")
+    model = hf.load(checkpoint.under(checkpoint.mask), dtype="float32")
     before = dict(model.named_modules())
     with pytest.raises(DataError), hf.dropped(model, checkpoint.family, MASK):
         load_text(checkpoint, "held-out", context=1 << 20, windows=1)

@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_transformers_backend(scores, harness):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    model = hf.load(Checkpoint.open(MODEL), MASK, dtype="float32")
+    model = hf.load(Checkpoint.open(MODEL).under(MASK), dtype="float32")
     backend = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(MODEL), batch_size=16)
     theirs, _ = harness.run(backend, limit=ROWS)
     assert [score.value for score in theirs] == pytest.approx([score.value for score in scores[0][MASK]], abs=1e-3)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.memory.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score

@@ -78,7 +78,7 @@ def test_positions_are_those_of_the_model_in_the_checkpoints_dtype(tiny):
     """Rotary tables were once rounded to bfloat16 with the weights: wrong positions for every real checkpoint."""
     checkpoint, _ = tiny
     where = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
-    stream = LayerStream(checkpoint, DropMask(DEPTH), **where, attention="sdpa")
+    stream = LayerStream(checkpoint.under(DropMask(DEPTH)), **where, attention="sdpa")
     tokens = torch.arange(200)[None] % 256
     with stream.embedding() as begin, torch.inference_mode():
         found = begin(tokens)
@@ -208,7 +208,7 @@ def test_a_layer_like_the_one_before_is_read_into_the_same_memory(tmp_path):
     config = TINY_LLAMA | {"num_hidden_layers": 2, "intermediate_size": 1 << 14}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, config))
     where = {"device": torch.device("cpu"), "dtype": torch.float32}
-    stream = LayerStream(checkpoint, DropMask(2), **where, attention="sdpa")
+    stream = LayerStream(checkpoint.under(DropMask(2)), **where, attention="sdpa")
     with stream.layer(0):
         tracemalloc.start()
     with stream.layer(1):

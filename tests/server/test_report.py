@@ -13,8 +13,8 @@ from llmdrop_server.schemas import Drop
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.inspection import inspect_checkpoint
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from tests.architectures.cases import CASES
 from tests.selection.scores import make_scores
 

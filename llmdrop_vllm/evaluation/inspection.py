@@ -1,14 +1,11 @@
 """What a mask saves in a checkpoint: parameters, bytes of weights, KV cache and the requests that fit."""
 
-import torch
-from transformers import PretrainedConfig
-
 from llmdrop_vllm.artifacts import MaskRecord, Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.errors import InputError
-from llmdrop_vllm.hf import model_class, transformers_config
+from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import DTYPE_BYTES, dtype_bytes
+from llmdrop_vllm.memory.kinds import dtype_bytes
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192
@@ -77,9 +74,9 @@ def inspect_checkpoint(
     masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
     context = _context(checkpoint, context)
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-    kv_dtype = kv_dtype or weights_dtype(checkpoint)
+    kv_dtype = kv_dtype or checkpoint.dtype
     value_bytes = dtype_bytes(kv_dtype)
-    parameters = {each.mask: count_parameters(transformers_config(checkpoint, each.mask)) for each in (whole, masked)}
+    parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
     def footprint(each: MaskedCheckpoint) -> Footprint:
         weight_bytes = masked.weight_bytes
@@ -125,15 +122,3 @@ def _context(checkpoint: Checkpoint, asked: int | None) -> int:
     if asked < 1 or (most is not None and asked > most):
         raise InputError(f"requests of {asked} tokens asked; expected 1 to {most or 'any number'}, the model's context")
     return asked
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model that a config from `hf` describes, counted without memory for any."""
-    with torch.device("meta"):
-        return int(model_class(config)(config).num_parameters())
-
-
-def weights_dtype(checkpoint: Checkpoint) -> str:
-    """As the config names it; bfloat16 where it names none that a KV cache can have."""
-    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
-    return name if name in DTYPE_BYTES else "bfloat16"
