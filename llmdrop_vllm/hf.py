@@ -81,11 +81,16 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The Transformers class for a config from `transformers_config`, made able to drop where it has a mask."""
-    if not isinstance(config, DroppedConfig):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    """The Transformers class for a config from `transformers_config`, made able to drop where it has a mask.
+
+    Raises CheckpointError where Transformers knows the config and has no model for it.
+    """
+    stock = config.stock if isinstance(config, DroppedConfig) else type(config)
+    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"Transformers has no causal language model for model_type {config.model_type!r}")
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
-    return _dropped_model(MODEL_FOR_CAUSAL_LM_MAPPING[config.stock], config.architectures[0])
+    return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
 
 
 def count_parameters(config: PretrainedConfig) -> int:

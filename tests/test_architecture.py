@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: which way imports run, and how large rooms may be."""
+"""The house rules that a machine can hold: which room sees which, and how large files may be."""
 
 import ast
 from collections.abc import Iterator
@@ -9,24 +9,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"llmdrop_vllm": ROOT / "llmdrop_vllm", "llmdrop_server": ROOT / "server" / "llmdrop_server"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
-# What stands on the ground: nothing of ours beneath, and no engine or framework.
-GROUND = {
-    "llmdrop_vllm.errors": set(),
-    "llmdrop_vllm.masks.dialects": {"llmdrop_vllm.errors"},
-    "llmdrop_vllm.masks.mask": {"llmdrop_vllm.masks.dialects", "llmdrop_vllm.errors"},
-    "llmdrop_vllm.architectures.family": set(),
-    "llmdrop_vllm.architectures.families": {"llmdrop_vllm.architectures.family"},
-}
 FRAMEWORKS = {"torch", "transformers", "vllm", "lm_eval", "matplotlib"}
-# A room, and the rooms that it may not look into; what is left runs from the command line down to the mask.
-DOWNWARD = {
-    "llmdrop_vllm.serving": ("surgery", "evaluation", "report", "cli", "commands", "hf"),
-    "llmdrop_vllm.surgery": ("serving", "evaluation", "report", "cli", "commands"),
-    "llmdrop_vllm.hf": ("serving", "surgery", "evaluation", "report", "cli", "commands"),
-    "llmdrop_vllm.evaluation": ("serving", "report", "cli", "commands", "evaluation_commands"),
-    "llmdrop_vllm.report": ("serving", "cli", "commands"),
-    "llmdrop_server": ("evaluation", "report", "cli", "commands"),
-}
+# The rooms from the ground up, each floor's beside one another: a room sees those below it, and none on its own floor.
+FLOORS = (
+    ("errors", "shares", "quiet", "embedded"),
+    ("masks", "locks"),
+    ("architectures", "memory"),
+    ("checkpoints",),
+    ("hf", "artifacts", "serving"),
+    ("data", "selection", "writing"),
+    ("scoring",),
+    ("evaluation",),
+    ("report",),
+    ("cli",),
+)
+FLOOR_OF = {f"llmdrop_vllm.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The server takes what is asked for from where it stands; it measures nothing and draws nothing.
+SERVER, NOT_FOR_THE_SERVER = "llmdrop_server", ("evaluation", "report", "writing", "scoring", "cli")
+# What runs inside vLLM, and what everything else is made without.
+NOT_FOR_TOOLS = "llmdrop_vllm.serving"
+# Files outside any room: what everybody uses and what users import.
+MAX_LOOSE_FILES = 10
+# Rooms that no framework may enter: they are read by every process of vLLM, and by tools that want an answer at once.
+LIGHT = ("errors", "shares", "masks", "architectures", "memory")
 # Who touches vLLM; everything else works on a machine without it.
 MAY_IMPORT_VLLM = ("llmdrop_vllm.serving", "llmdrop_vllm.evaluation.engine", "llmdrop_server")
 
@@ -86,19 +91,49 @@ def test_imports_have_no_cycle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", GROUND)
-def test_mask_and_families_stand_on_the_ground(name):
-    assert OURS[name] <= GROUND[name]
-    assert not {each.partition(".")[0] for each in imports(name)} & FRAMEWORKS
+def room_of(name: str) -> str:
+    """The room that a module stands in: its folder in the package, or itself; the server is one."""
+    return SERVER if inside(name, SERVER) else ".".join(name.split(".")[:2])
 
 
-@pytest.mark.parametrize("room", DOWNWARD)
-def test_imports_run_one_way(room):
-    forbidden = tuple(f"llmdrop_vllm.{each}" for each in DOWNWARD[room])
+def test_every_module_has_a_floor():
+    loose = {name for name in FILES if inside(name, "llmdrop_vllm")} - {"llmdrop_vllm"}
+    assert {room_of(name) for name in loose} == set(FLOOR_OF)
+
+
+def test_few_files_stand_outside_any_room():
+    assert len([*PACKAGES["llmdrop_vllm"].glob("*.py")]) <= MAX_LOOSE_FILES
+
+
+@pytest.mark.parametrize("room", FLOOR_OF)
+def test_rooms_see_only_those_below(room):
     for name in FILES:
-        if inside(name, room):
-            up = {each for each in OURS[name] for other in forbidden if inside(each, other)}
-            assert not up, f"{name} imports {', '.join(sorted(up))}"
+        if not inside(name, room):
+            continue
+        seen = {room_of(each) for each in OURS[name] if each != "llmdrop_vllm"} - {room, SERVER}
+        above = {each for each in seen if FLOOR_OF[each] >= FLOOR_OF[room]}
+        assert not above, f"{name} imports {', '.join(sorted(above))}"
+        # The command line only hands `llmdrop serve` on.
+        assert room == "llmdrop_vllm.cli" or not any(inside(each, SERVER) for each in OURS[name]), name
+
+
+def test_tools_do_without_the_engine():
+    found = {name for name in FILES if any(inside(each, NOT_FOR_TOOLS) for each in OURS[name])}
+    assert {name for name in found if not inside(name, NOT_FOR_TOOLS)} == {"llmdrop_vllm"}  # `register` hands on
+
+
+def test_the_server_measures_and_draws_nothing():
+    forbidden = tuple(f"llmdrop_vllm.{each}" for each in NOT_FOR_THE_SERVER)
+    for name in FILES:
+        if inside(name, SERVER):
+            assert not {each for each in OURS[name] for other in forbidden if inside(each, other)}, name
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_what_everything_stands_on_is_light(room):
+    for name in FILES:
+        if inside(name, f"llmdrop_vllm.{room}"):
+            assert not {each.partition(".")[0] for each in imports(name)} & FRAMEWORKS, name
 
 
 def test_vllm_is_imported_in_few_places():

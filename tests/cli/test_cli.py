@@ -183,6 +183,11 @@ def test_inspect_counts_exactly(home, tmp_path, capsys):
     free = 64 * 2**20 - found["dropped"]["weight_bytes"]
     assert found["dropped"]["kv_tokens"] == free // (6 * per_token * 16) * 16
     assert (found["stripped"], found["dialects"]) == (True, ["llm-drop"])
+    # As long as the model takes, unless another length is asked for; in blocks of 16 tokens.
+    assert (found["context"], found["dropped"]["request_bytes"]) == (512, 6 * per_token * 512)
+    assert found["dropped"]["requests"] == free // (6 * per_token * 512)
+    assert main(["inspect", f"{tmp_path}/out", "--context", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["full"]["request_bytes"] == 8 * per_token * 112
     assert main(["inspect", f"{tmp_path}/out"]) == 0
     assert "75%" in capsys.readouterr().out
 
@@ -190,6 +195,10 @@ def test_inspect_counts_exactly(home, tmp_path, capsys):
 ERRORS = {
     "no model": (["score", "nowhere", "--out", "new.json"], "nowhere is not a directory"),
     "scores exist": (["score", "{home}/model", "--out", "{home}/scores.json"], "scores.json exists"),
+    "request longer than the context": (
+        ["inspect", "{home}/model", "--context", "513"],
+        "requests of 513 tokens asked; expected 1 to 512, the model's context",
+    ),
     "no directory": (
         ["score", "{home}/model", "--out", "{home}/no/new.json"],
         "no is not a directory that can be written to",

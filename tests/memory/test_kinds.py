@@ -6,6 +6,7 @@ import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.memory.layout import kv_layout
@@ -44,6 +45,55 @@ def test_chunked_attention_is_stored_apart_from_full_attention():
     assert tuple(map(str, kinds)) == ("chunked 8192",) * 3 + ("full",)
     assert kv_layout(kinds).token_values == 4 * 256
     assert kv_layout(kinds).block_values == 256
+
+
+def test_a_window_keeps_what_is_computed_together_as_well():
+    window, chunk, full = (
+        LayerKind(name, 1, span) for name, span in (("sliding", 512), ("chunked", 512), ("full", None))
+    )
+    assert [kind.tokens_held(8192, 256) for kind in (window, chunk, full)] == [767, 768, 8192]
+    assert [kind.tokens_held(400, 256) for kind in (window, chunk, full)] == [400, 400, 400]
+
+
+def test_what_a_kind_is_called_says_which_it_is():
+    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7)):
+        assert LayerKind.parse(str(kind), 7) == kind
+
+
+OWN = {
+    "Step 3.5": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "sliding_window": 512,
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_groups": 1,
+            "head_dim": 32,
+        },
+    },
+    "heterogeneous": {"per_layer_config": {"1": {"num_key_value_heads": 1, "head_dim": 32}, "3": {"head_dim": 16}}},
+    "one window for all": {"sliding_window": 512},
+    "a window that is off": {"sliding_window": 512, "use_sliding_window": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("Step 3.5", [("full", 256), ("sliding 512", 64)] * 2),
+        ("heterogeneous", [("full", 256), ("full", 64), ("full", 256), ("full", 64)]),
+        ("one window for all", [("sliding 512", 256)] * 4),
+        ("a window that is off", [("full", 256)] * 4),
+    ],
+)
+def test_entries_of_one_layer_or_kind_win(case, expected):
+    assert [(str(kind), kind.values) for kind in layer_kinds(SIZES | OWN[case])] == expected
+
+
+def test_kinds_for_fewer_layers_than_there_are_are_refused():
+    with pytest.raises(CheckpointError, match="layer_types names 3 layers; the model has 4"):
+        layer_kinds(SIZES | {"layer_types": ["full_attention"] * 3})
+    # More of them are the layers of a draft head.
+    assert len(layer_kinds(SIZES | {"layer_types": ["full_attention"] * 5})) == 4
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Cohere2ForCausalLM"])

@@ -13,6 +13,7 @@ from llmdrop_server.schemas import Drop
 from llmdrop_vllm import DropMask, InputError
 from llmdrop_vllm.artifacts import write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from tests.architectures.cases import CASES
@@ -98,6 +99,23 @@ def test_padding_of_hybrid_models_is_counted():
     found = report(engine_config(config, "Gemma2ForCausalLM"))
     assert found.kv_layout == "KV cache stored as 2 layers, without padding"
     assert found.full.kv_bytes_per_token == 3 * found.served.kv_bytes_per_token  # 2 + 3 layers are stored as 3 + 3
+
+
+def test_heads_that_share_keys_layer_by_layer_are_counted():
+    """A Nemotron-NAS model says per layer how many heads share theirs, and not how many have some of their own."""
+    config = NemotronNasConfig(
+        num_hidden_layers=3,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=None,
+        block_configs=[
+            {"attention": {"no_op": shared is None, "n_heads_in_group": shared}, "ffn": {"no_op": False}}
+            for shared in (8, None, 4)
+        ],
+    )
+    found = report(engine_config(config, "DeciLMForCausalLM"))
+    assert found.served.kv_bytes_per_token == 2 * 2 * 32 * (1 + 2)
+    assert found.served.parameters is None
 
 
 def test_an_architecture_unknown_to_the_table_has_no_mask():

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from vllm.distributed.utils import get_pp_indices
 
 from llmdrop_vllm import DropMask, MaskError
+from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.memory.layout import kv_layout, stage_values
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 # Llama-2-70B in bf16: 64 heads and 8 key/value heads of 128, hidden 8192, FFN 28672.
@@ -53,6 +55,21 @@ def test_weights_count_where_they_share_the_memory():
 
     assert kv_tokens(blind) < 0
     assert kv_tokens(sizes) == max(kv_tokens([first, 80 - first]) for first in range(1, 44))
+
+
+def test_layers_that_store_more_count_for_more():
+    """Three wide layers come first: by number the halves would be alike, by bytes the first stage holds the most."""
+    kinds = tuple(LayerKind("full", 1024 if layer < 3 else 128) for layer in range(8))
+    cost = LayerCost(1, 1, kinds)
+    assert partition(DropMask(8), 2, cost) == [2, 6]
+    assert partition(DropMask(8), 2, LayerCost(1, 1)) == [4, 4]
+
+
+def test_a_stage_is_as_full_as_its_largest_group():
+    """Windows and full attention are stored in groups of their own, which share the stage's blocks."""
+    kinds = tuple(LayerKind("sliding", 64, 512) if layer % 2 else LayerKind("full", 64) for layer in range(8))
+    values = stage_values(kv_layout(kinds), range(8), 8)
+    assert [values(start, end) for start, end in ((0, 8), (0, 4), (0, 1), (1, 3), (4, 4))] == [256, 128, 64, 64, 0]
 
 
 @st.composite
