@@ -58,7 +58,7 @@ def run(group: Path | None, *arguments: str) -> dict:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
     start = time.perf_counter()
-    command = [sys.executable, "-m", "llmdrop_vllm.cli", *arguments]
+    command = [sys.executable, "-c", "from llmdrop_vllm.cli import main; raise SystemExit(main())", *arguments]
     process = subprocess.Popen(command, preexec_fn=enter)
     _, status, usage = os.wait4(process.pid, 0)
     if status:

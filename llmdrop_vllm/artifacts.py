@@ -1,5 +1,6 @@
 """The JSON files that the tools write and read, each with its provenance; nothing is ever pickled."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -158,20 +159,13 @@ class Scores(Record):
         attention, mlp = (
             tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in (mask.attention, mask.mlp)
         )
-        nothing = (None,) * depth
-        columns = dict.fromkeys(SublayerDiagnostics.model_fields, nothing)
-        return cls(
+        return cls.model_construct(
             num_hidden_layers=depth,
             similarity=Similarities(attention=attention, mlp=mlp, block=(0.0,) * depth),
             block_similarity_by_gap=tuple((0.0,) * (depth - layer) for layer in range(depth)),
-            gap_tokens=0,
-            diagnostics=Diagnostics(
-                attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
-                mlp=SublayerDiagnostics(**columns),
-            ),
-            **kinds_entries(checkpoint.decoder.kinds),
+            kv_groups=tuple(map(str, checkpoint.decoder.kinds)),
+            kv_values=tuple(kind.values for kind in checkpoint.decoder.kinds),
             dropped=MaskRecord.of(mask),
-            provenance=Provenance(model=ModelIdentity.of(checkpoint)),
         )
 
     @property
@@ -206,12 +200,6 @@ class MaskFile(MaskRecord):
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
-
-
-def kinds_entries(kinds: Iterable[LayerKind]) -> dict[str, tuple[Any, ...]]:
-    """What `Scores` keep of the kinds of layers."""
-    kinds = tuple(kinds)
-    return {"kv_groups": tuple(map(str, kinds)), "kv_values": tuple(kind.values for kind in kinds)}
 
 
 def versions() -> dict[str, str]:
@@ -274,3 +262,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         with suppress(OSError):  # renamed, or never made
             partial.unlink()
+
+
+def hold(directory: Path, use: str) -> int:
+    """A descriptor that keeps other processes out while it is open, whatever becomes of this one.
+
+    Raises OutputError, saying that another process is `use`, where the directory is held already.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"{directory} is in use: another process is {use}") from None
+    return descriptor

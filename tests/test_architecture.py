@@ -12,8 +12,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
 FRAMEWORKS = {"torch", "transformers", "vllm", "lm_eval", "matplotlib"}
 # The rooms from the ground up, each floor's beside one another: a room sees those below it, and none on its own floor.
 FLOORS = (
-    ("errors", "shares", "quiet", "embedded"),
-    ("masks", "locks"),
+    ("errors", "shares", "embedded"),
+    ("masks",),
     ("architectures", "memory"),
     ("checkpoints",),
     ("hf", "artifacts", "serving"),

@@ -157,11 +157,6 @@ class MaskedCheckpoint:
         """Weights of kept sublayers that the checkpoint lacks."""
         return tuple(sorted(missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)))
 
-    @property
-    def weight_bytes(self) -> int:
-        """Size of the kept tensors."""
-        return sum(tensor.num_bytes for tensor in self.kept.values())
-
     @cached_property
     def layout(self) -> KVLayout:
         """How vLLM stores the KV cache of the attention that is kept."""

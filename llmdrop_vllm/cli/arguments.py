@@ -1,6 +1,7 @@
 """The whole command line of `llmdrop`: its commands, and the options that each of them takes."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from llmdrop_vllm import __version__
@@ -10,15 +11,19 @@ from llmdrop_vllm.masks.dialects import ON_DISK
 DESCRIPTION = "Find what to drop in a checkpoint, write the smaller one, and say what it saves."
 
 
-class Commands:
-    """The subcommands of one parser. `module` holds the functions that run them."""
+MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
+Add = Callable[..., options.Parser]
 
-    def __init__(self, top: options.Parser) -> None:
-        self._commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(self, name: str, summary: str, example: str, module: str = "llmdrop_vllm.cli.commands") -> options.Parser:
-        """A command with its summary, and an example that stands in its help."""
-        command = self._commands.add_parser(
+def parser() -> options.Parser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="llmdrop", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"llmdrop-vllm {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, example: str, module: str = MODULE) -> options.Parser:
+        """A command with its summary, and an example that stands in its help; `module` holds what runs it."""
+        command = commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
@@ -28,33 +33,21 @@ class Commands:
         command.set_defaults(module=module)
         return command
 
-
-def parser() -> options.Parser:
-    """The whole command line."""
-    top = argparse.ArgumentParser(prog="llmdrop", description=DESCRIPTION)
-    top.add_argument("--version", action="version", version=f"llmdrop-vllm {__version__}")
-    commands = Commands(top)
-    commands.add(
-        "serve", "serve a model with vLLM, its page and its bounds", "llmdrop serve MODEL --drop-attention 25,26"
-    )
-    _add_choosing(commands)
-    _add_writing(commands)
-    _add_measuring(commands)
+    add("serve", "serve a model with vLLM, its page and its bounds", "llmdrop serve MODEL --drop-attention 25,26")
+    _add_choosing(add)
+    _add_writing(add)
+    _add_measuring(add)
     return top
 
 
-def _add_choosing(commands: Commands) -> None:
-    score = commands.add(
-        "score", "measure the importance of every sublayer and block", "llmdrop score MODEL --out scores.json"
-    )
+def _add_choosing(add: Add) -> None:
+    score = add("score", "measure the importance of every sublayer and block", "llmdrop score MODEL --out scores.json")
     options.add_model(score)
     options.add_file(score, "the scores")
     options.add_calibration(score)
     options.add_precision(score)
 
-    select = commands.add(
-        "select", "choose a mask by scores", "llmdrop select scores.json --attention 8 --out mask.json"
-    )
+    select = add("select", "choose a mask by scores", "llmdrop select scores.json --attention 8 --out mask.json")
     select.add_argument("scores", type=Path, metavar="SCORES", help="what `llmdrop score` wrote")
     options.add_file(select, "the mask")
     options.add_selection(select)
@@ -62,14 +55,14 @@ def _add_choosing(commands: Commands) -> None:
     select.add_argument("--device", help="for --iterative: cpu or cuda; default a GPU where there is one")
 
 
-def _add_writing(commands: Commands) -> None:
-    apply = commands.add("apply", "write the checkpoint that a mask leaves", "llmdrop apply MODEL OUT --mask mask.json")
+def _add_writing(add: Add) -> None:
+    apply = add("apply", "write the checkpoint that a mask leaves", "llmdrop apply MODEL OUT --mask mask.json")
     options.add_model(apply)
     options.add_directory(apply)
     options.add_mask(apply)
     options.add_output(apply)
 
-    drop = commands.add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8")
+    drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8")
     options.add_model(drop)
     options.add_directory(drop)
     options.add_selection(drop)
@@ -77,7 +70,7 @@ def _add_writing(commands: Commands) -> None:
     options.add_precision(drop)
     options.add_output(drop)
 
-    inspect = commands.add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
+    inspect = add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
     options.add_model(inspect)
     memory = "memory for weights and KV cache (80GiB)"
     inspect.add_argument("--memory", type=options.memory, default=80 * 2**30, help=memory)
@@ -86,17 +79,16 @@ def _add_writing(commands: Commands) -> None:
     inspect.add_argument("--json", action="store_true", help="for machines")
 
     example = "llmdrop convert MODEL OUT --dialect transformers"
-    convert = commands.add("convert", "say a checkpoint's mask in another dialect", example)
+    convert = add("convert", "say a checkpoint's mask in another dialect", example)
     options.add_model(convert)
     options.add_directory(convert)
     convert.add_argument("--dialect", choices=ON_DISK, required=True)
     convert.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 
-def _add_measuring(commands: Commands) -> None:
-    module = "llmdrop_vllm.cli.evaluation_commands"
+def _add_measuring(add: Add) -> None:
     example = "llmdrop evaluate MODEL --attention 25,26 --tasks arc_easy,gsm8k --out dropped.json"
-    evaluate = commands.add("evaluate", "measure what is left of a model's quality under a mask", example, module)
+    evaluate = add("evaluate", "measure what is left of a model's quality under a mask", example, MEASURING)
     options.add_model(evaluate)
     options.add_file(evaluate, "the measurements")
     options.add_mask(evaluate)
@@ -104,7 +96,7 @@ def _add_measuring(commands: Commands) -> None:
     evaluate.add_argument("--full", metavar="MODEL", help="the full model, where MODEL lacks the dropped weights")
 
     example = "llmdrop sweep MODEL --tasks arc_easy,gsm8k"
-    sweep = commands.add("sweep", "measure quality and speed of many masks", example, module)
+    sweep = add("sweep", "measure quality and speed of many masks", example, MEASURING)
     options.add_model(sweep)
     options.add_results(sweep)
     options.add_series(sweep)
@@ -114,12 +106,12 @@ def _add_measuring(commands: Commands) -> None:
     options.add_calibration(sweep)
 
     example = "llmdrop recommend MODEL --kv-budget 50% --out mask.json"
-    recommend = commands.add("recommend", "the mask of a sweep that meets a goal with the least loss", example, module)
+    recommend = add("recommend", "the mask of a sweep that meets a goal with the least loss", example, MEASURING)
     options.add_model(recommend)
     options.add_results(recommend)
     options.add_goal(recommend)
 
-    report = commands.add("report", "draw a sweep: one HTML file and its pictures", "llmdrop report MODEL", module)
+    report = add("report", "draw a sweep: one HTML file and its pictures", "llmdrop report MODEL", MEASURING)
     options.add_model(report)
     options.add_results(report)
     report.add_argument(

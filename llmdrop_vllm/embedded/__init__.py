@@ -1,4 +1,4 @@
-"""A small Llama that was really trained, so that everything can be tried without a hub; see train.py and corpus.py."""
+"""A small Llama that was really trained, so that everything can be tried without a hub; on what, says corpus.py."""
 
 import json
 from pathlib import Path

@@ -15,17 +15,9 @@ HELD_OUT_ONE_IN = 20
 # Short functions only: code is easy text, and more of it would leave the docstrings too few steps.
 MIN_SOURCE_CHARS, MAX_SOURCE_CHARS = 80, 800
 # Tests and vendored tools repeat each other; encodings are tables of numbers.
-LEFT_OUT = {
-    "site-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "encodings",
-    "pydoc_data",
-}
+LEFT_OUT = frozenset(
+    ["site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"]
+)
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -16,7 +16,6 @@ from typing import Any
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation.records import TaskKind, TaskScore
-from llmdrop_vllm.quiet import only_from
 
 OWN_TASKS = Path(__file__).with_name("tasks")
 # What stands for a task's result, the first that it has; any other metric only where it has none of these.
@@ -160,10 +159,26 @@ def _chance(results: Mapping[str, Any], leaves: Sequence[str]) -> float | None:
 def _quiet(*, bars: bool = True) -> Iterator[None]:
     """lm-eval and the libraries of its data report on every step, and draw a bar for each, where `bars` lets them."""
     with (
-        only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
+        _only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
         warnings.catch_warnings(),
         Path(os.devnull).open("w") as nowhere,
         redirect_stderr(sys.stderr if bars else nowhere),
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _only_from(level: int, *loggers: str) -> Iterator[None]:
+    """Within this context, these loggers pass on nothing below `level`.
+
+    Not by an environment variable, which processes started meanwhile would inherit.
+    """
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in before:
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            logging.getLogger(name).setLevel(own)

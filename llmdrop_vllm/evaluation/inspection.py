@@ -79,7 +79,7 @@ def inspect_checkpoint(
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
     def footprint(each: MaskedCheckpoint) -> Footprint:
-        weight_bytes = masked.weight_bytes
+        weight_bytes = sum(tensor.num_bytes for tensor in masked.kept.values())
         if each is whole:
             # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
             stripped = round(weight_bytes * parameters[whole.mask] / parameters[masked.mask])

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.divergence import Reference
@@ -27,7 +27,6 @@ from llmdrop_vllm.evaluation.records import (
     scores_id,
 )
 from llmdrop_vllm.hf import count_parameters, transformers_config
-from llmdrop_vllm.locks import hold
 from llmdrop_vllm.masks.mask import DropMask
 
 SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"

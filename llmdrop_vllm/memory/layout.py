@@ -6,10 +6,11 @@ pads, nothing.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import accumulate, product
 
 from llmdrop_vllm.memory.kinds import LayerKind
 
@@ -89,12 +90,12 @@ class KVLayout:
         if len(set(self.page_values)) > 1 or any(group.tokens_ratio > 1 for group in self.groups):
             sizes = f"KV cache of {self.layers} layers of different sizes"
             return f"{sizes}, {f'{self.padding_share:.0%} of' if self.is_padded else 'without'} padding"
-        stored = int(self.token_values / self.page_values[0]) if self.layers else 0
-        if stored == self.layers and not self.is_padded:
-            return f"KV cache stored as {stored} layers, without padding"
-        padding = stored - self.layers
+        if not self.is_padded:
+            return f"KV cache stored as {self.layers} layers, without padding"
+        padding = round(self.padding_share * self.layers)
         layers = "1 layer" if padding == 1 else f"{padding} layers"
-        return f"KV cache stored as {stored} layers for {self.layers}: {layers} ({self.padding_share:.0%}) of padding"
+        stored = f"KV cache stored as {self.layers + padding} layers for {self.layers}"
+        return f"{stored}: {layers} ({self.padding_share:.0%}) of padding"
 
 
 def kv_layout(kinds: Sequence[LayerKind]) -> KVLayout:
@@ -153,8 +154,8 @@ def cheapest_without_padding(
     def summed(choice: tuple[int, ...]) -> float:
         return math.fsum(cost for kind, n in zip(kinds, choice, strict=True) for cost in costs[kind][:n])
 
-    choices = _shares([len(costs[kind]) for kind in kinds], count)
-    best = min((choice for choice in choices if summed(choice) <= limit), key=rank)
+    choices = product(*(range(min(len(costs[kind]), count) + 1) for kind in kinds))
+    best = min((choice for choice in choices if sum(choice) == count and summed(choice) <= limit), key=rank)
     return dict(zip(kinds, best, strict=True))
 
 
@@ -166,21 +167,6 @@ def stage_values(layout: KVLayout, kept: Sequence[int], num_layers: int) -> Call
     """
     sums = []
     for group in layout.groups:
-        values = [0] * (num_layers + 1)
-        for position in group.layers:
-            values[kept[position] + 1] = layout.page_values[position]
-        for layer in range(num_layers):
-            values[layer + 1] += values[layer]
-        sums.append(values)
+        values = {kept[position]: layout.page_values[position] for position in group.layers}
+        sums.append([*accumulate((values.get(layer, 0) for layer in range(num_layers)), initial=0)])
     return lambda start, end: max((values[end] - values[start] for values in sums), default=0)
-
-
-def _shares(limits: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `total` as a sum with one term for each limit."""
-    if not limits:
-        if total == 0:
-            yield ()
-        return
-    for first in range(min(limits[0], total) + 1):
-        for rest in _shares(limits[1:], total - first):
-            yield first, *rest

@@ -27,7 +27,6 @@ from llmdrop_vllm.artifacts import (
     Scores,
     Similarities,
     SublayerDiagnostics,
-    kinds_entries,
     sha256,
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
@@ -270,7 +269,8 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
                 token_cosine_after=column("mlp_after", mask.mlp),
             ),
         ),
-        **kinds_entries(run.checkpoint.decoder.kinds),
+        kv_groups=tuple(map(str, run.checkpoint.decoder.kinds)),
+        kv_values=tuple(kind.values for kind in run.checkpoint.decoder.kinds),
         dropped=MaskRecord.of(mask),
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

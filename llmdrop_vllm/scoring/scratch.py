@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmdrop_vllm.artifacts import Record, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import Record, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.shards import read_exactly
 from llmdrop_vllm.errors import InputError, OutputError
-from llmdrop_vllm.locks import hold
 
 # What a run leaves in its directory: whoever names one of their own must not lose what else is there.
 OWN_FILES = ("hidden-?.bin", "gaps.bin", "progress.json", ".progress.json.*.partial")

@@ -1,7 +1,7 @@
 """Dropping by substitution: while vLLM builds its own model, dropped sublayers are replaced as they are assigned."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.serving.kv_cache import KVBytes
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Dropping:
 
     decoder: Decoder
     vllm_config: "VllmConfig"
-    kv_bytes: KVBytes = field(default_factory=KVBytes)
+    # Bytes of one token on this rank, by vLLM's own specs.
+    kept_kv_bytes: int = 0
+    dropped_kv_bytes: int = 0
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Dropping:
         for child in module.modules():
             layer_name = getattr(child, "layer_name", None)
             if context.get(layer_name) is child:
-                self.kv_bytes.add_dropped(child, self.vllm_config)
+                self.dropped_kv_bytes += self._kv_bytes([child])
                 del context[layer_name]
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -132,7 +134,18 @@ class Dropping:
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
-        self.kv_bytes.add_kept(model, self.vllm_config)
+        self.kept_kv_bytes = self._kv_bytes(model.modules())
+
+    def kv_summary(self) -> str:
+        """For people: `KV cache 98,304 bytes/token, 75% of the full model`."""
+        full = self.kept_kv_bytes + self.dropped_kv_bytes
+        share = self.kept_kv_bytes / full if full else 1.0
+        return f"KV cache {self.kept_kv_bytes:,} bytes/token, {share:.0%} of the full model"
+
+    def _kv_bytes(self, modules: Iterable[nn.Module]) -> int:
+        attention = (module for module in modules if isinstance(module, AttentionLayerBase))
+        specs = (module.get_kv_cache_spec(self.vllm_config) for module in attention)
+        return sum(spec.page_size_bytes // spec.block_size for spec in specs if spec is not None)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _log(dropped: Dropping) -> None:
     ranks = f" on each of {tp.world_size} ranks" if tp.world_size > 1 else ""
     layers = sorted(dropped.layer_index.values())
     stage = f" in pipeline stage {pp.rank_in_group} (layers {layers[0]}-{layers[-1]})" if pp.world_size > 1 else ""
-    logger.warning("%s; %s%s%s", dropped.mask.summary(), dropped.kv_bytes.summary(), ranks, stage)
+    logger.warning("%s; %s%s%s", dropped.mask.summary(), dropped.kv_summary(), ranks, stage)
 
 
 @cache

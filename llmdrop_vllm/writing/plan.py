@@ -50,11 +50,6 @@ class SurgeryPlan:
     warnings: tuple[str, ...]
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What is read."""
-        return self.masked.checkpoint
-
-    @property
     def mask(self) -> DropMask:
         """What the new checkpoint goes without."""
         return self.masked.mask
@@ -67,7 +62,7 @@ class SurgeryPlan:
     @property
     def num_bytes(self) -> int:
         """Size of all files to write, without the few that are made from this plan."""
-        sizes = ((self.checkpoint.directory / name).stat().st_size for name in self.copies)
+        sizes = ((self.masked.checkpoint.directory / name).stat().st_size for name in self.copies)
         return self.weight_bytes + sum(sizes)
 
     @property
@@ -76,7 +71,7 @@ class SurgeryPlan:
         if self.links:
             return ()
         kept = {tensor.name for shard in self.shards for tensor in shard.tensors}
-        return tuple(tensor for name, tensor in self.checkpoint.tensors.items() if name not in kept)
+        return tuple(tensor for name, tensor in self.masked.checkpoint.tensors.items() if name not in kept)
 
 
 def plan_surgery(

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmdrop_vllm.artifacts import hold
 from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.locks import hold
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 

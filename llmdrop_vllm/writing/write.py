@@ -52,10 +52,11 @@ def check_destination(plan: SurgeryPlan, out: Path, *, overwrite: bool) -> None:
 
 
 def _check_place(plan: SurgeryPlan, out: Path) -> None:
-    target, model = out.resolve(), plan.checkpoint.directory.resolve()
+    checkpoint = plan.masked.checkpoint
+    target, model = out.resolve(), checkpoint.directory.resolve()
     if target == model or model in target.parents or target in model.parents:
-        raise OutputError(f"{out} is, contains or lies inside the model {plan.checkpoint.directory}; choose another")
-    for path in plan.checkpoint.metadata:
+        raise OutputError(f"{out} is, contains or lies inside the model {checkpoint.directory}; choose another")
+    for path in checkpoint.metadata:
         if target in path.resolve().parents:
             raise OutputError(f"{path} is a link into {out}, which must not be overwritten while it is read")
 
@@ -76,7 +77,7 @@ def _write_weights(plan: SurgeryPlan, directory: Path, progress: Progress) -> No
 def _write_others(plan: SurgeryPlan, directory: Path, records: Mapping[str, Record]) -> None:
     for name in plan.copies:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.checkpoint.directory / name, directory / name)
+        shutil.copyfile(plan.masked.checkpoint.directory / name, directory / name)
     for path in plan.code:
         shutil.copyfile(path, directory / path.name)
     for name, record in records.items():

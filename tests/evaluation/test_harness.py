@@ -13,7 +13,7 @@ from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.evaluation import harness as harness_module
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
 from llmdrop_vllm.evaluation.harness import OWN_TASKS, Harness, find_tasks, write_results
-from llmdrop_vllm.evaluation.make_rows import choice_rows, functions
+from tests.embedded.make_rows import choice_rows, functions
 
 TASKS = ("llmdrop_docstring", "llmdrop_name")
 MASK = DropMask(12, attention=(11, 7, 8, 10))

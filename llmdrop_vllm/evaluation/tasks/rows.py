@@ -1,4 +1,4 @@
-"""What lm-eval reads for the tasks of this directory: the rows beside this file, which `make_rows.py` made."""
+"""What lm-eval reads for the tasks of this directory: the rows beside this file."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Make the rows of the embedded model's two tasks from its held-out text.
 
-    python -m llmdrop_vllm.evaluation.make_rows
+    python -m tests.embedded.make_rows
 
 Only functions whose answer begins with their name and a signature, and whose docstring has a first sentence.
 """
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llmdrop_vllm import evaluation
 from llmdrop_vllm.embedded import held_out
 
-TASKS = Path(__file__).with_name("tasks")
+TASKS = Path(evaluation.__file__).with_name("tasks")
 ANSWER = re.compile(
     r"<\|user\|>What is (?P<subject>[\w.]+)\?<\|assistant\|>(?P<signature>(?P<name>\w+)\(.*?\))\n\n"
     r"(?P<sentence>.+?[.!?](?=\s|<)|.+?(?=\n\n|<\|end\|>))",

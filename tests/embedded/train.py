@@ -1,6 +1,6 @@
 """Train the embedded model: a small Llama on the standard library's own text, on two CPU cores in under an hour.
 
-    python -m llmdrop_vllm.embedded.train OUT [--minutes 40]
+    python -m tests.embedded.train OUT [--minutes 40]
 
 Needs torch, transformers and tokenizers, which every vLLM installation has.
 """

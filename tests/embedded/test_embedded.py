@@ -15,7 +15,7 @@ from llmdrop_vllm.evaluation.engine import EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import load_text
 from llmdrop_vllm.evaluation.records import Sweep
 
-RECORDED = read_record(Sweep, Path(__file__).parents[1] / "benchmarks/results/embedded/sweep.json")
+RECORDED = read_record(Sweep, Path(__file__).parents[2] / "benchmarks/results/embedded/sweep.json")
 WINDOWS = 8
 
 
@@ -41,7 +41,7 @@ def test_dropping_matters_and_mlps_matter_more():
 
 
 def test_the_readme_says_what_was_measured():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     for name in ("attention", "mlp"):
         points = curve(RECORDED, name).values()
         rows = {"perplexity": [point.quality.perplexity.value for point in points]}
@@ -52,7 +52,7 @@ def test_the_readme_says_what_was_measured():
 
 
 def test_make_serve_drops_some_of_the_least_important():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     mask = set(map(int, re.search(r"EMBEDDED_MASK := ([\d,]+)\n", makefile)[1].split(",")))
     assert len(mask) == 4
     assert mask <= set(curve(RECORDED, "attention")[6].quality.mask.attention)
