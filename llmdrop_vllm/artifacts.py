@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -108,29 +109,6 @@ class Similarities(Record):
     block: tuple[Similarity, ...]
 
 
-class MaskRecord(Record):
-    """A DropMask in JSON."""
-
-    num_hidden_layers: int
-    attention: tuple[int, ...] = ()
-    mlp: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, mask: DropMask) -> Self:
-        """The record of a mask."""
-        return cls(num_hidden_layers=mask.num_hidden_layers, attention=mask.attention, mlp=mask.mlp)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.mask  # noqa: B018 - reading it checks it
-        return self
-
-    @property
-    def mask(self) -> DropMask:
-        """The value. Raises MaskError for indices that the depth does not allow."""
-        return DropMask(self.num_hidden_layers, self.attention, self.mlp)
-
-
 class Scores(Record):
     """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
 
@@ -148,7 +126,7 @@ class Scores(Record):
     diagnostics: Diagnostics
     kv_groups: tuple[str, ...]
     kv_values: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    dropped: MaskRecord
+    dropped: DropMask
     provenance: Provenance
 
     @classmethod
@@ -165,7 +143,7 @@ class Scores(Record):
             block_similarity_by_gap=tuple((0.0,) * (depth - layer) for layer in range(depth)),
             kv_groups=tuple(map(str, checkpoint.decoder.kinds)),
             kv_values=tuple(kind.values for kind in checkpoint.decoder.kinds),
-            dropped=MaskRecord.of(mask),
+            dropped=mask,
         )
 
     @property
@@ -194,12 +172,30 @@ class Scores(Record):
         return self
 
 
-class MaskFile(MaskRecord):
+class MaskFile(Record):
     """What `llmdrop select` writes: a mask, how it was chosen and the scores' provenance."""
 
+    num_hidden_layers: int
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
+
+    @classmethod
+    def of(cls, mask: DropMask, method: str, provenance: Provenance | None = None) -> Self:
+        """The file's content for a mask."""
+        return cls(**asdict(mask), method=method, provenance=provenance)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.mask  # noqa: B018 - reading it checks it
+        return self
+
+    @property
+    def mask(self) -> DropMask:
+        """The value. Raises MaskError for indices that the depth does not allow."""
+        return DropMask(self.num_hidden_layers, self.attention, self.mlp)
 
 
 def versions() -> dict[str, str]:

@@ -56,7 +56,12 @@ class Checkpoint:
                 if (first := tensors.get(tensor.name)) is not None:
                     raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
                 tensors[tensor.name] = tensor
-        decoder = _decoder(directory, config)
+        # Under the model's own architecture, where it was renamed for the dialect nemotron-nas.
+        entries = plain(config)
+        names = entries.get("architectures")
+        if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+            raise CheckpointError(f"{directory}/config.json has architectures {names!r}; expected one name")
+        decoder = Decoder.of(MappingProxyType(entries), names[0])
         if decoder.family is None:
             raise CheckpointError(f"{directory}: {no_row(decoder.architecture)}")
         checkpoint = cls(
@@ -161,15 +166,6 @@ class MaskedCheckpoint:
     def layout(self) -> KVLayout:
         """How vLLM stores the KV cache of the attention that is kept."""
         return self.checkpoint.decoder.layout(self.mask)
-
-
-def _decoder(directory: Path, config: Mapping[str, Any]) -> Decoder:
-    """Under the model's own architecture, where it was renamed for the dialect nemotron-nas."""
-    entries = plain(config)
-    names = entries.get("architectures")
-    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise CheckpointError(f"{directory}/config.json has architectures {names!r}; expected one name")
-    return Decoder.of(MappingProxyType(entries), names[0])
 
 
 def check_complete(directory: Path, family: Family, mask: DropMask) -> None:

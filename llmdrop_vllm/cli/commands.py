@@ -14,7 +14,6 @@ from llmdrop_vllm.artifacts import (
     MASK_FILE,
     SCORES_FILE,
     MaskFile,
-    MaskRecord,
     ModelIdentity,
     Provenance,
     Record,
@@ -111,7 +110,7 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
     if not (args.attention or args.mlp):
         return None
     mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
-    return mask_file(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    return MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
 
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
@@ -169,7 +168,7 @@ def _kept_scores(
     except InputError:
         return None
     where, (_, dtype) = scores.provenance, precision(checkpoint, args.device, args.dtype)
-    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped.mask)
+    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped)
     asked = (checkpoint.fingerprint, calibration.identity, str(dtype), checkpoint.mask if mask is None else mask)
     return scores if found == asked else None
 
@@ -244,14 +243,9 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
     return again
 
 
-def mask_file(mask: DropMask, method: str, provenance: Provenance) -> MaskFile:
-    """A mask with how it was chosen and for what."""
-    return MaskFile(**MaskRecord.of(mask).model_dump(), method=method, provenance=provenance)
-
-
 def _chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
     measured = scores.provenance
-    return mask_file(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
+    return MaskFile.of(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
 
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:

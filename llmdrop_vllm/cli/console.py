@@ -29,7 +29,7 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
 
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
-    weights = "gone" if found.stripped else "in the files" if found.mask.mask else "none"
+    weights = "gone" if found.stripped else "in the files" if found.mask else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "dropped", "share"), found.rows())
 
@@ -57,7 +57,7 @@ def show_selection(chosen: Selection) -> None:
 
 def show_evaluation(found: Evaluation) -> None:
     """One line per measure."""
-    print(found.quality.mask.mask.summary())
+    print(found.quality.mask.summary())
     print_table(("", "value", "standard error", "chance", "over"), _rows(found.quality))
 
 
@@ -88,7 +88,7 @@ def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> Non
     """The mask, what it brings and what was given up for it."""
     full = found.full.quality
     quality = choice.point.quality
-    print(f"{'recommended' if meets else 'nearest'} for {goal}: {quality.mask.mask.summary()}")
+    print(f"{'recommended' if meets else 'nearest'} for {goal}: {quality.mask.summary()}")
     before = {name: value for name, value, *_ in _rows(full)}
     losses = {name: f"{loss:+.1%}" for name, loss in choice.losses.items()}
     rows: list[tuple[str, ...]] = [

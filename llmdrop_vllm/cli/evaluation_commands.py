@@ -4,9 +4,9 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import MaskFile, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, mask_file, run_scoring
+from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
 from llmdrop_vllm.evaluation.engine import EngineSettings
@@ -76,9 +76,9 @@ def recommend(args: Namespace) -> None:
     if not meets:
         raise MaskError(f"no point of the sweep has {goal}; the nearest is above")
     if args.out is not None:
-        mask = choice.point.quality.mask.mask
+        mask = choice.point.quality.mask
         provenance = Provenance(model=found.provenance.model, data=found.provenance.data)
-        write_record(mask_file(mask, f"recommended for {goal}", provenance), args.out)
+        write_record(MaskFile.of(mask, f"recommended for {goal}", provenance), args.out)
         print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import MaskRecord, ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
@@ -39,7 +39,7 @@ class Measures:
         nll = engine.negative_log_likelihoods(self.text.sequences)
         tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars) if self.harness.tasks else ((), None)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
-        return Quality(mask=MaskRecord.of(mask), perplexity=perplexity, divergence=divergence, tasks=tasks), raw
+        return Quality(mask=mask, perplexity=perplexity, divergence=divergence, tasks=tasks), raw
 
 
 def load_text(

@@ -1,6 +1,6 @@
 """What a mask saves in a checkpoint: parameters, bytes of weights, KV cache and the requests that fit."""
 
-from llmdrop_vllm.artifacts import MaskRecord, Record
+from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import count_parameters, transformers_config
@@ -34,7 +34,7 @@ class Inspection(Record):
     model: str
     architecture: str
     dialects: tuple[str, ...]
-    mask: MaskRecord
+    mask: DropMask
     summary: str
     stripped: bool
     disk_bytes: int
@@ -102,7 +102,7 @@ def inspect_checkpoint(
         model=str(checkpoint.directory),
         architecture=checkpoint.architecture,
         dialects=DropMask.dialects(checkpoint.config),
-        mask=MaskRecord.of(masked.mask),
+        mask=masked.mask,
         summary=masked.mask.summary(),
         stripped=checkpoint.is_stripped,
         disk_bytes=disk_bytes,

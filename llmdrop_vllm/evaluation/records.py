@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, Provenance, Record, Scores, sha256
+from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record, Scores, sha256
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Kind
@@ -95,7 +95,7 @@ class Speed(Record):
 class Quality(Record):
     """What is left of a model's quality under a mask."""
 
-    mask: MaskRecord
+    mask: DropMask
     perplexity: Perplexity
     divergence: Divergence | None = None
     tasks: tuple[TaskScore, ...] = ()
@@ -194,7 +194,7 @@ class Sweep(Record):
     @model_validator(mode="after")
     def _check_points(self) -> Self:
         for name, point in self.points.items():
-            if mask_id(point.quality.mask.mask) != name:
+            if mask_id(point.quality.mask) != name:
                 raise ValueError(f"points.{name} is of another mask")
         return self
 

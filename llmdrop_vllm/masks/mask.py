@@ -21,6 +21,7 @@ class DropMask:
     num_hidden_layers: int
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # for the records that hold a mask
 
     def __post_init__(self) -> None:
         _check_count("num_hidden_layers", self.num_hidden_layers)

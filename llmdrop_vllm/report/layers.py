@@ -87,7 +87,7 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
     colors = {kind: LOOK_OF_WHAT[kind].color for kind in ("attention", "mlp")}
     handles = [Patch(color=colors["attention"], label="attention gone"), Patch(color=colors["mlp"], label="MLP gone")]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
-    largest = [f"{each.series.name}: {each.points[-1][1].quality.mask.mask.summary()}" for each in curves]
+    largest = [f"{each.series.name}: {each.points[-1][1].quality.mask.summary()}" for each in curves]
     return figure, f"The sublayers that are gone by number dropped. The largest masks: {'; '.join(largest)}."
 
 

@@ -75,7 +75,7 @@ def inline(svg: str, name: str, alt: str) -> str:
 def provenance_section(findings: Findings) -> str:
     """The sweep, then each calibration set."""
     sweep, request = findings.sweep, findings.sweep.request
-    mask, workload = sweep.full.quality.mask.mask, request.workload
+    mask, workload = sweep.full.quality.mask, request.workload
     perplexity = sweep.full.quality.perplexity
     asked = {
         "dropped before": mask.summary() if mask else "nothing",

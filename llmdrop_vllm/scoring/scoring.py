@@ -21,7 +21,6 @@ from llmdrop_vllm import __version__
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
     Diagnostics,
-    MaskRecord,
     ModelIdentity,
     Provenance,
     Scores,
@@ -239,6 +238,10 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
     def column(name: str, dropped: tuple[int, ...] = ()) -> tuple[float | None, ...]:
         return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
 
+    def sublayer(kind: str, dropped: tuple[int, ...]) -> dict[str, tuple[float | None, ...]]:
+        fields = {"magnitude_ratio": "ratio", "token_cosine_before": "before", "token_cosine_after": "after"}
+        return {field: column(f"{kind}_{name}", dropped) for field, name in fields.items()}
+
     def probed(entry: int) -> tuple[float | None, ...]:
         return tuple(layer["probe"] and layer["probe"][entry] for layer in layers)
 
@@ -257,21 +260,15 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
         gap_tokens=len(run.gap_tokens),
         diagnostics=Diagnostics(
             attention=AttentionDiagnostics(
-                magnitude_ratio=column("attention_ratio", mask.attention),
-                token_cosine_before=column("attention_before", mask.attention),
-                token_cosine_after=column("attention_after", mask.attention),
+                **sublayer("attention", mask.attention),
                 concentration=probed(0),
                 first_token=probed(1),
             ),
-            mlp=SublayerDiagnostics(
-                magnitude_ratio=column("mlp_ratio", mask.mlp),
-                token_cosine_before=column("mlp_before", mask.mlp),
-                token_cosine_after=column("mlp_after", mask.mlp),
-            ),
+            mlp=SublayerDiagnostics(**sublayer("mlp", mask.mlp)),
         ),
         kv_groups=tuple(map(str, run.checkpoint.decoder.kinds)),
         kv_values=tuple(kind.values for kind in run.checkpoint.decoder.kinds),
-        dropped=MaskRecord.of(mask),
+        dropped=mask,
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),
             data=run.calibration.identity,

@@ -154,7 +154,7 @@ def select(scores: Scores, *methods: Method, protect: Iterable[int] = ()) -> Sel
         picked = method.pick(candidates)
         candidates = candidates.without(picked.units)
         notes += picked.notes
-    return _selection(candidates, " + ".join(map(str, methods)), scores.dropped.mask, notes)
+    return _selection(candidates, " + ".join(map(str, methods)), scores.dropped, notes)
 
 
 def iterative(
@@ -176,7 +176,7 @@ def iterative(
         candidates = candidates.without(picked.units)
         notes += picked.notes
     method = f"{' + '.join(map(str, methods))}, scored anew after each drop"
-    return _selection(candidates, method, scores.dropped.mask, notes)
+    return _selection(candidates, method, scores.dropped, notes)
 
 
 def _avoid_padding(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Picked:
@@ -228,7 +228,7 @@ def _runs(candidates: Candidates, count: int) -> list[tuple[Unit, ...]]:
 def _candidates(scores: Scores, protect: Iterable[int]) -> Candidates:
     protect = tuple(protect)
     check_indices("protect", protect, scores.num_hidden_layers)
-    return Candidates(scores, scores.dropped.mask, frozenset(protect))
+    return Candidates(scores, scores.dropped, frozenset(protect))
 
 
 def _selection(candidates: Candidates, method: str, before: DropMask, notes: Iterable[str]) -> Selection:

@@ -14,9 +14,8 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 
 if TYPE_CHECKING:
@@ -45,16 +44,9 @@ class Dropping:
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
 
-    @property
-    def mask(self) -> DropMask:
-        """What is dropped."""
-        return self.decoder.mask
-
-    @property
-    def family(self) -> Family:
-        """How the layers are laid out."""
+    def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
-        return self.decoder.family
+        self.mask, self.family = self.decoder.mask, self.decoder.family
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""

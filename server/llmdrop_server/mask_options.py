@@ -57,5 +57,5 @@ def _least_important(measured: Scores, counts: dict[str, int]) -> dict[str, tupl
     from llmdrop_vllm.selection.selection import Ranked, select  # brings torch along
 
     methods = [Ranked(kind, counts[kind]) for kind in ("attention", "mlp") if kind in counts]
-    chosen = select(measured, *methods).mask if methods else measured.dropped.mask
+    chosen = select(measured, *methods).mask if methods else measured.dropped
     return {"attention": chosen.attention, "mlp": chosen.mlp}

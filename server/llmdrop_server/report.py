@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmdrop_server import SCORES_ENVIRONMENT
-from llmdrop_server.schemas import Drop, Importance, Mask, Scores, Size
+from llmdrop_server.schemas import Drop, Importance, Scores, Size
 from llmdrop_vllm import artifacts
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.checkpoints.decoder import Decoder
@@ -53,7 +53,7 @@ def report(vllm_config: "VllmConfig") -> Drop:
         architecture=decoder.architecture,
         family=decoder.family.name if decoder.family else None,
         summary=mask.summary(),
-        mask=Mask(num_hidden_layers=mask.num_hidden_layers, attention=mask.attention, mlp=mask.mlp),
+        mask=mask,
         kv_dtype=kv_dtype,
         kv_layout=_layout_in_words(layouts[mask]),
         max_model_len=model.max_model_len,

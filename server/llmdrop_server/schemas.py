@@ -4,22 +4,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from llmdrop_vllm.masks.mask import DropMask
+
 EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": []}
 EXAMPLE_SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
+
+
+def _example(value: JsonValue) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [value]})
 
 
 class Answer(BaseModel):
     """Strict: what is not declared here does not leave the server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Mask(Answer):
-    """The dropped sublayers in rank order: the first n of a list are the mask that drops n."""
-
-    num_hidden_layers: int
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
 
 
 class Size(Answer):
@@ -56,35 +54,31 @@ class Scores(Answer):
 class Drop(Answer):
     """What this server's model goes without, and what that saves."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "embedded",
-                    "architecture": "LlamaForCausalLM",
-                    "family": "llama",
-                    "summary": EXAMPLE_SUMMARY,
-                    "mask": EXAMPLE_MASK,
-                    "kv_dtype": "bfloat16",
-                    "kv_layout": "KV cache stored as 8 layers, without padding",
-                    "max_model_len": 1024,
-                    "full": {
-                        "parameters": 5116224,
-                        "attention_layers": 12,
-                        "kv_bytes_per_token": 3072,
-                        "kv_tokens": 349440,
-                        "sequences": 341.25,
-                    },
-                    "served": {
-                        "parameters": 4722240,
-                        "attention_layers": 8,
-                        "kv_bytes_per_token": 2048,
-                        "kv_tokens": 524288,
-                        "sequences": 512.0,
-                    },
-                    "scores": None,
-                }
-            ]
+    model_config = _example(
+        {
+            "model": "embedded",
+            "architecture": "LlamaForCausalLM",
+            "family": "llama",
+            "summary": EXAMPLE_SUMMARY,
+            "mask": EXAMPLE_MASK,
+            "kv_dtype": "bfloat16",
+            "kv_layout": "KV cache stored as 8 layers, without padding",
+            "max_model_len": 1024,
+            "full": {
+                "parameters": 5116224,
+                "attention_layers": 12,
+                "kv_bytes_per_token": 3072,
+                "kv_tokens": 349440,
+                "sequences": 341.25,
+            },
+            "served": {
+                "parameters": 4722240,
+                "attention_layers": 8,
+                "kv_bytes_per_token": 2048,
+                "kv_tokens": 524288,
+                "sequences": 512.0,
+            },
+            "scores": None,
         }
     )
 
@@ -92,7 +86,7 @@ class Drop(Answer):
     architecture: str
     family: str | None
     summary: str
-    mask: Mask
+    mask: DropMask
     kv_dtype: str
     kv_layout: str
     max_model_len: int
@@ -104,21 +98,17 @@ class Drop(Answer):
 class KV(Answer):
     """The KV cache in use. `prefix_hit_rate` is a share of all prompt tokens since the start; None before the first."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "blocks": 4096,
-                    "blocks_used": 96,
-                    "blocks_free": 4000,
-                    "block_tokens": 128,
-                    "usage": 0.0234,
-                    "prefix_hit_rate": 0.61,
-                    "requests_running": 8,
-                    "requests_waiting": 0,
-                    "preemptions": 0,
-                }
-            ]
+    model_config = _example(
+        {
+            "blocks": 4096,
+            "blocks_used": 96,
+            "blocks_free": 4000,
+            "block_tokens": 128,
+            "usage": 0.0234,
+            "prefix_hit_rate": 0.61,
+            "requests_running": 8,
+            "requests_waiting": 0,
+            "preemptions": 0,
         }
     )
 
@@ -136,7 +126,7 @@ class KV(Answer):
 class Status(Answer):
     """`reason` says what is wrong where `status` is not ok."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok", "reason": None}]})
+    model_config = _example({"status": "ok", "reason": None})
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
@@ -149,31 +139,27 @@ class ModelCard(BaseModel):
 
     id: str
     object: str = "model"
-    drop: Mask | None
+    drop: DropMask | None
     drop_summary: str
 
 
 class ModelList(BaseModel):
     """The models of this server, adapters included."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
+    model_config = _example(
+        {
+            "object": "list",
+            "data": [
                 {
-                    "object": "list",
-                    "data": [
-                        {
-                            "id": "embedded",
-                            "object": "model",
-                            "created": 1790000000,
-                            "owned_by": "vllm",
-                            "max_model_len": 1024,
-                            "drop": EXAMPLE_MASK,
-                            "drop_summary": EXAMPLE_SUMMARY,
-                        }
-                    ],
+                    "id": "embedded",
+                    "object": "model",
+                    "created": 1790000000,
+                    "owned_by": "vllm",
+                    "max_model_len": 1024,
+                    "drop": EXAMPLE_MASK,
+                    "drop_summary": EXAMPLE_SUMMARY,
                 }
-            ]
+            ],
         }
     )
 

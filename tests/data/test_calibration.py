@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data import calibration, texts
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.embedded.corpus import END, USER, documents
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.surgery import calibration, texts
 from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
 EMBEDDED = Checkpoint.open(MODEL)

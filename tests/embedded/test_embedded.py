@@ -25,7 +25,7 @@ def test_recorded_likelihoods_are_measured_again(name, number):
     checkpoint, context = Checkpoint.open(MODEL), quality.perplexity.context
     text, _ = load_text(checkpoint, "held-out", context=context, windows=WINDOWS)
     settings = EngineSettings(dtype="float32", max_model_len=context + 1)
-    with running(checkpoint, quality.mask.mask, settings, harness=False) as engine:
+    with running(checkpoint, quality.mask, settings, harness=False) as engine:
         found = engine.negative_log_likelihoods(text.sequences)
     assert found == pytest.approx(quality.perplexity.window_nll[:WINDOWS], abs=1e-3)
 

@@ -3,7 +3,7 @@
 import math
 
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import DataIdentity, MaskRecord, ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
 from llmdrop_vllm.evaluation.records import (
     Divergence,
     Estimate,
@@ -51,7 +51,7 @@ def measured(mask, nll, tasks, divergence, factors, kv_share, parameters):
     """A point that was as many times as fast as the full model as `factors` say, round by round; none: not timed."""
     return Point(
         quality=Quality(
-            mask=MaskRecord.of(mask),
+            mask=mask,
             perplexity=Perplexity.of(nll, 512, data()),
             divergence=divergence,
             tasks=tasks,
@@ -100,10 +100,10 @@ def point(mask, *, perplexity=10.0, choice=0.8, generation=0.8, faster=1.0, kv_s
 def sweep(*points, full=None, workload=WORKLOAD):
     """One series of these points, each with one more attention sublayer dropped, after the full model."""
     full = full or point(DropMask(DEPTH))
-    masks = [each.quality.mask.mask for each in points]
+    masks = [each.quality.mask for each in points]
     counts = tuple(len(mask.attention) for mask in masks)
     series = Series(
         name="attention", what="attention", order="by importance", counts=counts, masks=tuple(map(mask_id, masks))
     )
-    by_id = {mask_id(each.quality.mask.mask): each for each in (full, *points)}
-    return recorded([series], by_id, base=mask_id(full.quality.mask.mask), workload=workload)
+    by_id = {mask_id(each.quality.mask): each for each in (full, *points)}
+    return recorded([series], by_id, base=mask_id(full.quality.mask), workload=workload)

@@ -6,7 +6,7 @@ import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import MaskFile, MaskRecord, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import MaskFile, Scores, read_record, write_record
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
@@ -44,7 +44,7 @@ def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_pa
     command = ["evaluate", str(MODEL), "--attention", "11,7", "--tasks", "llmdrop_docstring", "--limit", "8"]
     assert main([*command, *QUICK, "--out", str(out)]) == 0
     found = read_record(Evaluation, out)
-    assert found.quality.mask.mask == DropMask(12, attention=(11, 7))
+    assert found.quality.mask == DropMask(12, attention=(11, 7))
     (task,) = found.quality.tasks
     raw = json.loads((tmp_path / "dropped.lm-eval.json").read_text())
     assert raw["results"]["llmdrop_docstring"]["acc_norm,none"] == task.value
@@ -105,7 +105,7 @@ def test_evaluate_says_in_one_line_what_vllm_does_not_start_with(tmp_path, capsy
 
 def test_evaluate_refuses_a_mask_of_another_model(tmp_path, capsys):
     other = sweep().provenance
-    mask = MaskFile(**MaskRecord.of(DropMask(12, (1,))).model_dump(), method="by hand", provenance=other)
+    mask = MaskFile.of(DropMask(12, (1,)), "by hand", provenance=other)
     write_record(mask, tmp_path / "mask.json")
     command = ["evaluate", str(MODEL), "--mask", str(tmp_path / "mask.json"), "--out", str(tmp_path / "out.json")]
     assert main(command) == 1

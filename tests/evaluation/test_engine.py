@@ -85,7 +85,7 @@ def test_evaluation_holds_together(checkpoint, text, logprobs):
     assert found.quality.perplexity.value == pytest.approx(naive_nll(logprobs[1], text).mean().exp().item(), rel=1e-4)
     assert found.quality.perplexity.tokens == 4 * (CONTEXT - 1)
     assert found.quality.divergence.tokens == 2 * CONTEXT
-    assert found.quality.mask.mask == MASK
+    assert found.quality.mask == MASK
     assert found.provenance.data == text.identity
 
 

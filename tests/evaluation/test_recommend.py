@@ -17,7 +17,7 @@ SWEEP = sweep(
 
 def chosen(goal):
     choice, meets = choose(SWEEP, goal)
-    return choice.point.quality.mask.mask, meets
+    return choice.point.quality.mask, meets
 
 
 def test_a_limit_on_the_loss_gives_the_fastest_that_keeps_it_by_generation_too():

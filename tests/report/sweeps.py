@@ -6,7 +6,6 @@ import random
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
     Diagnostics,
-    MaskRecord,
     Scores,
     Similarities,
     SublayerDiagnostics,
@@ -45,7 +44,7 @@ def scores(source="embedded", depth=12, tilt=1.0, fingerprint=FINGERPRINT, diagn
             mlp=SublayerDiagnostics(**common),
         ),
         kv_groups=("full",) * depth,
-        dropped=MaskRecord(num_hidden_layers=depth),
+        dropped=DropMask(depth),
         provenance=provenance(source, fingerprint=fingerprint),
     )
 

@@ -12,9 +12,9 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.scoring import scoring, scratch
 from llmdrop_vllm.scoring.attention_probe import QUERIES_PER_SEQUENCE
 from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.surgery import scoring, scratch
 from tests.checkpoints.files import token_file
 from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
@@ -226,7 +226,7 @@ def test_a_dropped_model_is_scored_without_what_it_dropped(tiny, strip, tmp_path
     assert [layer for layer, value in enumerate(found.similarity.attention) if value is None] == [0, 6]
     assert [layer for layer, value in enumerate(found.similarity.mlp) if value is None] == [3, 6]
     assert found.similarity.block[6] == pytest.approx(1)
-    assert found.dropped.mask == DropMask(DEPTH, (6, 0), (6, 3))
+    assert found.dropped == DropMask(DEPTH, (6, 0), (6, 3))
     model = hf.from_pretrained(checkpoint.directory, dtype=torch.float32).eval()
     inputs = []
     model.model.layers[5].register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))

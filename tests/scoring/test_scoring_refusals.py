@@ -7,8 +7,8 @@ from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
+from llmdrop_vllm.scoring import scoring, scratch
 from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.surgery import scoring, scratch
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 

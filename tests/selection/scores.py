@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from hypothesis import strategies as st
 
-from llmdrop_vllm.artifacts import MaskRecord, Scores
+from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import LeastImportant
@@ -33,7 +34,7 @@ def make_scores(attention, mlp=None, block=None, gaps=None, kv_groups=None, drop
                     "mlp": sublayer,
                 },
                 "kv_groups": kv_groups or [FULL] * depth,
-                "dropped": MaskRecord.of(dropped or DropMask(depth)).model_dump(),
+                "dropped": asdict(dropped or DropMask(depth)),
                 "provenance": {"model": {"path": "m", "architecture": "a", "fingerprint": "f"}},
             }
         )

@@ -96,7 +96,7 @@ def test_a_run_of_n_blocks_is_judged_by_the_gap_n():
 @settings(deadline=None)
 @given(any_scores(), st.sampled_from(KINDS), st.sampled_from(ORDERS), st.data())
 def test_a_mask_is_a_prefix_of_the_next_larger_one(scores, kind, order, data):
-    old = scores.dropped.mask
+    old = scores.dropped
     protect = data.draw(st.sets(st.integers(0, scores.num_hidden_layers - 1), max_size=3))
     limit = most(scores, kind, order, protect)
     before = old
@@ -120,7 +120,7 @@ def test_a_mask_is_a_prefix_of_the_next_larger_one(scores, kind, order, data):
 @settings(deadline=None)
 @given(any_scores())
 def test_least_is_the_exact_reverse_order_ties_included(scores):
-    already = scores.dropped.mask.mlp
+    already = scores.dropped.mlp
     limit = most(scores, "mlp")
     forwards = select(scores, Ranked("mlp", limit)).mask.mlp[len(already) :]
     backwards = select(scores, Ranked("mlp", limit, MostImportant())).mask.mlp[len(already) :]

@@ -146,7 +146,7 @@ def test_no_mask_of_as_many_within_the_tolerance_is_stored_in_fewer_layers(score
     count = data.draw(st.integers(1, limit))
     plain = select(scores, Ranked("attention", count, avoid_padding=False), protect=protect).mask
     chosen = select(scores, Ranked("attention", count, padding_tolerance=tolerance), protect=protect).mask
-    old = scores.dropped.mask.attention
+    old = scores.dropped.attention
 
     def new(mask):
         return mask.attention[len(old) :]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import MaskRecord, read_record
+from llmdrop_vllm.artifacts import MaskFile, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import ON_DISK, plan_surgery
@@ -170,9 +170,9 @@ def test_published_rankings_go_through_every_dialect_and_back(mask, tmp_path):
 
 def test_records_come_along_in_place_of_the_models(parent):
     (parent / "model" / "mask.json").write_text("an older one")
-    record = MaskRecord.of(MASK)
+    record = MaskFile.of(MASK, "by hand")
     write(plan_surgery(parent / "model", MASK), parent / "out", records={"mask.json": record})
-    assert read_record(MaskRecord, parent / "out" / "mask.json") == record
+    assert read_record(MaskFile, parent / "out" / "mask.json") == record
 
 
 def test_progress_adds_up_to_the_planned_bytes(model, tmp_path):
