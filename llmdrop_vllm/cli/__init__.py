@@ -15,7 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for an error that the user can mend, 130 for an interruption."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "serve":
-        return _serve(argv[1:])
+        # Its options are mostly vLLM's, so it reads them itself.
+        from llmdrop_server.launch import main as serve
+
+        return serve(argv[1:])
     from llmdrop_vllm.cli.arguments import parser
 
     args = parser().parse_args(argv)
@@ -40,10 +43,3 @@ def _remedy(error: ModuleNotFoundError) -> str:
     if extras := EXTRAS.get((error.name or "").partition(".")[0]):
         return "pip install " + " or ".join(f"'llmdrop-vllm[{extra}]'" for extra in extras)
     return "an engine brings it along, or: pip install 'llmdrop-vllm[toolkit]'"
-
-
-def _serve(argv: Sequence[str]) -> int:
-    """Its options are mostly vLLM's, so it reads them itself."""
-    from llmdrop_server.launch import main as serve
-
-    return serve(argv)

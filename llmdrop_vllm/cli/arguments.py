@@ -8,16 +8,14 @@ from llmdrop_vllm import __version__
 from llmdrop_vllm.cli import options
 from llmdrop_vllm.masks.dialects import ON_DISK
 
-DESCRIPTION = "Find what to drop in a checkpoint, write the smaller one, and say what it saves."
-
-
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
 Add = Callable[..., options.Parser]
 
 
 def parser() -> options.Parser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="llmdrop", description=DESCRIPTION)
+    summary = "Find what to drop in a checkpoint, write the smaller one, and say what it saves."
+    top = argparse.ArgumentParser(prog="llmdrop", description=summary)
     top.add_argument("--version", action="version", version=f"llmdrop-vllm {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

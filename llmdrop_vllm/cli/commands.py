@@ -209,7 +209,9 @@ def _select(
     if not args.iterative:
         return select_mask(scores, *methods, protect=args.protect)
     select_mask(scores, *methods, protect=args.protect)  # refused before the model is opened
-    checkpoint = checkpoint or _scored_checkpoint(scores, args.model)
+    if checkpoint is None:
+        checkpoint = Checkpoint.open(args.model or scores.provenance.model.path)
+        check_scored(scores, checkpoint)
     calibration = calibration or _scored_data(scores, checkpoint)
     args.dtype = scores.provenance.dtype
 
@@ -218,12 +220,6 @@ def _select(
         return _scored_or_kept(f"without-{gone}", checkpoint, calibration, args, mask)
 
     return iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
-
-
-def _scored_checkpoint(scores: Scores, model: str | None) -> Checkpoint:
-    checkpoint = Checkpoint.open(model or scores.provenance.model.path)
-    check_scored(scores, checkpoint)
-    return checkpoint
 
 
 def check_scored(scores: Scores, checkpoint: Checkpoint) -> None:

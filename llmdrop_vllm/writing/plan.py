@@ -106,7 +106,8 @@ def plan_surgery(
     kept = checkpoint.tensors if keeps_all else masked.kept
     shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
-    explicit = bool(masked.mask) and not portable and not (keep_dropped and whole and _has_plain_name(checkpoint))
+    has_plain_name = checkpoint.config["architectures"] == [checkpoint.architecture]
+    explicit = bool(masked.mask) and not portable and not (keep_dropped and whole and has_plain_name)
     copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
     return SurgeryPlan(
         masked=masked,
@@ -120,10 +121,6 @@ def plan_surgery(
         left_out=left_out,
         warnings=tuple(_warnings(masked, dialect, reference)),
     )
-
-
-def _has_plain_name(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.config["architectures"] == [checkpoint.architecture])
 
 
 def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool) -> None:

@@ -14,7 +14,6 @@ from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import count_parameters, dropped_config
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.memory.kinds import dtype_bytes
-from llmdrop_vllm.memory.layout import KVLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,13 +48,13 @@ def report(vllm_config: "VllmConfig") -> Drop:
         )
 
     return Drop(
-        model=_served_name(model.served_model_name),
+        model=names if isinstance(names := model.served_model_name, str) else names[0],
         architecture=decoder.architecture,
         family=decoder.family.name if decoder.family else None,
         summary=mask.summary(),
         mask=mask,
         kv_dtype=kv_dtype,
-        kv_layout=_layout_in_words(layouts[mask]),
+        kv_layout=layout.describe() if (layout := layouts[mask]) else "KV cache not counted: its sizes are not known",
         max_model_len=model.max_model_len,
         full=size(decoder.whole),
         served=size(mask),
@@ -63,19 +62,11 @@ def report(vllm_config: "VllmConfig") -> Drop:
     )
 
 
-def _served_name(names: str | list[str]) -> str:
-    return names if isinstance(names, str) else names[0]
-
-
 def _kv_dtype(cache_dtype: str, model_dtype: str) -> str:
     """vLLM's names for the KV cache's dtype, in those of `accounting`."""
     if cache_dtype == "auto":
         return model_dtype
     return "fp8" if cache_dtype.startswith("fp8") else cache_dtype
-
-
-def _layout_in_words(layout: KVLayout | None) -> str:
-    return "KV cache not counted: the config does not say its sizes" if layout is None else layout.describe()
 
 
 def _count(decoder: Decoder, mask: DropMask) -> int:
