@@ -27,8 +27,8 @@ from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.cli.options import count
-from llmdrop_vllm.memory.kinds import dtype_bytes, layer_kinds
-from llmdrop_vllm.memory.layout import stage_values
+from llmdrop_vllm.kv_cache.kinds import dtype_bytes, layer_kinds
+from llmdrop_vllm.kv_cache.layout import stage_values
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 DTYPE, MAX_MODEL_LEN = "bfloat16", 1024

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind, dtype_bytes, layer_kinds
+from llmdrop_vllm.kv_cache.kinds import LayerKind, dtype_bytes, layer_kinds
 
 CONTEXT_SAMPLES = 8
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from llmdrop_vllm import DropMask, InputError, MaskError
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.architectures.family import Family
-from llmdrop_vllm.memory.kinds import layer_kinds
-from llmdrop_vllm.memory.layout import KVLayout, kv_layout
+from llmdrop_vllm.kv_cache.kinds import layer_kinds
+from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 
 Kind = Literal["attention", "mlp", "block"]
 

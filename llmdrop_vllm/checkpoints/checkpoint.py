@@ -17,9 +17,9 @@ from llmdrop_vllm.checkpoints.nemotron import plain
 from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
+from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import DTYPE_BYTES
-from llmdrop_vllm.memory.layout import KVLayout
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
 

@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
+from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
-from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
-from llmdrop_vllm.memory.layout import KVLayout, kv_layout
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import count_parameters, transformers_config
+from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import dtype_bytes
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192

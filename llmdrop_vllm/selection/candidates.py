@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.dialects import is_int
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import KVLayout, kv_layout
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
 NOUNS = {

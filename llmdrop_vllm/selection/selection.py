@@ -13,10 +13,10 @@ from typing import Protocol, Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import cheapest_without_padding, kv_layout
 from llmdrop_vllm.masks.dialects import check_indices
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import cheapest_without_padding, kv_layout
 from llmdrop_vllm.selection.candidates import Candidates, Kind, Unit
 from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import kv_layout, stage_values
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import kv_layout, stage_values
 
 StageCost = Callable[[int, int], float]
 

@@ -12,8 +12,8 @@ from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.hf import count_parameters, dropped_config
+from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import dtype_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

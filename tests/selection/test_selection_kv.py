@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import kv_layout
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Ranked, select
 from tests.selection.scores import FULL, SLIDING, any_scores, make_scores, most

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from vllm.distributed.utils import get_pp_indices
 
 from llmdrop_vllm import DropMask, MaskError
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import kv_layout, stage_values
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import kv_layout, stage_values
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 # Llama-2-70B in bf16: 64 heads and 8 key/value heads of 128, hidden 8192, FFN 28672.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdrop_vllm.memory.kinds import LayerKind
-from llmdrop_vllm.memory.layout import KVLayout, cheapest_without_padding, kv_layout
+from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.layout import KVLayout, cheapest_without_padding, kv_layout
 
 VALUES = 256  # two heads of 64, keys and values
 FULL, SLIDING, SHORT = (LayerKind.parse(text, VALUES) for text in ("full", "sliding 4096", "sliding 128"))

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, product
 
-from llmdrop_vllm.memory.kinds import LayerKind
+from llmdrop_vllm.kv_cache.kinds import LayerKind
 
 # Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.
 MAX_KINDS = 3

@@ -8,8 +8,8 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
-from llmdrop_vllm.memory.kinds import LayerKind, layer_kinds
-from llmdrop_vllm.memory.layout import kv_layout
+from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
+from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES
 
