@@ -14,7 +14,7 @@ FRAMEWORKS = {"torch", "transformers", "vllm", "lm_eval", "matplotlib"}
 FLOORS = (
     ("errors", "shares", "embedded"),
     ("masks",),
-    ("architectures", "memory"),
+    ("architectures", "kv_cache"),
     ("checkpoints",),
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing"),
@@ -31,7 +31,7 @@ NOT_FOR_TOOLS = "llmdrop_vllm.serving"
 # Files outside any room: what everybody uses and what users import.
 MAX_LOOSE_FILES = 10
 # Rooms that no framework may enter: they are read by every process of vLLM, and by tools that want an answer at once.
-LIGHT = ("errors", "shares", "masks", "architectures", "memory")
+LIGHT = ("errors", "shares", "masks", "architectures", "kv_cache")
 # Who touches vLLM; everything else works on a machine without it.
 MAY_IMPORT_VLLM = ("llmdrop_vllm.serving", "llmdrop_vllm.evaluation.engine", "llmdrop_server")
 
