@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.contenders import ContenderError
 from benchmarks.servers import Served
 from benchmarks.workloads import Workload
-from llmdrop_vllm.quiet import only_from
+from llmdrop_vllm.evaluation.harness import only_from
 
 MODEL_NAME = "loaded"
 # Ours, and the name that vLLM has for it: e2e_s is the time from the request to its last token.

@@ -159,7 +159,7 @@ def _chance(results: Mapping[str, Any], leaves: Sequence[str]) -> float | None:
 def _quiet(*, bars: bool = True) -> Iterator[None]:
     """lm-eval and the libraries of its data report on every step, and draw a bar for each, where `bars` lets them."""
     with (
-        _only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
+        only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
         warnings.catch_warnings(),
         Path(os.devnull).open("w") as nowhere,
         redirect_stderr(sys.stderr if bars else nowhere),
@@ -169,7 +169,7 @@ def _quiet(*, bars: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _only_from(level: int, *loggers: str) -> Iterator[None]:
+def only_from(level: int, *loggers: str) -> Iterator[None]:
     """Within this context, these loggers pass on nothing below `level`.
 
     Not by an environment variable, which processes started meanwhile would inherit.

@@ -7,7 +7,7 @@ import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import Scores, read_record
+from llmdrop_vllm.artifacts import Scores, hold, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import OutputError
@@ -17,7 +17,6 @@ from llmdrop_vllm.evaluation.evaluate import Measures, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep, mask_id
 from llmdrop_vllm.evaluation.series import make_series
 from llmdrop_vllm.evaluation.sweep import SweepPlan, mask_title, measure_sweep
-from llmdrop_vllm.locks import hold
 
 WORKLOAD = SpeedWorkload(requests=2, prompt_tokens=16, output_tokens=4)
 
