@@ -260,14 +260,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             partial.unlink()
 
 
-def hold(directory: Path, use: str) -> int:
+def hold(directory: Path, use: str, *, wait: bool = False) -> int:
     """A descriptor that keeps other processes out while it is open, whatever becomes of this one.
 
-    Raises OutputError, saying that another process is `use`, where the directory is held already.
+    Where the directory is held already, it is waited for, or OutputError says that another process is `use`.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise OutputError(f"{directory} is in use: another process is {use}") from None

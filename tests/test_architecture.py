@@ -18,7 +18,7 @@ FLOORS = (
     ("checkpoints",),
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing"),
-    ("scoring",),
+    ("scoring", "fetching"),
     ("evaluation",),
     ("report",),
     ("cli",),

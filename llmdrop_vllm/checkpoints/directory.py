@@ -31,6 +31,8 @@ def check_model_name(model: str | Path) -> None:
     path = Path(model)
     if path.is_dir():
         return
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{model} is a GGUF file; make a checkpoint of it first: llmdrop fetch {model} DIR")
     if isinstance(model, Path) or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
 
@@ -67,6 +69,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
         if (directory / name).is_file():
             return [directory / name], {}
+    if gguf := sorted(directory.glob("*.gguf")):
+        raise CheckpointError(f"{directory} has its weights as GGUF; convert them: llmdrop fetch {gguf[0]} DIR")
     others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
     if others:
         raise CheckpointError(

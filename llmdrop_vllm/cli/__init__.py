@@ -1,5 +1,6 @@
 """`llmdrop`: commands parse, call the library and print."""
 
+import argparse
 import importlib
 import os
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 from llmdrop_vllm.errors import InputError
 
 # What brings the packages that not every installation has.
-EXTRAS = {"lm_eval": ("eval",), "matplotlib": ("eval",), "vllm": ("cuda", "cpu")}
+EXTRAS = {"gguf": ("fetch",), "lm_eval": ("eval",), "matplotlib": ("eval",), "vllm": ("cuda", "cpu")}
+# Arguments that name a model, as people do.
+MODELS = ("model", "full")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        _fetch_models(args)
         getattr(importlib.import_module(args.module), args.command)(args)
     except ModuleNotFoundError as error:
         print(f"llmdrop: error: {error}; {_remedy(error)}", file=sys.stderr)
@@ -37,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmdrop: interrupted; what was being written is gone or goes on with the same command", file=sys.stderr)
         return 130
     return 0
+
+
+def _fetch_models(args: argparse.Namespace) -> None:
+    from llmdrop_vllm.fetching.fetch import resolve
+
+    for name in MODELS:
+        if isinstance(model := getattr(args, name, None), str):
+            setattr(args, name, resolve(model))
 
 
 def _remedy(error: ModuleNotFoundError) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmdrop_vllm import __version__
 from llmdrop_vllm.cli import options
+from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
@@ -32,6 +33,10 @@ def parser() -> options.Parser:
         return command
 
     add("serve", "serve a model with vLLM, its page and its bounds", "llmdrop serve MODEL --drop-attention 25,26")
+    fetch = add("fetch", "get a model: by its short name, from the hub or from a GGUF file", "llmdrop fetch smollm2")
+    fetch.add_argument("what", metavar="NAME", help=f"{', '.join(FETCHABLE)}, a hub id or a .gguf file")
+    fetch.add_argument("out", type=Path, nargs="?", metavar="DIR", help="where to (without: the cache, LLMDROP_CACHE)")
+    fetch.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a checkpoint")
     _add_choosing(add)
     _add_writing(add)
     _add_measuring(add)

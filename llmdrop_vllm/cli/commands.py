@@ -34,6 +34,14 @@ from llmdrop_vllm.writing.staging import check_free
 from llmdrop_vllm.writing.write import check_destination, write_checkpoint
 
 
+def fetch(args: Namespace) -> None:
+    """`llmdrop fetch`."""
+    from llmdrop_vllm.fetching.fetch import fetch as fetch_model
+
+    found = fetch_model(args.what, args.out, overwrite=args.overwrite)
+    print(f"{found} is a checkpoint; next: llmdrop drop {args.what if args.out is None else found} OUT --attention 4")
+
+
 def score(args: Namespace) -> None:
     """`llmdrop score`."""
     check_new(args.out, args.overwrite)

@@ -117,7 +117,7 @@ def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
         rows.append(("KL, nats", f"{kl.value:.4f}", "-" if kl.stderr is None else f"{kl.stderr:.4f}", "", over))
     for task in quality.tasks:
         chance = "" if task.chance is None else _score(task.chance)
-        name = f"{task.task} ({task.metric}, {task.kind})"
+        name = f"{task.task} ({task.metric}, {task.kind}, {task.prompting})"
         rows.append((name, _score(task.value), _score(task.stderr), chance, f"{task.samples:,} rows"))
     return rows
 

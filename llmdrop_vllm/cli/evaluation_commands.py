@@ -109,7 +109,9 @@ def _sweep_of(args: Namespace) -> Sweep:
 
 def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
     """What can be refused without an engine is refused here."""
-    harness = find_tasks(args.tasks) if args.tasks else Harness()  # lm-eval is an extra
+    harness = Harness()  # lm-eval is an extra
+    if args.tasks:
+        harness = find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
     measures = Measures(text, context, args.divergence_tokens, harness, args.limit)
     dtype = args.dtype or _default_dtype(checkpoint)

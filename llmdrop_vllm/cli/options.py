@@ -9,13 +9,14 @@ from typing import Any
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.shares import parse_share
 
+OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
 UNITS = ("", "k", "m", "g", "t")
 Parser = argparse.ArgumentParser
 
 
 def add_model(command: Parser) -> None:
     """What every command is about."""
-    command.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id")
+    command.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id or a name of `llmdrop fetch`")
 
 
 def add_file(command: Parser, what: str, *, required: bool = True) -> None:
@@ -121,10 +122,19 @@ def add_measures(command: Parser) -> None:
     group.add_argument(
         "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
     )
-    group.add_argument(
-        "--tasks", type=_names, default=(), metavar="A,B", help="lm-eval tasks; ours: llmdrop_docstring, llmdrop_name"
-    )
+    group.add_argument("--tasks", type=_names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
     group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
+    group.add_argument(
+        "--prompting",
+        choices=("auto", "chat", "completion"),
+        default="auto",
+        help="ask through the chat template, or have texts completed; auto: as the task prefers and the model can",
+    )
+    group.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        help="let tasks run the code that the model writes: in a process without network, files to write or others",
+    )
     engine = command.add_argument_group("engine")
     precisions = ("float32", "bfloat16", "float16")
     engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")

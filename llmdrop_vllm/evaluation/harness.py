@@ -11,13 +11,15 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.evaluation.records import TaskKind, TaskScore
+from llmdrop_vllm.evaluation.records import Prompting, TaskKind, TaskScore
+from llmdrop_vllm.evaluation.sandbox import check_confinement
 
-OWN_TASKS = Path(__file__).with_name("tasks")
+OWN_TASKS, OWN = Path(__file__).with_name("tasks"), "llmdrop_"
+CHAT = "chat"  # in a task's metadata: entries that stand in for its own where the model is asked in a chat
 # What stands for a task's result, the first that it has; any other metric only where it has none of these.
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "pass@1")
 # Between 0 and 100, or edits: they would be averaged with shares as if they were some.
@@ -28,11 +30,17 @@ KINDS: Mapping[str, TaskKind] = {"multiple_choice": "multiple choice", "generate
 
 @dataclass(frozen=True)
 class Harness:
-    """lm-eval's index of tasks, with ours, and those asked for: by default none. `skipped`: why a task is not run."""
+    """lm-eval's index of tasks, with ours, and those asked for: by default none. `skipped`: why a task is not run.
+
+    `prompting` "auto" asks a model that has a chat template through it, in tasks that say how (`metadata.chat`), and
+    has all else completed; "chat" and "completion" ask so throughout. `runs_code` lets tasks run what models write.
+    """
 
     manager: Any = None
     tasks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    prompting: Prompting | Literal["auto"] = "auto"
+    runs_code: bool = False
 
     def run(
         self, model: Any, *, limit: int | None = None, bars: bool = True
@@ -41,15 +49,38 @@ class Harness:
         # Not `simple_evaluate`, which describes the machine each time: seconds of `pip list` and the like.
         from lm_eval.evaluator import evaluate
 
+        scores: dict[str, tuple[TaskScore, ...]] = {}
+        kept: dict[str, Any] = {}
         with _quiet(bars=bars):
-            found = self.manager.load(list(self.tasks))
-            for task in found["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            results = evaluate(model, task_dict=found, limit=limit, bootstrap_iters=BOOTSTRAPS)
-        scores = tuple(_score(results, each) for task in self.tasks for each in self._scored(results, task))
-        return scores, {key: value for key, value in results.items() if key != "samples"}
+            for prompting, names in self._asked(model).items():
+                found = self.manager.load(names)
+                for task in found["tasks"].values():
+                    _prepare(task, prompting)
+                results = evaluate(
+                    model,
+                    task_dict=found,
+                    limit=limit,
+                    bootstrap_iters=BOOTSTRAPS,
+                    apply_chat_template=prompting == "chat",
+                    fewshot_as_multiturn=prompting == "chat",
+                    confirm_run_unsafe_code=self.runs_code,
+                )
+                for name in names:
+                    scores[name] = tuple(_score(results, each, prompting) for each in self._scored(results, name))
+                kept = _merged(kept, {key: value for key, value in results.items() if key != "samples"})
+        return tuple(score for name in self.tasks for score in scores[name]), kept
+
+    def _asked(self, model: Any) -> dict[Prompting, list[str]]:
+        """The tasks by how this model is asked."""
+        has_template = getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None
+        if self.prompting != "auto" or not has_template:
+            return {"completion" if self.prompting == "auto" else self.prompting: [*self.tasks]}
+        found: dict[Prompting, list[str]] = {}
+        for name in self.tasks:
+            tasks = self.manager.load([name])["tasks"].values()
+            prefers_chat = all(CHAT in (task.config.metadata or {}) for task in tasks)
+            found.setdefault("chat" if prefers_chat else "completion", []).append(name)
+        return found
 
     def _scored(self, results: Mapping[str, Any], task: str) -> list[str]:
         """What has a score: a tag, or a group that lm-eval does not sum up, stands for its members."""
@@ -59,7 +90,9 @@ class Harness:
         return [each for member in members for each in self._scored(results, member)]
 
 
-def find_tasks(names: Sequence[str]) -> Harness:
+def find_tasks(
+    names: Sequence[str], *, prompting: Prompting | Literal["auto"] = "auto", runs_code: bool = False
+) -> Harness:
     """Load the data of these tasks.
 
     Raises DataError for a name that lm-eval does not know, with the nearest, and for a task that two of them hold.
@@ -81,14 +114,36 @@ def find_tasks(names: Sequence[str]) -> Harness:
                 first_line, *_ = (str(error).strip() or type(error).__name__).splitlines()
                 skipped[name] = f"its data cannot be loaded: {first_line}"
                 continue
-            if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
-                skipped[name] = "it would run code that the model writes"
+            code = any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values())
+            if code and not runs_code:
+                skipped[name] = "it would run code that the model writes; --run-generated-code lets it, confined"
+            elif code and not name.startswith(OWN):
+                skipped[name] = "it would run code that the model writes, and not in our confinement"
+            elif code:
+                check_confinement()
             elif not any(_is_share(*each) for task in tasks.values() for each in task.higher_is_better().items()):
                 skipped[name] = "none of its metrics is a score between 0 and 1"
             for task in tasks:
                 if holders.setdefault(task, name) != name:
                     raise DataError(f"task {task} is in {holders[task]} and in {name}; expected it once")
-    return Harness(manager, tuple(name for name in names if name not in skipped), skipped)
+    kept = tuple(name for name in names if name not in skipped)
+    return Harness(manager, kept, skipped, prompting, runs_code)
+
+
+def _prepare(task: Any, prompting: Prompting) -> None:
+    """Deterministic examples, as many as the task says or none, and its own words for a chat."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    if prompting == "chat":
+        for key, value in (task.config.metadata or {}).get(CHAT, {}).items():
+            task.set_config(key=key, value=value)
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's results of two runs as if they had been one."""
+    both = {key: {**one[key], **other[key]} for key in one if isinstance(one[key], dict) and key in other}
+    return {**one, **other, **both}
 
 
 @cache
@@ -111,7 +166,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists what there is"
 
 
-def _score(results: Mapping[str, Any], task: str) -> TaskScore:
+def _score(results: Mapping[str, Any], task: str, prompting: Prompting) -> TaskScore:
     """Of one task, or of a group as lm-eval sums it up."""
     metrics, leaves = results["results"][task], _leaves(results, task)
     better = results["higher_is_better"].get(task, {})
@@ -129,6 +184,7 @@ def _score(results: Mapping[str, Any], task: str) -> TaskScore:
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
         chance=_chance(results, leaves),
         samples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+        prompting=prompting,
     )
 
 

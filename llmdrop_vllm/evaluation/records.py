@@ -13,6 +13,7 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
+Prompting = Literal["chat", "completion"]
 
 
 class Estimate(Record):
@@ -74,7 +75,9 @@ class Divergence(Record):
 
 
 class TaskScore(Record):
-    """One metric of one lm-eval task, between 0 and 1. `chance` is what guessing would get, where that is known."""
+    """One metric of one lm-eval task, between 0 and 1. `chance` is what guessing would get, where that is known;
+    `prompting` whether the model was asked through its chat template or had a text to complete.
+    """
 
     task: str
     metric: str
@@ -83,6 +86,7 @@ class TaskScore(Record):
     stderr: float | None = None
     chance: float | None = None
     samples: int
+    prompting: Prompting = "completion"
 
 
 class Speed(Record):
@@ -177,6 +181,7 @@ class SweepRequest(Record):
     limit: int | None
     workload: SpeedWorkload | None
     dtype: str
+    prompting: Prompting | Literal["auto"] = "auto"
 
 
 class Sweep(Record):

@@ -58,6 +58,7 @@ class SweepPlan:
             limit=self.measures.limit,
             workload=self.workload,
             dtype=self.settings.dtype,
+            prompting=self.measures.harness.prompting,
         )
 
     def begin(self, out: Path) -> Sweep:

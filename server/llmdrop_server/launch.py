@@ -16,6 +16,7 @@ from llmdrop_server.preflight import check_port, check_readable, read_keys
 from llmdrop_vllm import register
 from llmdrop_vllm.checkpoints.directory import check_model_name
 from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.fetching.fetch import resolve
 
 PLUGIN = "llmdrop"
 # Streams in flight are finished when the server is told to end, and the queue has an end.
@@ -37,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours, theirs = parser().parse_known_args(argv)
     try:
         register()  # refuses to, where there is no vLLM
+        named, ours.model = ours.model, resolve(ours.model)
         check_model_name(ours.model)
         check_readable([ours.api_key_file, *_ssl_files(ours).values()])
         check_port(ours.host, ours.port)
         arguments = vllm_arguments(ours, theirs)
+        if named != ours.model and not any(each.startswith("--served") for each in theirs):
+            arguments += ["--served-model-name", named]
         _set_environment(ours)
     except (InputError, ImportError) as error:
         print(f"llmdrop: error: {error}", file=sys.stderr)
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id")
+    top.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id or a name of `llmdrop fetch`")
     mask = top.add_argument_group("mask, for a checkpoint whose config has none")
     mask.add_argument("--drop-attention", metavar="25,26", help="layers whose attention goes; with --scores, how many")
     mask.add_argument("--drop-mlp", metavar="24,", help="layers whose MLP goes; with --scores, how many")

