@@ -23,7 +23,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.records import Point, Sweep
 from llmdrop_vllm.evaluation.series import make_series
 from llmdrop_vllm.scoring.scoring import score
@@ -161,7 +161,7 @@ def _generation_gaps(sweep: Sweep) -> dict[int, float]:
 def twin_divergence(twin: Checkpoint, scores: Scores, tokens: int = 2048) -> dict[str, Any]:
     """How far the twin's next-token distributions move as sublayers go: KL in nats, by series and number dropped."""
     text = load_calibration(twin, "held-out", samples=4, seq_len=tokens // 4)
-    reference = Reference(twin, twin.mask, text.sequences, dtype="float32")
+    reference = Reference(twin, twin.mask, map(Window, text.sequences), dtype="float32")
     series, masks = make_series(scores, TWIN_SERIES)
     return {
         each.name: {n: reference.under(masks[mask]).kl.value for n, mask in zip(each.counts, each.masks, strict=True)}

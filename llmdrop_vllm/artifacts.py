@@ -137,13 +137,21 @@ class Scores(Record):
         attention, mlp = (
             tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in (mask.attention, mask.mlp)
         )
-        return cls.model_construct(
+        nothing = (None,) * depth
+        columns = dict.fromkeys(SublayerDiagnostics.model_fields, nothing)
+        return cls(
             num_hidden_layers=depth,
             similarity=Similarities(attention=attention, mlp=mlp, block=(0.0,) * depth),
             block_similarity_by_gap=tuple((0.0,) * (depth - layer) for layer in range(depth)),
+            gap_tokens=0,
+            diagnostics=Diagnostics(
+                attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
+                mlp=SublayerDiagnostics(**columns),
+            ),
             kv_groups=tuple(map(str, checkpoint.decoder.kinds)),
             kv_values=tuple(kind.values for kind in checkpoint.decoder.kinds),
             dropped=mask,
+            provenance=Provenance(model=ModelIdentity.of(checkpoint)),
         )
 
     @property

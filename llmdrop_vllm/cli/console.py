@@ -111,7 +111,7 @@ def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
     stderr = "-" if perplexity.stderr is None else f"{perplexity.stderr:.3f}"
     rows = [("perplexity", f"{perplexity.value:.3f}", stderr, "", f"{perplexity.tokens:,} tokens")]
     if divergence is not None:
-        over = f"{divergence.tokens:,} tokens"
+        over = f"{divergence.tokens:,} tokens of {divergence.on}"
         rows.append(("agreement", _score(divergence.agreement.value), _score(divergence.agreement.stderr), "", over))
         kl = divergence.kl
         rows.append(("KL, nats", f"{kl.value:.4f}", "-" if kl.stderr is None else f"{kl.stderr:.4f}", "", over))

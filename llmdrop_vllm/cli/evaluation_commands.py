@@ -113,7 +113,8 @@ def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engine
     if args.tasks:
         harness = find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
-    measures = Measures(text, context, args.divergence_tokens, harness, args.limit)
+    on_answers = args.divergence_on == "answers"
+    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on_answers)
     dtype = args.dtype or _default_dtype(checkpoint)
     longest = _max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)

@@ -122,6 +122,12 @@ def add_measures(command: Parser) -> None:
     group.add_argument(
         "--divergence-tokens", type=int, default=4096, metavar="N", help="for KL and agreement (4096); 0 for neither"
     )
+    group.add_argument(
+        "--divergence-on",
+        choices=("answers", "text"),
+        default="answers",
+        help="compare next tokens on the full model's own answers to our prompts (default), or on the text",
+    )
     group.add_argument("--tasks", type=_names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
     group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
     group.add_argument(

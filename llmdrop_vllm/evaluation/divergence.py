@@ -4,6 +4,7 @@ vLLM gives log-probabilities of the most likely tokens only; KL needs all of the
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +12,33 @@ import torch
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import TokenIds
-from llmdrop_vllm.evaluation.records import Divergence, Estimate
+from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids, [tokens]; next-token distributions are compared from position `start` up to `stop`, or the end."""
+
+    token_ids: TokenIds
+    start: int = 0
+    stop: int | None = None
 
 
 class Reference:
     """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
 
-    `windows` are token ids, [tokens] each. `mask` is what even the full model goes without: nothing, or what it came
+    `mask` is what even the full model goes without: nothing, or what it came
     without.
     """
 
-    def __init__(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[TokenIds], *, dtype: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str, on_answers: bool = False
+    ) -> None:
+        self.on: DivergedOn = "own answers" if on_answers else "text"
         self.family = checkpoint.family
         self.model = _load(checkpoint, mask, dtype)
-        self.windows = [torch.from_numpy(window)[None].to(self.model.device) for window in windows]
+        self.windows = tuple(windows)
         self.full = [_log_probabilities(self.model, window).cpu() for window in self.windows]
 
     def under(self, mask: DropMask) -> Divergence:
@@ -40,11 +53,11 @@ class Reference:
     def _divergence(self, model: Any) -> Divergence:
         kl, agreement = [], []
         for window, full in zip(self.windows, self.full, strict=True):
-            masked, full = _log_probabilities(model, window), full.to(window.device)
+            masked, full = _log_probabilities(model, window), full.to(model.device)
             kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
             agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
-        tokens = sum(window.shape[1] for window in self.windows)
-        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens)
+        tokens = sum(map(len, self.full))
+        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens, on=self.on)
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:
@@ -52,7 +65,8 @@ def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:
     return hf.load(checkpoint.under(mask), dtype=getattr(torch, dtype)).to(device).eval()
 
 
-def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """[tokens, vocabulary], float32, of a [1, tokens] window."""
+def _log_probabilities(model: Any, window: Window) -> torch.Tensor:
+    """[positions, vocabulary], float32."""
+    token_ids = torch.from_numpy(window.token_ids)[None].to(model.device)
     with torch.inference_mode():
-        return model(window, use_cache=False).logits[0].float().log_softmax(-1)
+        return model(token_ids, use_cache=False).logits[0, window.start : window.stop].float().log_softmax(-1)

@@ -54,8 +54,9 @@ class EngineSettings:
             # Compiling for every mask takes longer than a CPU wins back.
             "enforce_eager": not gpu,
             "gpu_memory_utilization": 0.9 / self.engines if gpu else 0.3,
-            # Speed is measured with prompts that no earlier round has left in the cache.
-            "enable_prefix_caching": False,
+            # Examples that all questions of a task share are computed once; but speed is measured with prompts that
+            # no earlier round has left in the cache.
+            "enable_prefix_caching": self.engines == 1,
             "seed": 0,
             "use_tqdm_on_load": False,
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
@@ -97,6 +98,27 @@ class Engine:
             pairs = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
             found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
         return found
+
+    def as_asked(self, prompt: str) -> list[int]:
+        """A question's token ids, through the chat template where the tokenizer has one."""
+        tokenizer = self.llm.get_tokenizer()
+        if tokenizer.chat_template is None:
+            return list(tokenizer(prompt)["input_ids"])
+        asked = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def room(self, tokens: int) -> int:
+        """How many more tokens fit behind so many."""
+        return int(self.llm.llm_engine.vllm_config.model_config.max_model_len) - tokens
+
+    def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+        """The most likely continuations, up to so many tokens each."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [list(each.outputs[0].token_ids) for each in self.llm.generate(requests, sampling, use_tqdm=False)]
 
     def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
         """Until all requests have their first token, and all their tokens, of two runs."""

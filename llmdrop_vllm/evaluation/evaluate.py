@@ -1,5 +1,6 @@
 """Perplexity, agreement with the full model and tasks, of one model under one mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from llmdrop_vllm.artifacts import ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import Calibration, load_calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.answers import Answers, own_answers
+from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality
@@ -19,18 +21,30 @@ DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure: the windows of text, how many of their tokens for the divergence (0: none), and which tasks."""
+    """What to measure: the windows of text, how many tokens for the divergence (0: none) and whether of the full
+    model's own answers or of the text, and which tasks.
+    """
 
     text: Calibration
     context: int
     divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
     harness: Harness = Harness()
     limit: int | None = None
+    on_answers: bool = False
 
-    @property
-    def divergence_windows(self) -> tuple[Any, ...]:
-        """Whole windows, at least one."""
-        return self.text.sequences[: max(1, self.divergence_tokens // self.context)] if self.divergence_tokens else ()
+    def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
+        """What next tokens are compared on: whole windows of text, at least one, or the answers if they are asked for.
+
+        Raises DataError where the full model answers nothing.
+        """
+        if not self.divergence_tokens:
+            return ()
+        if not self.on_answers:
+            return tuple(map(Window, self.text.sequences[: max(1, self.divergence_tokens // self.context)]))
+        found = answers().answers
+        if not found:
+            raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
+        return tuple(each.window for each in found)
 
     def quality(
         self, engine: Engine, mask: DropMask, divergence: Divergence | None, *, bars: bool = True
@@ -80,7 +94,7 @@ def evaluate_checkpoint(
         raise CheckpointError(
             f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
         )
-    divergence = _divergence(checkpoint, mask, measures, settings.dtype, full)
+    divergence = _divergence(checkpoint, mask, measures, settings, full)
     with running(checkpoint, mask, settings, harness=bool(measures.harness.tasks)) as engine:
         quality, raw = measures.quality(engine, mask, divergence)
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
@@ -93,10 +107,18 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _divergence(
-    checkpoint: Checkpoint, mask: DropMask, measures: Measures, dtype: str, full: Checkpoint | None
+    checkpoint: Checkpoint, mask: DropMask, measures: Measures, settings: EngineSettings, full: Checkpoint | None
 ) -> Divergence | None:
-    windows = measures.divergence_windows
-    if not windows or (full is None and checkpoint.is_stripped):
+    if full is None and checkpoint.is_stripped:
         return None
-    reference = Reference(full or checkpoint, DropMask(mask.num_hidden_layers), windows, dtype=dtype)
-    return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=dtype)
+    whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
+
+    def answers() -> Answers:
+        with running(whole, nothing, settings, harness=False) as engine:
+            return own_answers(engine, measures.divergence_tokens)
+
+    windows = measures.windows(answers)
+    if not windows:
+        return None
+    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on_answers=measures.on_answers)
+    return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)

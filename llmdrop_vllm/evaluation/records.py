@@ -14,6 +14,7 @@ from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 Prompting = Literal["chat", "completion"]
+DivergedOn = Literal["text", "own answers"]
 
 
 class Estimate(Record):
@@ -72,6 +73,7 @@ class Divergence(Record):
     kl: Estimate
     agreement: Estimate
     tokens: int
+    on: DivergedOn = "text"
 
 
 class TaskScore(Record):
@@ -182,6 +184,7 @@ class SweepRequest(Record):
     workload: SpeedWorkload | None
     dtype: str
     prompting: Prompting | Literal["auto"] = "auto"
+    divergence_on: DivergedOn = "text"
 
 
 class Sweep(Record):

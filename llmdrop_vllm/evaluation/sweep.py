@@ -12,6 +12,7 @@ from tqdm import tqdm
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures
@@ -29,7 +30,7 @@ from llmdrop_vllm.evaluation.records import (
 from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 
-SWEEP_FILE, SCORES_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "lm-eval"
+SWEEP_FILE, SCORES_FILE, ANSWERS_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "answers.json", "lm-eval"
 NUM_ROUNDS = 3
 
 
@@ -59,6 +60,7 @@ class SweepPlan:
             workload=self.workload,
             dtype=self.settings.dtype,
             prompting=self.measures.harness.prompting,
+            divergence_on="own answers" if self.measures.on_answers else "text",
         )
 
     def begin(self, out: Path) -> Sweep:
@@ -93,7 +95,7 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
     try:
         keeper = _Keeper(plan, directory)
         missing = [mask for mask in keeper.masks.values() if keeper.lacks(mask)]
-        divergences = _divergences(plan, [mask for mask in missing if mask_id(mask) not in keeper.found.points])
+        divergences = keeper.divergences([mask for mask in missing if mask_id(mask) not in keeper.found.points])
         with ExitStack() as stack:
             full = stack.enter_context(keeper.running(plan.checkpoint.mask)) if missing and plan.workload else None
             bar = stack.enter_context(tqdm(total=len(missing), unit="point", disable=not progress))
@@ -126,6 +128,24 @@ class _Keeper:
         point = self.found.points.get(mask_id(mask))
         return point is None or (self.plan.workload is not None and point.speed is None)
 
+    def divergences(self, masks: Sequence[DropMask]) -> dict[str, Divergence]:
+        """By mask id, before the first engine of a mask needs the memory: the full model is loaded once for it."""
+        plan, measures = self.plan, self.plan.measures
+        windows = measures.windows(self._answers) if masks else ()
+        if not windows:
+            return {}
+        base, dtype = plan.checkpoint.mask, plan.settings.dtype
+        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on_answers=measures.on_answers)
+        return {mask_id(mask): reference.under(mask) for mask in masks}
+
+    def _answers(self) -> Answers:
+        """The full model's, the same ones for all points: kept for a sweep that goes on."""
+        path = self.directory / ANSWERS_FILE
+        if not path.exists():
+            with self.running(self.plan.checkpoint.mask) as engine:
+                write_record(own_answers(engine, self.plan.measures.divergence_tokens), path)
+        return read_record(Answers, path)
+
     def measure(self, mask: DropMask, divergence: Divergence | None, full: Engine | None) -> None:
         """One point, or its speed alone where its quality is there already."""
         plan, point = self.plan, self.found.points.get(mask_id(mask))
@@ -155,15 +175,6 @@ class _Keeper:
     def running(self, mask: DropMask, *, harness: bool = False) -> AbstractContextManager[Engine]:
         """An engine for a mask."""
         return running(self.plan.checkpoint, mask, self.plan.settings, harness=harness)
-
-
-def _divergences(plan: SweepPlan, masks: Sequence[DropMask]) -> dict[str, Divergence]:
-    """By mask id, before the first engine needs the memory: the full model is loaded once for it."""
-    windows = plan.measures.divergence_windows
-    if not windows or not masks:
-        return {}
-    reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
-    return {mask_id(mask): reference.under(mask) for mask in masks}
 
 
 def _united(kept: Series, asked: Series) -> Series:

@@ -81,7 +81,9 @@ def provenance_section(findings: Findings) -> str:
         "dropped before": mask.summary() if mask else "nothing",
         "held-out text": _data(request.data),
         "perplexity": f"{perplexity.tokens:,} tokens, in windows of {request.context:,}",
-        "divergence": f"{request.divergence_tokens:,} tokens" if request.divergence_tokens else "not asked for",
+        "divergence": f"{request.divergence_tokens:,} tokens of {request.divergence_on}"
+        if request.divergence_tokens
+        else "not asked for",
         "tasks": ", ".join(request.tasks) or "none",
         "limit per task": "none" if request.limit is None else f"{request.limit:,} samples",
         "speed": "not asked for"

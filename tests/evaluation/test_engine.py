@@ -10,7 +10,7 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.engine import EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload
@@ -53,7 +53,7 @@ def naive_nll(logprobs, text):
 
 def test_divergence_is_that_of_two_models_side_by_side(checkpoint, text, logprobs):
     full, masked = logprobs
-    found = Reference(checkpoint, checkpoint.mask, text.sequences, dtype="float32").under(MASK)
+    found = Reference(checkpoint, checkpoint.mask, map(Window, text.sequences), dtype="float32").under(MASK)
     assert found.kl.value == pytest.approx((full.exp() * (full - masked)).sum(-1).mean().item(), rel=1e-4)
     assert found.agreement.value == pytest.approx((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
     assert found.tokens == 4 * CONTEXT
@@ -62,7 +62,7 @@ def test_divergence_is_that_of_two_models_side_by_side(checkpoint, text, logprob
 
 
 def test_a_mask_leaves_the_full_model_as_it_was(checkpoint, text):
-    reference = Reference(checkpoint, checkpoint.mask, text.sequences, dtype="float32")
+    reference = Reference(checkpoint, checkpoint.mask, map(Window, text.sequences), dtype="float32")
     before = {name: id(module) for name, module in reference.model.named_modules()}
     reference.under(MASK)
     assert {name: id(module) for name, module in reference.model.named_modules()} == before
@@ -95,7 +95,7 @@ def test_a_stripped_checkpoint_is_compared_with_the_full_one(checkpoint, text, t
     assert stripped.is_stripped
     found, _ = evaluate_checkpoint(stripped, stripped.mask, measures, SETTINGS, full=checkpoint)
     (window, *_) = text.sequences
-    expected = Reference(checkpoint, checkpoint.mask, [window], dtype="float32").under(MASK)
+    expected = Reference(checkpoint, checkpoint.mask, [Window(window)], dtype="float32").under(MASK)
     assert found.quality.divergence.kl.value == pytest.approx(expected.kl.value, rel=1e-4)
     assert evaluate_checkpoint(stripped, stripped.mask, measures, SETTINGS)[0].quality.divergence is None
 

@@ -87,7 +87,7 @@ def manager(tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     shutil.copytree(OWN_TASKS, tmp_path / "tasks")
-    for path in (tmp_path / "tasks").glob("*.yaml"):
+    for path in (tmp_path / "tasks" / f"{name}.yaml" for name in TASKS):
         path.write_text(f"tag: tagged\n{path.read_text()}")
     members = "task:\n  - llmdrop_docstring\n  - llmdrop_name\n"
     (tmp_path / "tasks" / "both.yaml").write_text(f"group: both\n{members}")
@@ -117,7 +117,9 @@ def test_a_task_that_runs_what_the_model_writes_is_skipped(manager, monkeypatch)
 
     monkeypatch.setattr(ConfigurableTask, "UNSAFE_CODE", True, raising=False)
     found = find_tasks(["llmdrop_name"])
-    assert (found.tasks, found.skipped) == ((), {"llmdrop_name": "it would run code that the model writes"})
+    reason = "it would run code that the model writes; --run-generated-code lets it, confined"
+    assert (found.tasks, found.skipped) == ((), {"llmdrop_name": reason})
+    assert find_tasks(["llmdrop_name"], runs_code=True).tasks == ("llmdrop_name",)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "ter"])
