@@ -50,6 +50,8 @@ def convert(path: Path, out: Path) -> None:
     model.config._name_or_path = ""  # else the general.name of the file
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    for path in out.glob("*.safetensors"):  # the library lets nobody else read what it writes
+        path.chmod(0o644)
 
 
 def _begins_with_bos(fields: dict[str, Any]) -> bool:

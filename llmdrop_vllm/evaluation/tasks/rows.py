@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from llmdrop_vllm.evaluation.sandbox import ends_well
 
-NUM_PROBLEMS, NUM_SHOTS, SEED = 50, 4, 0
+NUM_PROBLEMS, NUM_SHOTS, SEED = 20, 4, 0
 
 
 def choice(**metadata: Any) -> dict[str, Dataset]:
