@@ -1,17 +1,18 @@
 """What dropping costs real models that can speak: attention, MLPs and blocks by importance, from nothing to half.
 
     apt-get install debian-handbook
-    python benchmarks/real_quality.py [--models smollm2,qwen2.5-coder-1.5b] [--counts 2,4,8,14]
+    python benchmarks/real_quality.py [--models smollm2,qwen2.5-coder-1.5b] [--counts 2,4,8]
 
 Each model gets a sweep (`llmdrop sweep`): perplexity on prose, next tokens on its own answers, reasoning problems, and
-of the coder every fourth HumanEval problem; and perplexity on code beside it. Neither text is calibrated on.
-Interrupted, the same command goes on. Results are in benchmarks/results/real/MODEL, the table in real_quality.md.
+of the coder every fourth HumanEval problem. Beside it stand perplexity on code, and for attention a multiple choice (to
+which of four docstrings a function belongs). No text is calibrated on. Interrupted, the same command goes on. Results
+are in benchmarks/results/real/MODEL, the table in real_quality.md.
 """
 
 import argparse
 import json
 import math
-import time
+import os
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,7 +30,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.evaluation.records import Point, Sweep, mask_id
-from llmdrop_vllm.evaluation.sweep import SWEEP_FILE
+from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE
 from llmdrop_vllm.fetching.fetch import fetch
 
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
@@ -37,6 +38,7 @@ CODE_WINDOWS, CONTEXT = 8, 512
 TASKS = {"smollm2": "llmdrop_reasoning", "qwen2.5-coder-1.5b": "llmdrop_reasoning,llmdrop_humaneval"}
 # Every fourth HumanEval problem, and all of the reasoning problems.
 LIMIT = 41
+CHOICE = "llmdrop_docstring"
 
 
 class Text(HTMLParser):
@@ -104,31 +106,38 @@ def _loss(model: Any, token_ids: Any) -> float:
     return float(-logits.log_softmax(-1).gather(1, token_ids[0, 1:, None]).mean())
 
 
+def sweep(name: str, directory: Path, text: Path, series: str, counts: str, *options: str) -> Sweep:
+    """A sweep without speeds, in a directory of its own."""
+    asked = ["--series", series, "--counts", counts, "--results", str(directory), "--text", str(text), *options]
+    asked += ["--windows", "16", "--dtype", "bfloat16", "--no-speed", "--samples", "32", "--seq-len", str(CONTEXT)]
+    if llmdrop(["sweep", name, *asked]):
+        raise InputError(f"the sweep of {name} did not come to its end")
+    return read_record(Sweep, directory / SWEEP_FILE)
+
+
 def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]:
     """A line for each point of a model's sweep."""
-    model, directory = fetch(name), directory / name
+    model, directory = fetch(name), Path(os.path.relpath(directory)) / name
     directory.mkdir(parents=True, exist_ok=True)
     texts = [make(directory / f"{make.__name__}.txt") for make in (prose, code)]
-    begin = time.monotonic()
-    options = ["--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--no-speed"]
-    options += ["--text", str(texts[0]), "--windows", "16", "--divergence-tokens", "2000", "--dtype", "bfloat16"]
-    options += ["--samples", "32", "--seq-len", str(CONTEXT), "--results", str(directory)]
-    if llmdrop(["sweep", name, "--series", "attention,mlp,blocks", "--counts", counts, *options]):
-        raise InputError(f"the sweep of {name} did not come to its end")
-    found = read_record(Sweep, directory / SWEEP_FILE)
+    counts += f",{Checkpoint.open(model).mask.num_hidden_layers // 2}"
+    tasks = ("--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--divergence-tokens", "2000")
+    found = sweep(name, directory, texts[0], "attention,mlp,blocks", counts, *tasks)
+    of_choice = ("--tasks", CHOICE, "--divergence-tokens", "0", "--scores", str(directory / SCORES_FILE))
+    choices = sweep(name, directory / "choice", texts[0], "attention", counts, *of_choice)
     on_code = code_perplexities(model, found, texts[1], directory / "code.json")
     llmdrop(["report", name, "--results", str(directory)])
     for text in texts:
         text.unlink()
-    seconds = round(time.monotonic() - begin)
     for series in found.series:
         for n, point in found.of(series):
             if n or series is found.series[0]:
-                yield line(name, series.name, n, point, on_code[mask_id(point.quality.mask)], seconds)
+                mask = mask_id(point.quality.mask)
+                yield line(name, series.name, n, point, on_code[mask], choices.points.get(mask))
 
 
-def line(name: str, what: str, n: int, point: Point, on_code: float, seconds: int) -> dict[str, Any]:
-    """One point's figures; `seconds` are of the whole run that it was in."""
+def line(name: str, what: str, n: int, point: Point, on_code: float, choice: Point | None) -> dict[str, Any]:
+    """One point's figures."""
     quality, scores = point.quality, {task.task: task.value for task in point.quality.tasks}
     divergence = quality.divergence
     return {
@@ -141,14 +150,15 @@ def line(name: str, what: str, n: int, point: Point, on_code: float, seconds: in
         "kl": None if divergence is None else round(divergence.kl.value, 4),
         "reasoning": scores.get("llmdrop_reasoning"),
         "humaneval": scores.get("llmdrop_humaneval"),
+        "multiple_choice": None if choice is None else choice.quality.tasks[0].value,
         "kv_share": round(point.kv_share, 3),
-        "run_seconds": seconds,
     }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """For people."""
     head = ("model", "dropped", "n", "perplexity, prose", "code", "same next token, own answers", "KL", "reasoning")
+    head += ("HumanEval", "multiple choice")
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
@@ -156,15 +166,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     body = [
         (each["model"], each["dropped"], each["n"], each["prose_perplexity"], each["code_perplexity"])
         + (percent(each["agreement"]), each["kl"], percent(each["reasoning"]), percent(each["humaneval"]))
+        + (percent(each["multiple_choice"]),)
         for each in lines
     ]
-    return f"# Quality against the number dropped, by importance\n\n{rows((*head, 'HumanEval'), body)}"
+    return f"# Quality against the number dropped, by importance\n\n{rows(head, body)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(TASKS), metavar="A,B")
-    parser.add_argument("--counts", default="2,4,8,14", metavar="N,N")
+    parser.add_argument("--counts", default="2,4,8", metavar="N,N", help="and half of the layers")
     parser.add_argument("--directory", type=Path, default=RESULTS / "real", metavar="DIR")
     add_out(parser)
     args = parser.parse_args()

@@ -12,6 +12,8 @@ from llmdrop_vllm.errors import InputError
 
 CONFINED = Path(__file__).with_name("confined.py")
 SECONDS, MEMORY_BYTES = 5, 1 << 30
+# Beyond twice its CPU time a program waits for something, or the machine is very busy.
+GRACE_S = 5
 
 
 def ends_well(program: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
@@ -52,7 +54,7 @@ def _run(program: str, seconds: int, memory_bytes: int) -> bool:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 errors="replace",
-                timeout=2 * seconds + 5,  # its CPU time ends sooner; this is for one that sleeps
+                timeout=2 * seconds + GRACE_S,
                 cwd=nothing,
                 env={"PYTHONHASHSEED": "0"},
                 start_new_session=True,
