@@ -1,5 +1,6 @@
 """What the page shows of the model and its engine, in a real browser against a stand-in for the server."""
 
+import json
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from tests.server.page_use import deep_model
 def test_the_stand_in_answers_as_the_server_does():
     from llmdrop_server import routes
 
-    Drop.model_validate(page_stub.DROP)
+    Drop.model_validate_json(json.dumps(page_stub.DROP))
     KV.model_validate(page_stub.KV)
     assert routes.security_headers()["Content-Security-Policy"] == page_stub.POLICY
     assert routes.ORIGIN.pattern == page_stub.ORIGIN.pattern
