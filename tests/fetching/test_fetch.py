@@ -159,6 +159,15 @@ def test_a_directory_with_nothing_but_a_gguf_file_says_so(tmp_path):
         Checkpoint.open(tmp_path)
 
 
+def test_what_is_neither_a_name_nor_a_hub_id_nor_a_file_is_told_what_is(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="smollm3 is unknown; expected smollm2, .*, a hub id like org/name or a .gguf"):
+        fetch("smollm3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine is here already"):
+        fetch("mine")
+
+
 def test_what_the_hub_does_not_have_is_one_line(index, monkeypatch):
     import huggingface_hub
 
