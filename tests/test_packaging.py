@@ -15,9 +15,11 @@ PACKAGES = (ROOT / "llmdrop_vllm", ROOT / "server" / "llmdrop_server")
 
 
 def files_of(directory, below):
-    """Every file of a directory that git would not ignore, as its path below another."""
-    files = (path.relative_to(below) for path in directory.rglob("*") if path.is_file() and "-smoke" not in path.name)
-    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    """Every file of a directory that git does not ignore, as its path below another."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", str(directory)]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    files = (ROOT / name for name in names if name)
+    return {path.relative_to(below).as_posix() for path in files if path.is_file()}
 
 
 @pytest.fixture(scope="module")
