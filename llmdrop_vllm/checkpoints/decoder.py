@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
@@ -60,5 +61,8 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         return config
-    known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    try:
+        known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
     return {**config, **known}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
@@ -12,6 +13,7 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES
+from tests.tiny import TINY_LLAMA
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Numbers of one token in one layer: 2 heads of 32 values, keys and values, unless the architecture says otherwise.
@@ -94,6 +96,12 @@ def test_kinds_for_fewer_layers_than_there_are_are_refused():
         layer_kinds(SIZES | {"layer_types": ["full_attention"] * 3})
     # More of them are the layers of a draft head.
     assert len(layer_kinds(SIZES | {"layer_types": ["full_attention"] * 5})) == 4
+
+
+def test_a_config_that_contradicts_itself_is_refused_in_words():
+    config = TINY_LLAMA | {"hidden_size": "wide"}
+    with pytest.raises(CheckpointError, match="the config does not describe a model of type llama"):
+        Decoder.of(config, "LlamaForCausalLM").kinds  # noqa: B018 - reading it works it out
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Cohere2ForCausalLM"])
