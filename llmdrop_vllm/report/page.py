@@ -84,7 +84,7 @@ def provenance_section(findings: Findings) -> str:
         "divergence": f"{request.divergence_tokens:,} tokens of {request.divergence_on}"
         if request.divergence_tokens
         else "not asked for",
-        "tasks": ", ".join(request.tasks) or "none",
+        "tasks": ", ".join(f"{each.task} (by {each.prompting})" for each in sweep.full.quality.tasks) or "none",
         "limit per task": "none" if request.limit is None else f"{request.limit:,} samples",
         "speed": "not asked for"
         if workload is None

@@ -96,7 +96,7 @@ def test_the_provenance_says_what_it_takes_to_measure_again():
         records.provenance.command,
         "torch 2.13.0",
         "wikitext: 64 sequences of up to 512, 32,768 tokens, seed 0, sha256 ab12",
-        "arc_easy, boolq, gsm8k",
+        "arc_easy (by completion), boolq (by completion), gsm8k (by completion)",
         "4 requests at once, 256 prompt tokens and 128 output tokens each",
         "Scores: c4",
     ):
