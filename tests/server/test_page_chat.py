@@ -9,7 +9,7 @@ from tests.server.page_use import ask, wait_until
 
 
 def test_an_answer_streams_with_its_times(open_page, server):
-    server.pieces, server.first_s, server.gap_s = ("Joins", " path", " segments", "."), 0.1, 0.2
+    server.pieces, server.first_s, server.gap_s = ("Joins", " path", " segments", "."), 0.1, 0.5
     page = open_page()
     ask(page)
     answer = page.locator(".answer")
@@ -19,7 +19,8 @@ def test_an_answer_streams_with_its_times(open_page, server):
     expect(answer.locator(".text")).to_have_text("Joins path segments.")
     times = answer.locator(".times").inner_text()
     assert 100 <= float(re.search(r"TTFT ([\d.]+) ms", times)[1]) < 400
-    assert 3 < float(re.search(r"([\d.]+) tokens/s", times)[1]) <= 5.1
+    # A busy browser may see the first piece some hundredths of a second late.
+    assert 1.2 < float(re.search(r"([\d.]+) tokens/s", times)[1]) <= 2.04
     assert "4 tokens" in times
     assert "≈" not in times
     ((_, body),) = server.asked("/v1/chat/completions")
