@@ -13,7 +13,7 @@ from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
-from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep
+from llmdrop_vllm.evaluation.records import DivergedOn, SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.report import write_report
@@ -113,8 +113,8 @@ def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engine
     if args.tasks:
         harness = find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
-    on_answers = args.divergence_on == "answers"
-    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on_answers)
+    divergence_on: DivergedOn = "own answers" if args.divergence_on == "answers" else "text"
+    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, divergence_on)
     dtype = args.dtype or _default_dtype(checkpoint)
     longest = _max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)

@@ -28,14 +28,13 @@ class Window:
 class Reference:
     """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
 
-    `mask` is what even the full model goes without: nothing, or what it came
-    without.
+    `mask` is what even the full model goes without: nothing, or what it came without.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str, on_answers: bool = False
+        self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str, on: DivergedOn = "text"
     ) -> None:
-        self.on: DivergedOn = "own answers" if on_answers else "text"
+        self.on = on
         self.family = checkpoint.family
         self.model = _load(checkpoint, mask, dtype)
         self.windows = tuple(windows)

@@ -13,7 +13,7 @@ from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
-from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Perplexity, Quality
+from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.masks.mask import DropMask
 
 DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
@@ -21,16 +21,14 @@ DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure: the windows of text, how many tokens for the divergence (0: none) and whether of the full
-    model's own answers or of the text, and which tasks.
-    """
+    """What to measure: the windows of text, for how many tokens the divergence (0: none) and on what, the tasks."""
 
     text: Calibration
     context: int
     divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
     harness: Harness = Harness()
     limit: int | None = None
-    on_answers: bool = False
+    divergence_on: DivergedOn = "text"
 
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
         """What next tokens are compared on: whole windows of text, at least one, or the answers if they are asked for.
@@ -39,7 +37,7 @@ class Measures:
         """
         if not self.divergence_tokens:
             return ()
-        if not self.on_answers:
+        if self.divergence_on == "text":
             return tuple(map(Window, self.text.sequences[: max(1, self.divergence_tokens // self.context)]))
         found = answers().answers
         if not found:
@@ -120,5 +118,5 @@ def _divergence(
     windows = measures.windows(answers)
     if not windows:
         return None
-    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on_answers=measures.on_answers)
+    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=measures.divergence_on)
     return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)

@@ -60,7 +60,7 @@ class SweepPlan:
             workload=self.workload,
             dtype=self.settings.dtype,
             prompting=self.measures.harness.prompting,
-            divergence_on="own answers" if self.measures.on_answers else "text",
+            divergence_on=self.measures.divergence_on,
         )
 
     def begin(self, out: Path) -> Sweep:
@@ -135,7 +135,7 @@ class _Keeper:
         if not windows:
             return {}
         base, dtype = plan.checkpoint.mask, plan.settings.dtype
-        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on_answers=measures.on_answers)
+        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on=measures.divergence_on)
         return {mask_id(mask): reference.under(mask) for mask in masks}
 
     def _answers(self) -> Answers:

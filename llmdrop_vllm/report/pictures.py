@@ -12,11 +12,7 @@ from llmdrop_vllm.report.style import NothingToShow, as_png, as_svg, styled
 Paint = Callable[[Findings], tuple[Figure, str]]
 PICTURES: tuple[tuple[str, str, Paint], ...] = (
     ("quality", "Quality against the number dropped; bars and bands are standard errors.", quality.quality),
-    (
-        "divergence",
-        "The next token against the full model's: see below on what.",
-        quality.divergence,
-    ),
+    ("divergence", "The next token against the full model's: see below on what.", quality.divergence),
     (
         "speedup",
         "Quality against speedup; bars, of the series by importance, are the range over rounds and the standard error.",
