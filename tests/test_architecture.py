@@ -19,6 +19,7 @@ FLOORS = (
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing"),
     ("scoring", "fetching"),
+    ("healing",),
     ("evaluation",),
     ("report",),
     ("cli",),

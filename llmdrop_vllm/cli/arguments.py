@@ -90,6 +90,14 @@ def _add_writing(add: Add) -> None:
 
 
 def _add_measuring(add: Add) -> None:
+    example = "llmdrop answers MODEL answers.jsonl --prompts requests.jsonl --per-prompt 2"
+    answers = add("answers", "have the full model answer prompts, to heal and judge with", example, MEASURING)
+    options.add_model(answers)
+    answers.add_argument("out", type=Path, metavar="OUT", help="the file of answers (JSONL)")
+    options.add_questions(answers)
+    options.add_engine(answers)
+    answers.add_argument("--overwrite", action="store_true", help="replace OUT")
+
     example = "llmdrop evaluate MODEL --attention 25,26 --tasks arc_easy,gsm8k --out dropped.json"
     evaluate = add("evaluate", "measure what is left of a model's quality under a mask", example, MEASURING)
     options.add_model(evaluate)

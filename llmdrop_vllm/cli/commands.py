@@ -23,7 +23,8 @@ from llmdrop_vllm.artifacts import (
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
-from llmdrop_vllm.data.calibration import Calibration, load_calibration
+from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random

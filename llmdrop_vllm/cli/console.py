@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.data.answers import Answer
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.selection.selection import Selection
@@ -53,6 +54,16 @@ def show_selection(chosen: Selection) -> None:
     print(f"rank order: attention {list(chosen.mask.attention)}, MLP {list(chosen.mask.mlp)}")
     for note in chosen.notes:
         print(f"note: {note}")
+
+
+def show_answers(found: Sequence[Answer], max_tokens: int) -> None:
+    """How much there is to learn from, and to judge by."""
+    tokens, cut = sum(len(each.answer) for each in found), sum(each.finish_reason == "length" for each in found)
+    print(f"{len(found):,} answers, {tokens:,} tokens; {cut:,} cut at {max_tokens} tokens or the end of the context")
+    held_out = [each for each in found if each.held_out]
+    print(
+        f"held out for judging: {len(held_out):,} of the answers, {sum(len(each.answer) for each in held_out):,} tokens"
+    )
 
 
 def show_evaluation(found: Evaluation) -> None:

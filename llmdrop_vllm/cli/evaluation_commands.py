@@ -1,5 +1,8 @@
-"""`llmdrop evaluate | sweep | recommend | report`: each makes values of its arguments, calls the library and prints."""
+"""`llmdrop answers | evaluate | sweep | recommend | report`: each makes values of its arguments, calls the library and
+prints.
+"""
 
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +10,11 @@ from pathlib import Path
 from llmdrop_vllm.artifacts import MaskFile, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, run_scoring
-from llmdrop_vllm.cli.console import show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.data.answers import load_answers, read_answers
+from llmdrop_vllm.data.prompts import PROMPTS
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
+from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
@@ -19,6 +25,32 @@ from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, me
 from llmdrop_vllm.report import write_report
 
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
+
+
+def answers(args: Namespace) -> None:
+    """`llmdrop answers`."""
+    check_new(args.out, args.overwrite)
+    if args.out.suffix.lower() != ".jsonl":
+        raise OutputError(f"{args.out} has the suffix {args.out.suffix!r}; expected .jsonl, by which answers are known")
+    checkpoint = Checkpoint.open(args.model)
+    if checkpoint.mask:
+        dropped = f"{checkpoint.directory}: {checkpoint.mask.summary()}"
+        raise MaskError(f"{dropped}; expected the full model, whose answers show what a dropped one lacks: name that")
+    request = AnswersRequest(
+        prompts=args.prompts or PROMPTS,
+        samples=args.samples,
+        max_tokens=args.max_tokens,
+        per_prompt=args.per_prompt,
+        temperature=args.temperature,
+        seed=args.seed,
+        held_out=args.held_out,
+    )
+    plan = plan_answers(checkpoint, request, dtype=args.dtype or _default_dtype(checkpoint), options=args.engine_args)
+    if plan.left_out:
+        print(f"llmdrop: warning: {plan.left_out}", file=sys.stderr)
+    sample_answers(plan, args.out, progress=True)
+    show_answers(read_answers(args.out)[1], args.max_tokens)
+    print(f"written to {args.out}; next: llmdrop heal DROPPED OUT --teacher {args.model} --data {args.out}")
 
 
 def evaluate(args: Namespace) -> None:
@@ -113,8 +145,12 @@ def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engine
     if args.tasks:
         harness = find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
-    divergence_on: DivergedOn = "own answers" if args.divergence_on == "answers" else "text"
-    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, divergence_on)
+    named: dict[str, DivergedOn] = {"answers": "own answers", "text": "text"}
+    on, held_out = named.get(args.divergence_on, "held-out answers"), None
+    if on == "held-out answers" and args.divergence_tokens:
+        file = Path(args.divergence_on)
+        held_out = load_answers(checkpoint, file, held_out=True, tokens=args.divergence_tokens)
+    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on, held_out)
     dtype = args.dtype or _default_dtype(checkpoint)
     longest = _max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)

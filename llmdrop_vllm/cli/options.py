@@ -54,8 +54,8 @@ def add_calibration(command: Parser) -> None:
     group.add_argument(
         "--data",
         default="embedded",
-        help="'embedded' text (default), a .txt, a .jsonl with a text field, a .json list of token-id lists, or a "
-        "`datasets` name, NAME[:CONFIG[:SPLIT]]",
+        help="'embedded' text (default), a .txt, a .jsonl with a text field or of `llmdrop answers`, a .json list of "
+        "token-id lists, or a `datasets` name, NAME[:CONFIG[:SPLIT]]",
     )
     group.add_argument("--samples", type=int, metavar="N", help="sequences (256)")
     group.add_argument("--seq-len", type=int, metavar="N", help="tokens in each (2048, or the model's context)")
@@ -107,6 +107,29 @@ def add_output(command: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 
+def add_questions(command: Parser) -> None:
+    """What a model is asked, and how it answers."""
+    group = command.add_argument_group("prompts and answers")
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSONL: a string, a chat (list of messages) or a logged OpenAI request a line (ours, of many kinds)",
+    )
+    group.add_argument("--samples", type=count, metavar="N", help="prompts, drawn by the seed (all)")
+    group.add_argument("--max-tokens", type=count, default=256, metavar="N", help="of each answer (256)")
+    group.add_argument("--per-prompt", type=count, default=1, metavar="N", help="answers to each prompt (1)")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 for the most likely tokens (0.8)")
+    group.add_argument("--seed", type=int, default=0, help="of prompts and answers")
+    group.add_argument(
+        "--held-out",
+        type=share,
+        default=0.1,
+        metavar="10%",
+        help="share of the prompts that is for judging only (10%%)",
+    )
+
+
 def add_measures(command: Parser) -> None:
     """What quality is measured by, and the engine that it is measured with."""
     group = command.add_argument_group("quality")
@@ -124,9 +147,10 @@ def add_measures(command: Parser) -> None:
     )
     group.add_argument(
         "--divergence-on",
-        choices=("answers", "text"),
         default="answers",
-        help="compare next tokens on the full model's own answers to our prompts (default), or on the text",
+        metavar="WHAT",
+        help="compare next tokens on 'answers' of the full model to our prompts (default), on the 'text', or on the "
+        "held-out answers of a file of `llmdrop answers`",
     )
     group.add_argument("--tasks", type=_names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
     group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
@@ -141,6 +165,11 @@ def add_measures(command: Parser) -> None:
         action="store_true",
         help="let tasks run the code that the model writes: in a process without network, files to write or others",
     )
+    add_engine(command)
+
+
+def add_engine(command: Parser) -> None:
+    """The engine that models run in."""
     engine = command.add_argument_group("engine")
     precisions = ("float32", "bfloat16", "float16")
     engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,32 +12,25 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.answers import is_answers, load_answers
 from llmdrop_vllm.data.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
+from llmdrop_vllm.data.tokens import Calibration as Calibration
+from llmdrop_vllm.data.tokens import TokenIds as TokenIds
+from llmdrop_vllm.data.tokens import load_tokenizer
+from llmdrop_vllm.data.tokens import vocab_size as vocab_size
 from llmdrop_vllm.embedded import held_out
-from llmdrop_vllm.errors import CheckpointError, DataError
+from llmdrop_vllm.errors import DataError
 
 EMBEDDED, HELD_OUT, DATASETS = "embedded", "held-out", "datasets"
 FILES = (".txt", ".jsonl", ".json")
 ACCEPTED = (
-    "'embedded', 'held-out', a .txt, a .jsonl with a \"text\" field per line, a .json list of token-id lists, or the "
-    "name of a dataset on the hub (NAME[:CONFIG[:SPLIT]])"
+    "'embedded', 'held-out', a .txt, a .jsonl with a \"text\" field per line or of `llmdrop answers`, a .json list of "
+    "token-id lists, or the name of a dataset on the hub (NAME[:CONFIG[:SPLIT]])"
 )
 DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[^:/]*)?(:[^:/]+)?")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 256, 2048
-# Whatever else may be there, a tokenizer needs one of these; without, Transformers makes some up that know no word.
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 # More than most tokenizers reach on most text (4 in English prose): how much of a large file to read at first.
 BYTES_PER_TOKEN, MIN_PIECE_BYTES = 8, 4096
-
-TokenIds = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to score with: `sequences` are token ids, each [tokens]; only a token-id file's may differ in length."""
-
-    sequences: tuple[TokenIds, ...]
-    identity: DataIdentity
 
 
 def load_calibration(
@@ -52,14 +45,21 @@ def load_calibration(
     """Token ids for a model: `samples` windows of `seq_len` tokens of text, or a token-id file's sequences as they are.
 
     By default 256 windows of 2048 tokens, or of the model's context where that is shorter; of a token-id file all
-    sequences. With `fewer`, data that does not suffice for `samples` gives what it has, one window at least. Raises
-    DataError for data that cannot be used or does not suffice, before it tokenizes anything.
+    sequences, of answers all that are not held out. With `fewer`, data that does not suffice for `samples` gives what
+    it has, one window at least. Raises DataError for data that cannot be used or does not suffice, before it tokenizes
+    anything.
     """
     context = checkpoint.context
     _check_sizes(samples, seq_len, seed, context)
     try:
-        if (kind := _kind(data)) == ".json":
-            sequences = _token_ids(Path(data), _vocab_size(checkpoint), context, samples, seq_len)
+        if (kind := _kind(data)) == ".jsonl" and is_answers(Path(data)):
+            if seq_len:
+                raise DataError(f"{data} holds answers, which are used as they are: ask for no length")
+            found = load_answers(checkpoint, Path(data), held_out=False, samples=samples)
+            # As asked for, though nothing is drawn here: whoever goes on with scores compares both.
+            return replace(found, identity=found.identity.model_copy(update={"source": data, "seed": seed}))
+        if kind == ".json":
+            sequences = _token_ids(Path(data), vocab_size(checkpoint), context, samples, seq_len)
         else:
             seq_len = seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
             samples = samples or DEFAULT_SAMPLES
@@ -105,13 +105,6 @@ def _kind(data: str) -> str:
     return DATASETS
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int:
-    size = checkpoint.config.get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise CheckpointError(f"{checkpoint.directory}/config.json: vocab_size is {size!r}; expected 1 or more")
-    return size
-
-
 def _token_ids(
     path: Path, vocab_size: int, context: int | None, samples: int | None, seq_len: int | None
 ) -> list[TokenIds]:
@@ -145,17 +138,7 @@ class _Encoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        directory, remedy = self.checkpoint.directory, "give token ids instead, in a .json list of lists"
-        if not any(file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
-            raise DataError(f"{directory} has no tokenizer; {remedy}")
-        try:
-            # Without a length of its own it does not warn of long texts: they are cut here on purpose.
-            options = {"trust_remote_code": False, "local_files_only": True, "model_max_length": 1 << 40}
-            return AutoTokenizer.from_pretrained(directory, **options)
-        except Exception as error:  # Transformers lets through whatever a damaged file or a missing package causes
-            raise DataError(f"{directory}: the tokenizer cannot be loaded: {error}; {remedy}") from error
+        return load_tokenizer(self.checkpoint, "give token ids instead, in a .json list of lists")
 
     def encode(self, pieces: Iterable[Piece], enough: int | None = None) -> TokenIds:
         """[tokens] of the pieces end to end, with special tokens where a document begins; stops at `enough` tokens."""
@@ -166,7 +149,7 @@ class _Encoder:
             if enough and total >= enough:
                 break
         token_ids = np.concatenate(found)
-        if total and (largest := int(token_ids.max())) >= (size := _vocab_size(self.checkpoint)):
+        if total and (largest := int(token_ids.max())) >= (size := vocab_size(self.checkpoint)):
             where = self.checkpoint.directory
             raise DataError(f"{where}: the tokenizer gives token id {largest}; vocab_size is {size}")
         return token_ids

@@ -1,15 +1,14 @@
 """The full model's own answers to our prompts: what a mask does to generation shows there, and not in other texts."""
 
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from llmdrop_vllm.artifacts import Record
+from llmdrop_vllm.data.prompts import Chat, read_prompts
 from llmdrop_vllm.evaluation.divergence import Window
-from llmdrop_vllm.evaluation.engine import Engine
+from llmdrop_vllm.evaluation.engine import Engine, Question
 
-PROMPTS = Path(__file__).with_name("prompts.jsonl")
 TOKENS_PER_ANSWER = 96
 
 
@@ -34,14 +33,15 @@ class Answers(Record):
 
 def prompts() -> list[str]:
     """Questions of many kinds, in several languages and about code."""
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
-    return [TypeAdapter(str).validate_json(line) for line in lines]
+    return [each.question for each in read_prompts() if isinstance(each, Chat) and each.question]
 
 
 def own_answers(engine: Engine, tokens: int) -> Answers:
     """Greedy answers of about so many tokens in all, asked through the chat template where there is one."""
-    asked = [engine.as_asked(prompt) for prompt in prompts()[: max(1, -(-tokens // TOKENS_PER_ANSWER))]]
-    length = max(1, -(-tokens // len(asked)))
-    answers = engine.greedy(asked, min(length, engine.room(max(map(len, asked)))))
-    pairs = zip(asked, answers, strict=True)
-    return Answers(answers=tuple(Answer(prompt=tuple(p), answer=tuple(a)) for p, a in pairs if a))
+    chosen = prompts()[: max(1, -(-tokens // TOKENS_PER_ANSWER))]
+    length = max(1, -(-tokens // len(chosen)))
+    asked = [Chat.of(prompt).token_ids(engine.tokenizer) for prompt in chosen]
+    questions = [Question(ids, min(length, room)) for ids in asked if (room := engine.room(len(ids))) > 0]
+    replies = chain.from_iterable(engine.replies(questions, temperature=0))
+    pairs = [(tuple(each.prompt), reply.token_ids) for each, reply in zip(questions, replies, strict=True)]
+    return Answers(answers=tuple(Answer(prompt=prompt, answer=answer) for prompt, answer in pairs if answer))

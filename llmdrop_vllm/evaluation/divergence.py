@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llmdrop_vllm import hf
+from llmdrop_vllm.artifacts import DataIdentity
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.calibration import TokenIds
+from llmdrop_vllm.data.tokens import TokenIds
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -28,13 +29,21 @@ class Window:
 class Reference:
     """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
 
-    `mask` is what even the full model goes without: nothing, or what it came without.
+    `mask` is what even the full model goes without: nothing, or what it came without. `on` and `data` say what the
+    windows are.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str, on: DivergedOn = "text"
+        self,
+        checkpoint: Checkpoint,
+        mask: DropMask,
+        windows: Iterable[Window],
+        *,
+        dtype: str,
+        on: DivergedOn = "text",
+        data: DataIdentity | None = None,
     ) -> None:
-        self.on = on
+        self.on, self.data = on, data
         self.family = checkpoint.family
         self.model = _load(checkpoint, mask, dtype)
         self.windows = tuple(windows)
@@ -55,8 +64,13 @@ class Reference:
             masked, full = _log_probabilities(model, window), full.to(model.device)
             kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
             agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
-        tokens = sum(map(len, self.full))
-        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens, on=self.on)
+        return Divergence(
+            kl=Estimate.of(kl),
+            agreement=Estimate.of(agreement),
+            tokens=sum(map(len, self.full)),
+            on=self.on,
+            data=self.data,
+        )
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:

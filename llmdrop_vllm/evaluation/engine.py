@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.calibration import TokenIds
+from llmdrop_vllm.data.tokens import TokenIds
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.masks.mask import DropMask
 
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# Nothing is sent anywhere, vLLM's usage statistics among it.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,24 @@ class EngineSettings:
         }
 
 
+@dataclass(frozen=True)
+class Question:
+    """Token ids to go on from, by up to `max_tokens`."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Token ids, with the one that ends an answer, and their text; `finish_reason` is "stop" or "length"."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
 class Engine:
     """One engine; `harness` is lm-eval's model around it, where tasks are to be run."""
 
@@ -99,26 +118,41 @@ class Engine:
             found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
         return found
 
-    def as_asked(self, prompt: str) -> list[int]:
-        """A question's token ids, through the chat template where the tokenizer has one."""
-        tokenizer = self.llm.get_tokenizer()
-        if tokenizer.chat_template is None:
-            return list(tokenizer(prompt)["input_ids"])
-        asked = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    @property
+    def tokenizer(self) -> Any:
+        """As Transformers has it, or in its manner."""
+        return self.llm.get_tokenizer()
 
     def room(self, tokens: int) -> int:
         """How many more tokens fit behind so many."""
         return int(self.llm.llm_engine.vllm_config.model_config.max_model_len) - tokens
 
-    def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
-        """The most likely continuations, up to so many tokens each."""
+    def replies(self, questions: Sequence[Question], *, temperature: float) -> Iterator[list[Reply]]:
+        """In the order asked, each once all before it are there; what else is asked at the same time changes none."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False)
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return [list(each.outputs[0].token_ids) for each in self.llm.generate(requests, sampling, use_tqdm=False)]
+        engine = self.llm.llm_engine
+        for place, question in enumerate(questions):
+            sampling = SamplingParams(
+                temperature=temperature,
+                max_tokens=question.max_tokens,
+                seed=question.seed,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(place), {"prompt_token_ids": list(question.prompt)}, sampling)
+        waiting: dict[int, Reply] = {}
+        place = 0
+        while engine.has_unfinished_requests():
+            for each in engine.step():
+                (output,) = each.outputs
+                waiting[int(each.request_id)] = Reply(tuple(output.token_ids), output.text, output.finish_reason)
+            ready = []
+            while place in waiting:
+                ready.append(waiting.pop(place))
+                place += 1
+            if ready:
+                yield ready
 
     def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
         """Until all requests have their first token, and all their tokens, of two runs."""

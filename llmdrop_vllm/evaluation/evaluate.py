@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.calibration import Calibration, load_calibration
+from llmdrop_vllm.data.answers import is_answers
+from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference, Window
@@ -21,7 +23,10 @@ DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure: the windows of text, for how many tokens the divergence (0: none) and on what, the tasks."""
+    """What to measure: the windows of text, for how many tokens the divergence (0: none) and on what, the tasks.
+
+    `held_out` are a file's answers to compare next tokens on; without, the model is asked for some, or the text serves.
+    """
 
     text: Calibration
     context: int
@@ -29,9 +34,15 @@ class Measures:
     harness: Harness = Harness()
     limit: int | None = None
     divergence_on: DivergedOn = "text"
+    held_out: Calibration | None = None
+
+    @property
+    def divergence_data(self) -> DataIdentity | None:
+        """Which held-out answers of a file."""
+        return self.held_out.identity if self.held_out else None
 
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
-        """What next tokens are compared on: whole windows of text, at least one, or the answers if they are asked for.
+        """What next tokens are compared on: whole windows of text, at least one, or answers if they are asked for.
 
         Raises DataError where the full model answers nothing.
         """
@@ -39,6 +50,9 @@ class Measures:
             return ()
         if self.divergence_on == "text":
             return tuple(map(Window, self.text.sequences[: max(1, self.divergence_tokens // self.context)]))
+        if self.held_out is not None:
+            pairs = zip(self.held_out.sequences, self.held_out.starts, strict=True)
+            return tuple(Window(token_ids, start, len(token_ids) - 1) for token_ids, start in pairs)
         found = answers().answers
         if not found:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
@@ -65,6 +79,8 @@ def load_text(
     most = checkpoint.context
     if context is not None and most is not None and context >= most:
         raise DataError(f"--context is {context}; expected at most {most - 1}: of the model's {most}, one is to come")
+    if is_answers(Path(source)):
+        raise DataError(f"{source} holds answers; expected text: perplexity is of whole windows")
     fewer = windows is None
     if Path(source).suffix.lower() != ".json":  # whose sequences are taken as they are
         context = context or min(DEFAULT_CONTEXT, (most or DEFAULT_CONTEXT + 1) - 1)
@@ -118,5 +134,6 @@ def _divergence(
     windows = measures.windows(answers)
     if not windows:
         return None
-    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=measures.divergence_on)
+    on, data = measures.divergence_on, measures.divergence_data
+    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
     return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)

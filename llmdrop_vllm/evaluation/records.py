@@ -14,7 +14,7 @@ from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 Prompting = Literal["chat", "completion"]
-DivergedOn = Literal["text", "own answers"]
+DivergedOn = Literal["text", "own answers", "held-out answers"]
 
 
 class Estimate(Record):
@@ -67,13 +67,14 @@ class Divergence(Record):
     """Next-token distributions against the full model's on the same `tokens` positions.
 
     `kl` is KL(full || masked) in nats per token; `agreement` the share of positions with the same most likely token.
-    Standard errors are over windows.
+    Standard errors are over windows. `data` says which held-out answers it is on, where they are a file's.
     """
 
     kl: Estimate
     agreement: Estimate
     tokens: int
     on: DivergedOn = "text"
+    data: DataIdentity | None = None
 
 
 class TaskScore(Record):
@@ -185,6 +186,7 @@ class SweepRequest(Record):
     dtype: str
     prompting: Prompting | Literal["auto"] = "auto"
     divergence_on: DivergedOn = "text"
+    divergence_data: DataIdentity | None = None
 
 
 class Sweep(Record):

@@ -61,6 +61,7 @@ class SweepPlan:
             dtype=self.settings.dtype,
             prompting=self.measures.harness.prompting,
             divergence_on=self.measures.divergence_on,
+            divergence_data=self.measures.divergence_data,
         )
 
     def begin(self, out: Path) -> Sweep:
@@ -135,7 +136,8 @@ class _Keeper:
         if not windows:
             return {}
         base, dtype = plan.checkpoint.mask, plan.settings.dtype
-        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on=measures.divergence_on)
+        on, data = measures.divergence_on, measures.divergence_data
+        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on=on, data=data)
         return {mask_id(mask): reference.under(mask) for mask in masks}
 
     def _answers(self) -> Answers:

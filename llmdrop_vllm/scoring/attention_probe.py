@@ -16,9 +16,13 @@ QUERIES_PER_SEQUENCE = 16
 
 
 class AttentionProbe:
-    """Running sums over the queries that were looked at; a few per sequence, from its second half."""
+    """Running sums over the queries that were looked at; a few per sequence, from its second half.
+
+    `tokens` is how many of each sequence are no padding, None for all.
+    """
 
     def __init__(self) -> None:
+        self.tokens: int | None = None
         self.count = 0
         self.concentration = 0.0
         self.first_token = 0.0
@@ -26,7 +30,8 @@ class AttentionProbe:
     def add(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None) -> None:
         """query [batch, heads, tokens, head_dim], key [batch, kv_heads, tokens, head_dim]."""
         batch, heads, tokens, head_dim = query.shape
-        rows = torch.linspace(tokens // 2, tokens - 1, min(QUERIES_PER_SEQUENCE, tokens - tokens // 2)).long().unique()
+        end = self.tokens or tokens
+        rows = torch.linspace(end // 2, end - 1, min(QUERIES_PER_SEQUENCE, end - end // 2)).long().unique()
         rows = rows.to(query.device)
         grouped = query[:, :, rows].reshape(batch, key.shape[1], -1, head_dim)  # heads that share keys, together
         logits = (grouped.float() @ key.float().transpose(-1, -2)).view(batch, heads, len(rows), tokens)

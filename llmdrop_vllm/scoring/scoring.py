@@ -34,8 +34,9 @@ from llmdrop_vllm.data.calibration import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
+from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scratch import Chunk, GapHistory, HiddenStates, Scratch, chunks
+from llmdrop_vllm.scoring.scratch import GapHistory, HiddenStates, Scratch
 from llmdrop_vllm.scoring.similarity import ResidualSums
 
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
@@ -88,16 +89,17 @@ class _Run:
     ) -> None:
         checkpoint, mask = self.checkpoint, self.mask = masked.checkpoint, masked.mask
         self.calibration, self.family = calibration, checkpoint.family
+        self.batches = Batches.of(calibration, TOKENS_PER_CHUNK[device.type])
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
-        lengths = [len(sequence) for sequence in calibration.sequences]
-        self.chunks = list(chunks(lengths, TOKENS_PER_CHUNK[device.type]))
+        self.chunks = self.batches.chunks
         hidden_size, depth = self.stream.hidden_size, mask.num_hidden_layers
         history_tokens = MAX_GAP_HISTORY_BYTES // ((depth + 1) * hidden_size * 4)
-        count = min(sum(lengths), MAX_GAP_TOKENS, history_tokens)
-        self.gap_tokens = np.linspace(0, sum(lengths) - 1, count).round().astype(np.int64)
+        counted = self.batches.counted_positions()
+        count = min(len(counted), MAX_GAP_TOKENS, history_tokens)
+        self.gap_tokens = counted[np.linspace(0, len(counted) - 1, count).round().astype(np.int64)]
         self.hidden = HiddenStates(directory, hidden_size, dtype)
         self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
-        needed_bytes = 2 * sum(lengths) * self.hidden.token_bytes + (depth + 1) * count * hidden_size * 4
+        needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes + (depth + 1) * count * hidden_size * 4
         asked = [
             __version__,
             checkpoint.fingerprint,
@@ -129,7 +131,7 @@ class _Run:
         with self.stream.embedding() as begin:
             for chunk in self.chunks:
                 if write or chunk.shape not in self.stream.calls:
-                    hidden = begin(self._token_ids(chunk))
+                    hidden = begin(self.batches.token_ids(chunk))
                     if write:
                         self.hidden.write(0, chunk, hidden)
 
@@ -138,10 +140,11 @@ class _Run:
         with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer) as inside:
             for chunk in self.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
-                call = self.stream.call(index, chunk.shape)
+                call, spans = self.stream.call(index, chunk.shape), self.batches.spans(chunk)
+                probe.tokens = min(span.stop for span in spans)
                 output = layer(x, *call.args, **call.kwargs)
                 z = _tensor(output)
-                sums.add(x, *inside(x), z)
+                sums.add(x, *inside(x), z, spans=spans)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
                     self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
@@ -191,10 +194,6 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _token_ids(self, chunk: Chunk) -> torch.Tensor:
-        sequences = self.calibration.sequences[chunk.first_sequence : chunk.first_sequence + chunk.batch]
-        return torch.from_numpy(np.stack(sequences))
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a scoring run keeps on disk: the hidden states between two layers, and how far it has come.
+"""What a run through the layers keeps on disk: the hidden states between two layers, and how far it has come.
 
 Memory then depends neither on the number of samples nor on the depth, and an interrupted run goes on where it was. The
 system's page cache holds the files as far as memory is free.
@@ -22,6 +22,7 @@ from llmdrop_vllm.errors import InputError, OutputError
 
 # What a run leaves in its directory: whoever names one of their own must not lose what else is there.
 OWN_FILES = ("hidden-?.bin", "gaps.bin", "progress.json", ".progress.json.*.partial")
+OF_HEALING = ("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors", "targets-*", "training")
 
 
 class Progress(Record):
@@ -63,13 +64,13 @@ class HiddenStates:
     A layer reads one file and writes the other, so a layer that is interrupted has lost nothing.
     """
 
-    def __init__(self, directory: Path, hidden_size: int, dtype: torch.dtype) -> None:
-        self.directory, self.hidden_size, self.dtype = directory, hidden_size, dtype
+    def __init__(self, directory: Path, hidden_size: int, dtype: torch.dtype, name: str = "hidden") -> None:
+        self.directory, self.hidden_size, self.dtype, self.name = directory, hidden_size, dtype, name
         self.token_bytes = hidden_size * dtype.itemsize
 
     def path(self, depth: int) -> Path:
         """The file for the input of layer `depth`."""
-        return self.directory / f"hidden-{depth % 2}.bin"
+        return self.directory / f"{self.name}-{depth % 2}.bin"
 
     def read(self, depth: int, chunk: Chunk) -> torch.Tensor:
         """A chunk of layer `depth`'s input, [batch, tokens, hidden]."""
@@ -121,7 +122,7 @@ class Scratch:
         self.directory, self.state = directory, directory / "progress.json"
         make_directory(directory)
         try:
-            self.lock = hold(directory, "scoring with it")
+            self.lock = hold(directory, "scoring or healing with it")
         except OSError as error:
             raise OutputError(f"{directory} cannot be used: {error.strerror}") from None
         self.progress = self._found(run)
@@ -153,9 +154,9 @@ class Scratch:
             self.lock = -1
 
     def _empty(self) -> None:
-        for pattern in OWN_FILES:
+        for pattern in (*OWN_FILES, *OF_HEALING):
             for path in self.directory.glob(pattern):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _found(self, run: str) -> Progress:
         try:

@@ -1,5 +1,6 @@
 """Running sums of what one layer does to the residual stream; nothing but a few numbers is kept."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,14 +27,15 @@ class ResidualSums:
     sequences: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSINES + PAIRS, 0.0))
 
-    def add(self, *streams: torch.Tensor) -> None:
-        """Add sequences, each tensor [batch, tokens, hidden] in the model's dtype.
+    def add(self, *streams: torch.Tensor, spans: Iterable[slice] | None = None) -> None:
+        """Add sequences, each tensor [batch, tokens, hidden] in the model's dtype; `spans` are the tokens that count.
 
         The layer's input, the stream after attention, and the layer's output; of a layer whose attention and MLP run
         side by side its input, the input and what attention adds, the input and what the MLP adds, and its output.
         """
-        for sequence in zip(*streams, strict=True):
-            self._add_sequence(*sequence)
+        spans = spans or [slice(None)] * len(streams[0])
+        for span, *sequence in zip(spans, *streams, strict=True):
+            self._add_sequence(*(stream[span] for stream in sequence))
 
     def means(self) -> dict[str, float]:
         """Means over tokens, or over sequences for the pairs of tokens."""
@@ -59,7 +61,7 @@ class ResidualSums:
             totals += torch.stack([*cosines, *ratios]).double().sum(1)
             for row, lengths in enumerate(squares.rsqrt().unbind(1)):
                 units[row] += lengths @ tile[:, row]
-        pairs = (units.square().sum(-1).double() - tokens) / (tokens * (tokens - 1))
+        pairs = (units.square().sum(-1).double() - tokens) / max(1, tokens * (tokens - 1))
         ends = [end for step in steps[:2] for end in step]
         for name, value in zip(COSINES + PAIRS, torch.cat([totals, pairs[ends]]).tolist(), strict=True):
             self.sums[name] += value

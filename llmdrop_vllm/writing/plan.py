@@ -1,15 +1,15 @@
 """What checkpoint surgery will write: decided and checked in full before anything is written."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints import nemotron
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
-from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
@@ -21,10 +21,9 @@ NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
 @dataclass(frozen=True)
 class OutputShard:
-    """A weight file to write, with tensors of one of the checkpoint's."""
+    """A weight file to write: one of the checkpoint's, with what is kept of it."""
 
     name: str
-    source: Path
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str]
 
@@ -64,6 +63,17 @@ class SurgeryPlan:
         """Size of all files to write, without the few that are made from this plan."""
         sizes = ((self.masked.checkpoint.directory / name).stat().st_size for name in self.copies)
         return self.weight_bytes + sum(sizes)
+
+    def healed(self, tensors: Mapping[str, StoredTensor]) -> Self:
+        """The same with other values for some of the tensors, of the same types and shapes."""
+        shards = []
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                other = tensors.get(tensor.name, tensor)
+                if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+                    raise CheckpointError(f"{tensor.name} is {tensor.dtype} {tensor.shape}, healed {other}")
+            shards.append(replace(shard, tensors=tuple(tensors.get(each.name, each) for each in shard.tensors)))
+        return replace(self, shards=tuple(shards))
 
     @property
     def dropped(self) -> tuple[StoredTensor, ...]:
@@ -140,7 +150,7 @@ def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: s
     prefix, shards = f"model.{variant}" if variant else "model", []
     for number, (path, tensors) in enumerate(sources.items(), start=1):
         numbers = f"-{number:05}-of-{len(sources):05}" if len(sources) > 1 else ""
-        shards.append(OutputShard(f"{prefix}{numbers}.safetensors", path, tuple(tensors), checkpoint.metadata[path]))
+        shards.append(OutputShard(f"{prefix}{numbers}.safetensors", tuple(tensors), checkpoint.metadata[path]))
     return tuple(shards)
 
 

@@ -3,8 +3,9 @@
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from io import BufferedReader
 from itertools import cycle
 from pathlib import Path
@@ -31,19 +32,21 @@ INFINITY = {
 
 Progress = Callable[[int], None]
 Piece = tuple[StoredTensor, int, int]  # a tensor, where in it, and how many bytes
+Sources = Mapping[Path, BufferedReader]
 
 
-def write_shard(shard: OutputShard, path: Path, zeroed: Collection[str], progress: Progress) -> None:
-    """Write a weight file whose tensors have the bytes of the source's, but for those of `zeroed`, which are zeros.
+def write_shard(shard: OutputShard, path: Path, zeroed: Set[str], progress: Progress) -> None:
+    """Write a weight file whose tensors have the bytes that they have where they are stored, `zeroed` ones zeros.
 
     Raises CheckpointError naming the first tensor that holds NaN.
     """
     # Large types first, as the safetensors library does: every tensor is aligned to its type, and no buffer ends inside
     # a number. Among equals the order stays, so that long runs are read at once.
     tensors = sorted(shard.tensors, key=lambda tensor: -_bits(tensor.dtype))
-    with shard.source.open("rb") as source, path.open("xb") as out, ThreadPoolExecutor(max_workers=1) as reader:
+    with ExitStack() as stack, path.open("xb") as out, ThreadPoolExecutor(max_workers=1) as reader:
+        sources = {each: stack.enter_context(each.open("rb")) for each in {tensor.path for tensor in tensors}}
         out.write(header(tensors, shard.metadata))
-        for view in _contents(tensors, zeroed, source, reader):
+        for view in _contents(tensors, zeroed, sources, reader):
             out.write(view)
             progress(len(view))
 
@@ -78,7 +81,7 @@ def _bits(dtype: str) -> int:
 
 
 def _contents(
-    tensors: Iterable[StoredTensor], zeroed: Collection[str], source: BufferedReader, reader: Executor
+    tensors: Iterable[StoredTensor], zeroed: Set[str], sources: Sources, reader: Executor
 ) -> Iterator[memoryview]:
     """The tensors' bytes in order, in parts; while one is in use, the next ones are read and looked at."""
     buffers = cycle(bytearray(BUFFER_BYTES) for _ in range(NUM_BUFFERS))
@@ -87,16 +90,17 @@ def _contents(
         if len(ahead) == NUM_BUFFERS:
             yield ahead.popleft().result()
         load = _fill_zeros if chunk[0][0].name in zeroed else _read_checked
-        ahead.append(reader.submit(load, source, chunk, next(buffers)))
+        ahead.append(reader.submit(load, sources, chunk, next(buffers)))
     while ahead:
         yield ahead.popleft().result()
 
 
-def _runs(tensors: Iterable[StoredTensor], zeroed: Collection[str]) -> Iterator[list[StoredTensor]]:
-    """Tensors that lie one after the other in the source, to be read as one; zeroed ones are by themselves."""
+def _runs(tensors: Iterable[StoredTensor], zeroed: Set[str]) -> Iterator[list[StoredTensor]]:
+    """Tensors that lie one after the other in a file, to be read as one; zeroed ones are by themselves."""
     run: list[StoredTensor] = []
     for tensor in tensors:
-        if run and (tensor.start != run[-1].stop or tensor.name in zeroed or run[-1].name in zeroed):
+        follows = run and (tensor.path, tensor.start) == (run[-1].path, run[-1].stop)
+        if run and not (follows and not {tensor.name, run[-1].name} & zeroed):
             yield run
             run = []
         run.append(tensor)
@@ -121,10 +125,10 @@ def _chunks(run: Iterable[StoredTensor]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-def _read_checked(source: BufferedReader, chunk: list[Piece], buffer: bytearray) -> memoryview:
+def _read_checked(sources: Sources, chunk: list[Piece], buffer: bytearray) -> memoryview:
     first, done, _ = chunk[0]
     view = _view(chunk, buffer)
-    read_exactly(source, first.start + done, view)
+    read_exactly(sources[first.path], first.start + done, view)
     start = 0
     for tensor, _, taken in chunk:
         if holds_nan(tensor.dtype, view[start : start + taken]):
@@ -133,7 +137,7 @@ def _read_checked(source: BufferedReader, chunk: list[Piece], buffer: bytearray)
     return view
 
 
-def _fill_zeros(_: BufferedReader, chunk: list[Piece], buffer: bytearray) -> memoryview:
+def _fill_zeros(_: Sources, chunk: list[Piece], buffer: bytearray) -> memoryview:
     view = _view(chunk, buffer)
     view[:] = bytes(len(view))
     return view

@@ -255,7 +255,7 @@ def test_arguments_of_the_wrong_kind_are_the_parsers_to_refuse(arguments):
         main(arguments)
 
 
-@pytest.mark.parametrize("command", ["score", "select", "apply", "drop", "inspect", "convert"])
+@pytest.mark.parametrize("command", ["score", "select", "apply", "drop", "inspect", "convert", "answers"])
 def test_every_command_shows_an_example_that_its_own_parser_takes(command, capsys):
     from llmdrop_vllm.cli.arguments import parser
 

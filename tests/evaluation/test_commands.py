@@ -8,6 +8,7 @@ import tests.engines  # noqa: F401 - sets the environment before vLLM is importe
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import MaskFile, Scores, read_record, write_record
 from llmdrop_vllm.cli import main
+from llmdrop_vllm.data.answers import read_answers
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
 from tests.evaluation.sweeps import point, sweep
@@ -24,6 +25,23 @@ def swept(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A small file of answers."""
+    directory = tmp_path_factory.mktemp("answered")
+    chat = [{"role": "user", "content": "What is os.path.join?"}]
+    lines = [{"messages": chat}, "What is json.dumps?", "What is zip?", {"prompt": "def add("}, {"prompt": [5] * 1024}]
+    (directory / "requests.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert main(answering(directory, directory / "answers.jsonl")) == 0
+    return directory
+
+
+def answering(directory, out, *options):
+    """The command that makes it."""
+    asked = ["--prompts", f"{directory}/requests.jsonl", "--max-tokens", "8", "--per-prompt", "2", "--held-out", "30%"]
+    return ["answers", str(MODEL), str(out), *asked, *options]
+
+
 def sweeping(directory, *options):
     """The command that makes it, or goes on in it."""
     command = ["sweep", str(MODEL), "--results", str(directory), "--series", "attention", "--counts", "1,4"]
@@ -37,6 +55,92 @@ def error_of(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmdrop: error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+def test_answers_are_written_shown_and_made_only_once(answered, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    assert main(answering(answered, out)) == 0
+    captured = capsys.readouterr()
+    header, found = read_answers(out)
+    assert found == read_answers(answered / "answers.jsonl")[1]
+    tokens = sum(len(each.answer) for each in found)
+    cut = sum(each.finish_reason == "length" for each in found)
+    assert f"8 answers, {tokens} tokens; {cut} cut at 8 tokens" in captured.out
+    held_out = [each for each in found if each.held_out]
+    assert f"held out for judging: {len(held_out)} of the answers" in captured.out
+    assert {each.prompt_number for each in held_out} < {0, 1, 2, 3}
+    assert f"written to {out}; next: llmdrop heal DROPPED OUT --teacher {MODEL} --data {out}" in captured.out
+    warning = "left out are 1 of 5 prompts: no room in the context of 1024 tokens (1)"
+    assert f"llmdrop: warning: {warning}\n" in captured.err
+    assert " INFO " not in captured.out
+    assert [*tmp_path.iterdir()] == [out]
+    assert main(answering(answered, out)) == 1
+    assert "answers.jsonl exists; choose another name" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("answers.json", [], "has the suffix '.json'; expected .jsonl"),
+        ("answers.jsonl", ["--prompts", "missing.jsonl"], "missing.jsonl cannot be read: No such file"),
+        ("answers.jsonl", ["--samples", "5"], "holds 4 prompts that can be asked; 5 asked"),
+        ("answers.jsonl", ["--temperature", "0"], "2 answers to a prompt asked at temperature 0"),
+        ("answers.jsonl", ["--engine-args", '{"max_len": 5}'], "max_len, which vLLM's EngineArgs do not have"),
+        ("no/answers.jsonl", [], "no is not a directory that can be written to"),
+    ],
+)
+def test_answers_refuses_before_an_engine_starts_and_leaves_nothing(
+    name, options, message, answered, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "llmdrop_vllm.evaluation.answering.running", lambda *_, **__: pytest.fail("an engine was started")
+    )
+    assert main(answering(answered, tmp_path / name, *options)) == 1
+    assert message in error_of(capsys)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_answers_are_the_full_models(tmp_path, capsys):
+    dropped = write_checkpoint(tmp_path / "dropped", TINY_LLAMA | {"drop_attn_list": [5, 2], "drop_mlp_list": []})
+    assert main(["answers", str(dropped), f"{tmp_path}/answers.jsonl"]) == 1
+    assert "dropped: attention dropped in 2 of 8 layers [2,5], MLP in 0; expected the full model" in error_of(capsys)
+
+
+def test_answers_that_vllm_does_not_start_for_leave_nothing(answered, tmp_path, capsys):
+    options = ["--engine-args", '{"max_num_seqs": 0}']
+    assert main(answering(answered, tmp_path / "answers.jsonl", *options)) == 1
+    assert f"vLLM does not start with {MODEL}" in error_of(capsys)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_evaluate_compares_next_tokens_on_a_files_held_out_answers(answered, tmp_path):
+    out = tmp_path / "dropped.json"
+    command = ["evaluate", str(MODEL), "--attention", "11,7", *QUICK, "--out", str(out)]
+    assert main([*command, "--divergence-on", f"{answered}/answers.jsonl"]) == 0
+    found = read_record(Evaluation, out).quality.divergence
+    held_out = [each for each in read_answers(answered / "answers.jsonl")[1] if each.held_out]
+    assert found.tokens == sum(len(each.answer) for each in held_out)
+    assert (found.on, found.data.sequences) == ("held-out answers", len(held_out))
+    assert found.kl.value > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--divergence-on", "anwsers"], "anwsers cannot be read: No such file"),
+        (["--divergence-on", "{answered}/requests.jsonl"], "line 1: prompts: Field required"),
+        (["--text", "{answered}/answers.jsonl"], "holds answers; expected text"),
+    ],
+)
+def test_evaluate_takes_answers_for_what_they_are(options, message, answered, tmp_path, capsys):
+    given = [each.format(answered=answered) for each in options]
+    assert main(["evaluate", str(MODEL), *QUICK, *given, "--out", f"{tmp_path}/out.json"]) == 1
+    assert message in error_of(capsys)
+
+
+def test_a_sweep_tells_what_its_next_tokens_were_compared_on(swept, answered, capsys):
+    assert main(sweeping(swept, "--divergence-on", f"{answered}/answers.jsonl")) == 1
+    assert "divergence_on was own answers and is held-out answers; choose another directory" in error_of(capsys)
 
 
 def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_path, capsys):

@@ -11,7 +11,10 @@ from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -42,9 +45,19 @@ def test_the_vocabulary_has_a_size():
     assert callable(ModelConfig.get_vocab_size)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "temperature", "prompt_logprobs", "ignore_eos", "detokenize"])
+@pytest.mark.parametrize(
+    "name", ["max_tokens", "temperature", "seed", "prompt_logprobs", "ignore_eos", "detokenize", "output_kind"]
+)
 def test_requests_take_the_options_that_are_measured_with(name):
     assert name in inspect.signature(SamplingParams).parameters
+
+
+def test_the_engine_can_be_stepped():
+    assert list(inspect.signature(LLMEngine.add_request).parameters)[:4] == ["self", "request_id", "prompt", "params"]
+    assert callable(LLMEngine.step)
+    assert callable(LLMEngine.has_unfinished_requests)
+    assert RequestOutputKind.FINAL_ONLY
+    assert {"token_ids", "text", "finish_reason"} <= {each.name for each in fields(CompletionOutput)}
 
 
 def test_lm_evals_model_makes_the_engine_with_what_it_is_given_and_keeps_it_as_model():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmdrop_vllm.evaluation.answers import own_answers, prompts
+from llmdrop_vllm.evaluation.engine import Reply
 from llmdrop_vllm.evaluation.harness import find_tasks
 from llmdrop_vllm.evaluation.tasks import rows
 
@@ -90,22 +91,33 @@ def test_other_models_have_texts_to_complete(harness):
     assert any(each.count("Question: ") == 5 and each.endswith("\nAnswer:") for each in model.asked)
 
 
+def test_sweeps_ask_the_prompts_that_they_always_have_asked():
+    assert len(prompts()) == len(set(prompts())) > 300
+    assert prompts()[0] == "What is the capital of France, and what is it known for?"
+    assert prompts()[47] == "Put these in alphabetical order: pear, apple, fig, cherry, banana."
+
+
 def test_answers_are_asked_for_and_compared_where_they_are_predicted():
-    assert len(prompts()) == len(set(prompts())) >= 40
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text):
+            return {"input_ids": [7] * (3 + len(text) % 2)}
 
     class Engine:
-        def as_asked(self, prompt):
-            return [7] * (3 + len(prompt) % 2)
+        tokenizer = Tokenizer()
 
         def room(self, tokens):
-            return 10
+            return 14 - tokens
 
-        def greedy(self, asked, tokens):
-            self.tokens = tokens
-            return [[1, 2, 3] if number else [] for number in range(len(asked))]
+        def replies(self, questions, *, temperature):
+            self.questions = questions
+            for number in range(len(questions)):
+                yield [Reply((1, 2, 3) if number else (), "", "stop")]
 
     found = own_answers(engine := Engine(), 200)
-    assert engine.tokens == 10  # no longer than the model takes
+    # No longer than the model takes.
+    assert all(each.max_tokens == 14 - len(each.prompt) for each in engine.questions)
     assert len(found.answers) == 2  # one of three has answered nothing
     window = found.answers[0].window
     predicted = window.token_ids[window.start + 1 :][: window.stop - window.start]

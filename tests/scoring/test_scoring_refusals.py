@@ -84,6 +84,6 @@ def test_a_shard_that_goes_while_it_is_scored_is_named(tiny, tmp_path):
 
 def test_too_little_disk_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(OutputError, match="100 bytes free; the hidden states need 281,600"):
+    with pytest.raises(OutputError, match="100 bytes free; the hidden states need 328,704"):
         scoring.score(*tiny, scratch=tmp_path / "scratch")
     assert list(tmp_path.iterdir()) == []

@@ -52,8 +52,8 @@ def test_tensors_are_aligned_whatever_the_sources_order(tmp_path, monkeypatch):
         tensors.append(StoredTensor(name, dtype, parts[name].shape, tmp_path / "source", start, stop))
         start = stop
     (tmp_path / "source").write_bytes(b"".join(value.tobytes() for value in parts.values()))
-    shard = OutputShard("out", tmp_path / "source", tuple(tensors), {})
-    stream.write_shard(shard, tmp_path / "out", (), lambda _: None)
+    shard = OutputShard("out", tuple(tensors), {})
+    stream.write_shard(shard, tmp_path / "out", frozenset(), lambda _: None)
     with safe_open(tmp_path / "out", framework="numpy") as file:
         assert list(file.offset_keys()) == ["wide", "halves", "bytes"]
         for name, value in parts.items():

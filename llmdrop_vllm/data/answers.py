@@ -1,0 +1,231 @@
+"""A model's own answers to prompts, as token ids in a JSONL file: what healing, scores and evaluations read.
+
+The first line is the header, each other one an answer. Prompts that are held out are for judging only.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import Field, JsonValue, ValidationError
+
+from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record, sha256
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.tokens import Calibration, vocab_size
+from llmdrop_vllm.errors import DataError, OutputError
+
+KIND: Literal["llmdrop-answers"] = "llmdrop-answers"
+R = TypeVar("R", bound=Record)
+
+
+class AnswersHeader(Record):
+    """Where the answers come from. `prompts` names their source, `num_prompts` how many there are in it;
+    `prompts_sha256` is over what was asked: of each prompt its number and token ids, in the order of the file.
+
+    `max_tokens` of each answer, `per_prompt` answers to each prompt; `held_out` is the share of prompts kept apart,
+    `engine_args` what vLLM was told beside that.
+    """
+
+    kind: Literal["llmdrop-answers"] = KIND
+    prompts: str
+    prompts_sha256: str
+    num_prompts: int
+    per_prompt: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    held_out: float
+    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    provenance: Provenance
+
+    def asks_the_same(self, other: Self) -> bool:
+        """Whether answers to the one are answers to the other, however the commands were written."""
+        provenance = self.provenance.model_copy(update={"command": other.provenance.command})
+        return self.model_copy(update={"provenance": provenance}) == other
+
+
+class Answer(Record):
+    """Token ids of a prompt as the model is asked, and of its answer; `prompt_number` counts from 0.
+
+    `finish_reason` is "stop" where the model came to its end, and "length" where it was cut.
+    """
+
+    prompt_number: int
+    held_out: bool = False
+    finish_reason: str = "stop"
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    text: str = ""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer, end to end."""
+        return (*self.prompt, *self.answer)
+
+
+def is_answers(path: Path) -> bool:
+    """Whether a file is one of these, told by its first line."""
+    if path.suffix.lower() != ".jsonl" or not path.is_file() or not os.access(path, os.R_OK):
+        return False
+    with path.open("rb") as file:
+        return f'"{KIND}"'.encode() in file.readline(1 << 16)
+
+
+def read_answers(path: Path) -> tuple[AnswersHeader, tuple[Answer, ...]]:
+    """All of a file. Raises DataError naming the line that cannot be used."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not lines:
+        raise DataError(f"{path} is empty; expected what `llmdrop answers` writes")
+    header = _record(AnswersHeader, lines[0], path, 1)
+    return header, tuple(_record(Answer, line, path, number) for number, line in enumerate(lines[1:], start=2))
+
+
+def _record(kind: type[R], line: bytes, path: Path, number: int) -> R:
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{key}: " for key in first["loc"][:1])
+        problem = f"{where}{first['msg']}; expected what `llmdrop answers` writes"
+        raise DataError(f"{path}, line {number}: {problem}") from None
+
+
+def load_answers(
+    checkpoint: Checkpoint, path: Path, *, held_out: bool, samples: int | None = None, tokens: int | None = None
+) -> Calibration:
+    """The answers for a model's use, longest first: those held out, or the others, or the first `samples` of them, or
+    the first that have `tokens` together.
+
+    Raises DataError where there are none, and for token ids or lengths that the model does not take.
+    """
+    header, answers = read_answers(path)
+    chosen = [each for each in answers if each.held_out == held_out and each.answer][:samples]
+    if len(chosen) < (samples or 1):
+        what = "held-out answers" if held_out else "answers to learn from"
+        raise DataError(f"{path} holds {len(chosen)} {what} that are not empty; {samples or 'at least 1'} asked")
+    if tokens is not None:
+        before = accumulate((len(each.answer) for each in chosen[:-1]), initial=0)
+        chosen = [each for each, count in zip(chosen, before, strict=True) if count < tokens]
+    for each in chosen:
+        _check(each, path, vocab_size(checkpoint), checkpoint.context)
+    chosen.sort(key=lambda each: -len(each.token_ids))
+    sequences = tuple(np.array(each.token_ids, np.int64) for each in chosen)
+    return Calibration(
+        sequences,
+        DataIdentity(
+            source=str(path),
+            sequences=len(sequences),
+            tokens=sum(len(each.answer) for each in chosen),
+            seq_len=None,
+            seed=header.seed,
+            sha256=sha256((list(each.prompt), list(each.answer)) for each in chosen),
+        ),
+        starts=tuple(len(each.prompt) - 1 for each in chosen),
+    )
+
+
+def _check(answer: Answer, path: Path, size: int, context: int | None) -> None:
+    ids, which = answer.token_ids, answer.prompt_number
+    if not answer.prompt or min(ids) < 0 or max(ids) >= size:
+        problem = f"the answer to prompt {which} has no prompt or token ids that are not of this model"
+        raise DataError(f"{path}: {problem} (0 to {size - 1})")
+    if context and len(ids) > context:
+        raise DataError(
+            f"{path}: prompt {which} and its answer have {len(ids)} tokens; the model's context is {context}"
+        )
+
+
+def answer_lines(header: AnswersHeader, answers: Iterable[Answer]) -> Iterator[str]:
+    """The file's lines, in order."""
+    yield header.model_dump_json() + "\n"
+    yield from (each.model_dump_json() + "\n" for each in answers)
+
+
+class GrowingAnswers:
+    """Answers on their way into a file: what is appended stays, whatever ends the process. `count` are there."""
+
+    def __init__(self, file: BinaryIO, header: AnswersHeader) -> None:
+        self.file = file
+        self.count = self._continue(header)
+
+    def append(self, answers: Iterable[Answer]) -> None:
+        """Put them on the disk at once. Raises OutputError where it does not take them."""
+        lines = [each.model_dump_json() + "\n" for each in answers]
+        self._write("".join(lines))
+        self.count += len(lines)
+
+    def _continue(self, header: AnswersHeader) -> int:
+        """Cut off what cannot be gone on with: a torn last line, or the answers to another request."""
+        self.file.seek(0)
+        count, end = -1, 0
+        for line in self.file:
+            try:
+                if count >= 0:
+                    Answer.model_validate_json(line)
+                elif not AnswersHeader.model_validate_json(line).asks_the_same(header):
+                    break
+            except ValidationError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            count, end = count + 1, end + len(line)
+        self.file.truncate(end)
+        if count < 0:
+            self._write(next(answer_lines(header, ())))
+        return max(count, 0)
+
+    def _write(self, lines: str) -> None:
+        left = memoryview(lines.encode())
+        with _written(self.file.name):
+            # Not through a buffer: where the disk is full it would be tried again, and fail again, on closing.
+            while left:
+                left = left[os.write(self.file.fileno(), left) :]
+            os.fsync(self.file.fileno())
+
+
+@contextmanager
+def growing(out: Path, header: AnswersHeader) -> Iterator[GrowingAnswers]:
+    """What an earlier run with this header left in a hidden file beside `out`, to be appended to; it becomes `out` when
+    the context ends. Raises OutputError where that cannot be written, or while another process does the same.
+    """
+    partial = out.absolute().with_name(f".{out.name}.llmdrop-partial")
+    with _written(out):
+        file = partial.open("a+b")
+    with file:
+        _hold(file, partial)
+        answers = GrowingAnswers(file, header)
+        try:
+            yield answers
+            with _written(out):
+                partial.replace(out)
+        finally:
+            if not answers.count:
+                partial.unlink(missing_ok=True)
+
+
+def _hold(file: BinaryIO, partial: Path) -> None:
+    """Keep other processes out while the file is open."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been finished after it was opened here, and is another process's result now.
+        held = partial.exists() and os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+        held = False
+    if not held:
+        raise OutputError(f"{partial} is in use: another process is answering into it")
+
+
+@contextmanager
+def _written(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; the same command goes on") from None

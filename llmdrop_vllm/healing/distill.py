@@ -1,0 +1,235 @@
+"""Training after the closed form: the student's next tokens are drawn to the teacher's on the answers.
+
+The loop is Transformers' Trainer, adapters are PEFT's and are merged in the end: the checkpoint keeps its shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import get_last_checkpoint
+
+from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.healing.records import Training
+from llmdrop_vllm.healing.targets import Targets, divergence
+from llmdrop_vllm.hf import decoder_layers
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.scoring.batches import Batches
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """`rank` of the adapters, None for full weights; `parts` of the layers from the first that lost something on.
+
+    A step has about `step_tokens` tokens; held-out KL is asked `checks` times an epoch, and training ends when it has
+    not fallen `patience` times in a row.
+    """
+
+    epochs: float = 3
+    learning_rate: float = 2e-4
+    rank: int | None = None
+    parts: Literal["mlp", "all"] = "mlp"
+    step_tokens: int = 2048
+    checks: int = 2
+    patience: int = 3
+    seed: int = 0
+
+
+class Student(nn.Module):
+    """A model with its loss; what it saves and loads are the weights that are trained, and no others."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        counted: torch.Tensor,
+        token_ids: torch.Tensor,
+        log_probabilities: torch.Tensor,
+        return_loss: bool = True,  # by which Trainer knows that there is a loss without labels
+    ) -> dict[str, torch.Tensor]:
+        """input_ids and counted [batch, tokens], the teacher's [positions, k]; the mean KL of the counted positions."""
+        logits = self.model(input_ids=input_ids, use_cache=False).logits[counted]
+        return {"loss": divergence(logits, token_ids, log_probabilities).mean()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Those that are trained."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+        """Those that are there; the others are none that it lacks."""
+        found = super().load_state_dict(state_dict, strict=False)
+        return type(found)([], found.unexpected_keys)
+
+
+@dataclass(frozen=True)
+class Rows(torch.utils.data.Dataset[int]):
+    """Sequences by their number among all; the collator knows the rest."""
+
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> int:
+        return self.numbers[place]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A batch of sequences, padded at their right, and what the teacher says of them."""
+
+    batches: Batches
+    targets: Targets
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        sequences = [torch.from_numpy(self.batches.sequences[number]) for number in numbers]
+        counted = torch.zeros(len(numbers), max(map(len, sequences)), dtype=torch.bool)
+        for row, number in enumerate(numbers):
+            counted[row, self.batches.starts[number] : len(sequences[row])] = True
+        said = [self.targets.of(number, int(row.sum())) for number, row in zip(numbers, counted, strict=True)]
+        token_ids, log_probabilities = (torch.cat(each) for each in zip(*said, strict=True))
+        return {
+            # The last token again as padding: no position that counts looks at it.
+            "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=int(sequences[0][-1])),
+            "counted": counted,
+            "token_ids": token_ids,
+            "log_probabilities": log_probabilities,
+        }
+
+
+def trained_names(model: Any, family: Family, mask: DropMask, options: TrainOptions) -> list[str]:
+    """The parameters that are trained: of the layers from the first that lost something on, MLPs or everything."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first = min((*mask.attention, *mask.mlp))
+    found = []
+    for index, layer in enumerate(decoder_layers(model, mask.num_hidden_layers)):
+        kept = family.attention if index in mask.mlp else family.mlp
+        part = layer if options.parts == "all" else getattr(layer, kept.transformers_module)
+        if index >= first:
+            found += [names[id(parameter)] for parameter in part.parameters()]
+    return found
+
+
+def distill(
+    model: Any,
+    family: Family,
+    mask: DropMask,
+    batches: Batches,
+    held_out: Sequence[bool],
+    targets: Targets,
+    options: TrainOptions,
+    directory: Path,
+    *,
+    log_directory: Path | None = None,
+    progress: bool = False,
+) -> tuple[Training, Mapping[str, torch.Tensor]]:
+    """Train the model in place; what was gained, and the trained parameters by the model's names.
+
+    The directory keeps what an interrupted training goes on from.
+    """
+    names = trained_names(model, family, mask, options)
+    model.requires_grad_(False)
+    if options.rank is None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in set(names))
+    else:
+        model = _adapted(model, names, options.rank)
+    numbers = range(len(batches.sequences))
+    learnt = tuple(number for number in numbers if not held_out[number])
+    judged = tuple(number for number in numbers if held_out[number])
+    tokens = sum(len(batches.sequences[number]) for number in learnt)
+    per_step = max(1, round(options.step_tokens * len(learnt) / tokens))
+    steps_per_epoch = -(-len(learnt) // per_step)
+    trainer = Trainer(
+        Student(model),
+        _arguments(options, directory, per_step, steps_per_epoch, log_directory, progress),
+        data_collator=Collator(batches, targets),
+        train_dataset=Rows(learnt),
+        eval_dataset=Rows(judged),
+        callbacks=[EarlyStoppingCallback(options.patience)],
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.is_dir() else None)
+    after = trainer.evaluate()["eval_loss"]
+    seen = round(tokens * trainer.state.global_step / steps_per_epoch)
+    if options.rank is not None:
+        model = model.merge_and_unload()
+    method = "full weights" if options.rank is None else f"LoRA of rank {options.rank}"
+    training = Training(
+        method=f"{method}, {'MLPs' if options.parts == 'mlp' else 'all'} of the layers from the first drop on",
+        epochs=trainer.state.global_step / steps_per_epoch,
+        learning_rate=options.learning_rate,
+        tokens_seen=seen,
+        kl_before=before,
+        kl_after=after,
+        history=tuple(
+            {name: float(each[name]) for name in ("step", "loss", "eval_loss") if name in each}
+            for each in trainer.state.log_history
+            if "loss" in each or "eval_loss" in each
+        ),
+    )
+    parameters = dict(model.named_parameters())
+    return training, {name: parameters[name].detach() for name in names}
+
+
+def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
+    """With adapters on the linear modules that these parameters belong to, and on experts that are one parameter."""
+    from peft import LoraConfig, get_peft_model
+
+    linear, experts = set(), []
+    for name in names:
+        owner = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), nn.Linear | Conv1D):
+            linear.add(owner)
+        elif model.get_parameter(name).dim() == 3:
+            experts.append(name)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=sorted(linear), target_parameters=experts or None, lora_dropout=0.0
+    )
+    return get_peft_model(model, config)
+
+
+def _arguments(
+    options: TrainOptions, directory: Path, per_step: int, per_epoch: int, log: Path | None, progress: bool
+) -> TrainingArguments:
+    gpu = torch.cuda.is_available()
+    check = max(1, per_epoch // options.checks)
+    return TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, per_epoch // 4),
+        weight_decay=0.0,
+        per_device_train_batch_size=per_step,
+        per_device_eval_batch_size=per_step,
+        bf16=gpu,
+        use_cpu=not gpu,
+        seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=check,
+        save_strategy="steps",
+        save_steps=check,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=max(1, check // 4),
+        disable_tqdm=not progress,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=gpu,
+        report_to=["tensorboard"] if log else [],
+        **({"logging_dir": str(log)} if log else {}),
+    )

@@ -1,0 +1,131 @@
+"""Healing: two residual streams side by side, each layer refitted so that the second meets the first, then training.
+
+The teacher's stream T goes through the full model, the student's S through what the mask leaves. Where S leaves a layer
+it lacks e = T - S; what the layer's last projection multiplies, z, explains a part of e, which is added to its weights
+(`ridge`). S goes on from the mended layer, so that errors are mended where they stand and not only where they arise.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llmdrop_vllm import __version__
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.shards import StoredTensor
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.healing.distill import TrainOptions, distill
+from llmdrop_vllm.healing.mended import keep_mended, load_mended
+from llmdrop_vllm.healing.records import Healing
+from llmdrop_vllm.healing.run import HealOptions, Run
+from llmdrop_vllm.healing.targets import teach
+from llmdrop_vllm.scoring.scoring import precision
+
+DEFAULT = HealOptions()
+TEACHER_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What came out: the changed tensors, in files that are gone when the context ends, and the record."""
+
+    tensors: Mapping[str, StoredTensor]
+    record: Healing
+
+
+@contextmanager
+def healed(
+    student: MaskedCheckpoint,
+    teacher: MaskedCheckpoint,
+    data: Calibration,
+    options: HealOptions = DEFAULT,
+    *,
+    train: TrainOptions | None = None,
+    log_directory: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    scratch: Path | None = None,
+    progress: bool = False,
+) -> Iterator[Healed]:
+    """Heal a student's weights and keep what came out until the context ends; nothing of either checkpoint changes.
+
+    With `train` the closed form is where a training begins, whose weights are kept if held-out KL fell.
+    With `scratch`, a directory for the streams, an interrupted run goes on at the layer that it reached when the same
+    is asked again, and so does one whose context ends with an error. Raises CheckpointError for weights that cannot be
+    computed with, OutputError for a scratch directory that cannot be used.
+    """
+    where, what = precision(student.checkpoint, device, dtype)
+    identities = tuple(ModelIdentity.of(each.checkpoint) for each in (student, teacher))
+    values = [asdict(each) for each in (student.mask, teacher.mask, options)]
+    asked = [__version__, *(each.fingerprint for each in identities), data.identity.sha256, str(where), str(what)]
+    with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
+        directory = scratch or Path(temporary) / "scratch"
+        run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
+        try:
+            layers = run.layers(progress=progress)
+            counts = [0, 0]
+            batches = run.streams.batches
+            for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
+                counts[judges] += len(each) - start
+            record = Healing(
+                teacher=identities[1],
+                tokens=counts[0],
+                held_out_tokens=counts[1],
+                layers=layers,
+                provenance=Provenance(
+                    model=identities[0],
+                    data=data.identity,
+                    dtype=str(what).removeprefix("torch."),
+                    device=str(where),
+                ),
+            )
+            found = Healed(run.tensors(), record)
+            if train is not None:
+                found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
+            yield found
+            run.scratch.remove()
+        except OSError as error:
+            place = error.filename or directory
+            raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
+        finally:
+            run.scratch.release()
+
+
+def _trained(
+    closed: Healed,
+    run: Run,
+    student: MaskedCheckpoint,
+    teacher: MaskedCheckpoint,
+    train: TrainOptions,
+    log_directory: Path | None,
+    *,
+    progress: bool,
+) -> Healed:
+    """After the closed form. One of the two models is in memory at a time."""
+    batches, directory = run.streams.batches, run.scratch.directory
+    dtype = run.streams.student.dtype
+    in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS)  # of which there are logits, all at once
+    targets = teach(lambda: load_mended(teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
+    model = load_mended(student, closed.tensors, dtype=torch.float32)
+    training, parameters = distill(
+        model,
+        student.checkpoint.family,
+        student.mask,
+        batches,
+        run.streams.held_out,
+        targets,
+        train,
+        directory / "training",
+        log_directory=log_directory,
+        progress=progress,
+    )
+    tensors = dict(closed.tensors)
+    if training.kl_after < training.kl_before:
+        trained = keep_mended(student, model, parameters, directory / "trained.safetensors")
+        training, tensors = training.model_copy(update={"tensors": tuple(sorted(trained))}), tensors | trained
+    return Healed(tensors, closed.record.model_copy(update={"training": training}))

@@ -1,0 +1,50 @@
+"""A checkpoint with some of its tensors replaced, as a model and back: what healing and training hand on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from llmdrop_vllm import hf
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.hf_weights import (
+    TORCH_DTYPES,
+    checkpoint_tensors,
+    find_tensors,
+    is_converted,
+    load_converted,
+)
+from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
+
+
+def load_mended(masked: MaskedCheckpoint, tensors: Mapping[str, StoredTensor], *, dtype: torch.dtype) -> Any:
+    """The masked model with these tensors in place of its own, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = hf.load(masked, dtype=dtype).to(device).eval()
+    names = {stored.name: name for name, stored in find_tensors(masked.checkpoint, model).items()}
+    state = {names[name]: _read(stored).to(device) for name, stored in tensors.items()}
+    if is_converted(model):
+        load_converted(model, state, device)
+    else:
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False)
+    return model
+
+
+def keep_mended(
+    masked: MaskedCheckpoint, model: Any, parameters: Mapping[str, torch.Tensor], path: Path
+) -> dict[str, StoredTensor]:
+    """Write a model's parameters to a file under the names and in the dtypes that the checkpoint has."""
+    stored = find_tensors(masked.checkpoint, model)
+    found = {
+        stored[name].name: tensor.to(TORCH_DTYPES[stored[name].dtype]).cpu().contiguous()
+        for name, tensor in checkpoint_tensors(model, list(parameters)).items()
+    }
+    save_file(found, path)
+    return {tensor.name: tensor for tensor in stored_tensors(path)}
+
+
+def _read(stored: StoredTensor) -> torch.Tensor:
+    stored.read_into(buffer := bytearray(stored.num_bytes))
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)

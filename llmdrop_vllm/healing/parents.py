@@ -1,0 +1,95 @@
+"""Whether one model is what another was made of by dropping, told before anything slow begins."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmdrop_vllm.artifacts import read_record
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.shards import StoredTensor
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.healing.records import HEAL_FILE, Healing
+
+HEAD_BYTES = 4096
+
+
+def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise CheckpointError where the teacher is not the student's full model, MaskError where nothing was dropped.
+
+    Weights may differ where the student's own record says that they were healed; of each tensor, the first 4 KiB are
+    compared.
+    """
+    for each in (student, teacher):
+        if each.is_quantized:
+            raise CheckpointError(f"{each.directory} is quantized; heal in plain weights, and quantize what comes out")
+    kinds = [(each.architecture, each.mask.num_hidden_layers) for each in (student, teacher)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{teacher.directory} ({kinds[1][0]}, {kinds[1][1]} layers) is not the full model of {student.directory} "
+            f"({kinds[0][0]}, {kinds[0][1]} layers)"
+        )
+    if not _lost(student, teacher):
+        raise MaskError(
+            f"{student.directory} lost nothing that {teacher.directory} has ({student.mask.summary()}); name a dropped "
+            "model to heal, and the full one as its teacher"
+        )
+    _check_tokenizers(student, teacher)
+    _check_weights(student, teacher)
+
+
+def _lost(student: Checkpoint, teacher: Checkpoint) -> bool:
+    ours, full = student.mask, teacher.mask
+    if more := {*full.attention} - {*ours.attention} or {*full.mlp} - {*ours.mlp}:
+        raise CheckpointError(
+            f"{teacher.directory} lacks sublayers of layers {sorted(more)}, which {student.directory} has: not "
+            "its full model"
+        )
+    return (len(ours.attention), len(ours.mlp)) != (len(full.attention), len(full.mlp))
+
+
+def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
+    changed = _changed(student)
+    for name, tensor in student.tensors.items():
+        if in_dropped_sublayer(name, student.family, student.mask):
+            continue  # a portable checkpoint has them, with zeros
+        other = teacher.tensors.get(name)
+        if other is None or other.shape != tensor.shape:
+            found = "no such tensor" if other is None else f"it with shape {list(other.shape)}"
+            raise CheckpointError(
+                f"{teacher.directory} is not the full model of {student.directory}: {name} has shape "
+                f"{list(tensor.shape)}, and the teacher has {found}"
+            )
+        if name not in changed and (other.dtype != tensor.dtype or _head(other) != _head(tensor)):
+            raise CheckpointError(
+                f"{teacher.directory} is not the full model of {student.directory}: {name} has other values, and no "
+                f"{HEAL_FILE} says that it was healed"
+            )
+
+
+def _changed(checkpoint: Checkpoint) -> set[str]:
+    """Tensors that earlier healing has changed."""
+    path = checkpoint.directory / HEAL_FILE
+    if not path.exists():
+        return set()
+    record = read_record(Healing, path)
+    trained = record.training.tensors if record.training else ()
+    return {*trained, *(name for layer in record.layers for name in layer.tensors)}
+
+
+def _head(tensor: StoredTensor) -> bytes:
+    tensor.read_into(head := bytearray(min(HEAD_BYTES, tensor.num_bytes)))
+    return bytes(head)
+
+
+def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
+    ours, full = (_vocabulary(each.directory / "tokenizer.json") for each in (student, teacher))
+    if ours is not None and full is not None and ours != full:
+        raise CheckpointError(f"{student.directory} and {teacher.directory} have tokenizers of other vocabularies")
+
+
+def _vocabulary(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # some other kind of tokenizer: the embedding's shape is compared

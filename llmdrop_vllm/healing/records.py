@@ -1,0 +1,77 @@
+"""llmdrop_heal.json: what a checkpoint was healed on, and what each layer gained by it."""
+
+from typing import Literal
+
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Record
+
+HEAL_FILE = "llmdrop_heal.json"
+
+
+class HealedLayer(Record):
+    """A layer whose last projections were refitted so that its output is the full model's after layer `target`.
+
+    `lost` are the sublayers gone since the layer before, `tensors` what was changed; none where no change helped.
+    `error_before` and `error_after` are shares of the full model's squared residual stream, on held-out sequences.
+    `ridge` is lambda of the closed form, `steps` those of the descent where there is none.
+    """
+
+    layer: int
+    target: int
+    lost: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
+    columns: int
+    ridge: float | None = None
+    steps: int | None = None
+    error_before: float
+    error_after: float
+
+
+class Training(Record):
+    """Distillation after the closed form: KL to the teacher on held-out sequences, before and after.
+
+    `history` is what the loop logged: by step, the loss learnt from or the held-out one.
+    """
+
+    method: str
+    epochs: float
+    learning_rate: float
+    tokens_seen: int
+    kl_before: float
+    kl_after: float
+    tensors: tuple[str, ...] = ()
+    history: tuple[dict[str, float], ...] = ()
+
+
+class Healing(Record):
+    """The whole file. `tokens` were learnt from, `held_out_tokens` chose lambda; both count answers only."""
+
+    kind: Literal["llmdrop-healing"] = "llmdrop-healing"
+    teacher: ModelIdentity
+    tokens: int
+    held_out_tokens: int
+    layers: tuple[HealedLayer, ...]
+    training: Training | None = None
+    provenance: Provenance
+
+    @property
+    def unhealed(self) -> tuple[int, ...]:
+        """Layers that lost something and keep their weights, for every change made their held-out error larger."""
+        return tuple(each.layer for each in self.layers if each.lost and not each.tensors)
+
+    def summary(self) -> str:
+        """One line for people."""
+        mended = [each for each in self.layers if each.tensors]
+        left = [each.error_after / each.error_before for each in mended if each.error_before]
+        text = f"{len(mended)} layers healed on {self.tokens:,} tokens of {self.source}"
+        if left:
+            text += f", leaving {min(left):.0%} to {max(left):.0%} of each one's error"
+        if self.training is not None:
+            text += f"; trained, KL {self.training.kl_before:.3f} to {self.training.kl_after:.3f}"
+        if self.unhealed:
+            text += f"; nothing helped in {', '.join(map(str, self.unhealed))}"
+        return text
+
+    @property
+    def source(self) -> str:
+        """What the data was."""
+        return "nothing" if self.provenance.data is None else self.provenance.data.source

@@ -1,0 +1,70 @@
+"""Ridge regression from running sums: no token is kept, and lambda is chosen by tokens that were held out.
+
+For rows z [columns] that a projection multiplies and e [outputs] that its output lacks, dW minimizes
+|z dW - e|^2 + lambda t |dW|^2, so dW = (z'z + lambda t I)^-1 z'e, with t = trace(z'z) / columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Lambda: from large, where nothing changes, to small; the held-out error has one minimum on the way.
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(2, -11, -1))
+
+
+class Sums:
+    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens."""
+
+    def __init__(self, columns: int, outputs: int, device: torch.device) -> None:
+        self.zz = torch.zeros(columns, columns, device=device)
+        self.ze = torch.zeros(columns, outputs, device=device)
+        self.ee, self.rows = 0.0, 0
+
+    def add(self, z: torch.Tensor, e: torch.Tensor) -> None:
+        """Add tokens: z [rows, columns], e [rows, outputs], float32."""
+        self.zz.addmm_(z.T, z)
+        self.ze.addmm_(z.T, e)
+        self.ee += e.square().sum(dtype=torch.float64).item()
+        self.rows += len(z)
+
+    def error(self, delta: torch.Tensor) -> float:
+        """|z dW - e|^2 with dW [columns, outputs], without any token: |e|^2 - 2 <dW, z'e> + <dW, z'z dW>."""
+        inner = (self.zz @ delta).sub_(self.ze, alpha=2)
+        return self.ee + float(torch.dot(delta.flatten(), inner.flatten()))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """dW [columns, outputs], its lambda, and what share of the held-out squared error it leaves."""
+
+    delta: torch.Tensor
+    ridge: float
+    error_left: float
+
+
+def fit(learnt: Sums, held_out: Sums) -> Fit | None:
+    """The dW that the held-out tokens like best; None where each makes their error larger."""
+    best: Fit | None = None
+    mean = learnt.zz.diagonal().mean()
+    if not (learnt.rows and held_out.ee > 0 and mean > 0):
+        return None
+    for ridge in RIDGES:
+        delta = _solve(learnt, ridge * mean)
+        left = None if delta is None else held_out.error(delta) / held_out.ee
+        if delta is not None and left is not None and left < (1 if best is None else best.error_left):
+            best = Fit(delta, ridge, max(left, 0.0))
+        elif delta is None or best is not None:
+            break  # each costs a factorization, and past the minimum they only get worse
+    return best
+
+
+def _solve(sums: Sums, added: torch.Tensor) -> torch.Tensor | None:
+    """(z'z + added I)^-1 z'e; None where rounding has made that matrix indefinite."""
+    # Small systems are cheap in float64; the factor of a large one would take twice the memory and time.
+    dtype = torch.float64 if len(sums.zz) <= 4096 else torch.float32
+    matrix = sums.zz.to(dtype, copy=True)
+    matrix.diagonal().add_(added)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.item():
+        return None
+    return torch.cholesky_solve(sums.ze.to(dtype), factor).float()

@@ -1,0 +1,184 @@
+"""Both streams on their way through the layers, step by step; each step leaves its output on disk and can be the last
+that a killed run has done.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
+from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.healing.outputs import output_parameters
+from llmdrop_vllm.healing.records import HealedLayer
+from llmdrop_vllm.healing.refit import Refit, refit
+from llmdrop_vllm.healing.split import held_out_sequences
+from llmdrop_vllm.healing.task import Streams, Task
+from llmdrop_vllm.healing.units import Unit, units
+from llmdrop_vllm.scoring.batches import Batches
+from llmdrop_vllm.scoring.layers import LayerStream
+from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
+from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
+
+ATTENTION = "sdpa"
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """`layers`: which are refitted, all from the first that lost something on, or only those that did.
+
+    `weighting` of a token's squared error: by the teacher's |T|^2, so that the first tokens, whose stream is a hundred
+    times as large, count like others, or all alike.
+    """
+
+    layers: Literal["following", "lossy"] = "following"
+    weighting: Literal["relative", "equal"] = "relative"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a run that takes `passes` of all tokens through a layer; `do` gives a unit's result, or nothing."""
+
+    layer: int
+    passes: int
+    do: Callable[["tqdm[Any]"], dict[str, Any]]
+
+
+class Run:
+    """A student's healing in a directory, where `asked` identifies it."""
+
+    def __init__(
+        self,
+        student: MaskedCheckpoint,
+        teacher: MaskedCheckpoint,
+        data: Calibration,
+        options: HealOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        directory: Path,
+        asked: str,
+    ) -> None:
+        self.options, self.family = options, student.checkpoint.family
+        of_teacher, of_student = (
+            LayerStream(each, device=device, dtype=dtype, attention=ATTENTION) for each in (teacher, student)
+        )
+        self.streams = Streams(
+            of_teacher,
+            of_student,
+            HiddenStates(directory, of_student.hidden_size, dtype, "teacher"),
+            HiddenStates(directory, of_student.hidden_size, dtype, "student"),
+            Batches.of(data, TOKENS_PER_CHUNK[device.type]),
+            held_out_sequences(data),
+            options.weighting,
+        )
+        self.chunks = self.streams.batches.chunks
+        self.steps = self._steps(units(teacher.mask, student.mask))
+        needed_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
+        self.scratch = Scratch(directory, asked, needed_bytes)
+
+    def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
+        """One result per unit from the first that lost something on; steps that are done are not done again."""
+        done, chunks = len(self.scratch.progress.layers), len(self.chunks)
+        total = sum(step.passes for step in self.steps) * chunks
+        with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
+            bar.update(sum(step.passes for step in self.steps[:done]) * chunks)
+            bar.set_description("embedding")
+            self._embed(write=done == 0)
+            for step in self.steps[done:]:
+                bar.set_description(f"layer {step.layer} of {len(self.streams.student.layers)}")
+                self.scratch.save(step.do(bar))
+        found = [each for each in self.scratch.progress.layers if each]
+        return tuple(HealedLayer.model_validate(each, strict=False) for each in found)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What has been changed, by the checkpoint's names."""
+        files = sorted(self.scratch.directory.glob("healed-*.safetensors"))
+        return {tensor.name: tensor for path in files for tensor in stored_tensors(path)}
+
+    def _steps(self, order: tuple[Unit, ...]) -> list[Step]:
+        """The run in order. Up to the first unit that lost something both streams are one."""
+        first = next((place for place, unit in enumerate(order) if unit.lost), len(order))
+        found: list[Step] = []
+        depth = 0
+        for place, unit in enumerate(order):
+            if place == first:
+                found.append(Step(depth, 0, partial(self._part, place, depth)))
+            found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
+            depth = unit.target + 1
+            if place >= first:
+                found.append(Step(unit.layer, 2, partial(self._mend, place, unit)))
+        return found
+
+    def _embed(self, *, write: bool) -> None:
+        """The first layer's input; a run that goes on only needs what the layers get beside it."""
+        for stream in (self.streams.teacher, self.streams.student):
+            writes = write and stream is self.streams.teacher
+            with stream.embedding() as begin:
+                for chunk in self.chunks:
+                    if writes or chunk.shape not in stream.calls:
+                        hidden = begin(self.streams.batches.token_ids(chunk))
+                        if writes:
+                            self.streams.truth.write(0, chunk, hidden)
+
+    def _part(self, place: int, depth: int, _: "tqdm[Any]") -> dict[str, Any]:
+        """The student's stream begins as the teacher's."""
+        for chunk in self.chunks:
+            self.streams.mended.write(place, chunk, self.streams.truth.read(depth, chunk))
+        return {}
+
+    def _teach(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
+        """Take the teacher's stream through a layer."""
+        streams = self.streams
+        with streams.teacher.layer(index) as layer:
+            for chunk in self.chunks:
+                streams.truth.write(index + 1, chunk, streams.after(streams.teacher, layer, index, chunk, index))
+                bar.update()
+        return {}
+
+    def _mend(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
+        """Refit a layer of the student's and take its stream through it."""
+        sublayer = self.family.mlp if unit.mends == "mlp" else self.family.attention
+        with self.streams.student.layer(unit.layer) as layer:
+            parameters = output_parameters(self.streams.student, unit.layer, sublayer)
+            task = Task(self.streams, layer, place, unit)
+            if self.options.layers == "lossy" and not unit.lost:
+                found = Refit(task.loss(learnt=False), 0)
+                bar.update(len(self.chunks))
+            else:
+                found = refit(task, parameters, bar.update)
+            changed = self._store(unit.layer, parameters) if found.left < 1 else ()
+            for chunk in self.chunks:
+                self.streams.mended.write(place + 1, chunk, task.output(chunk))
+                bar.update()
+        before = found.error / task.scale()
+        return HealedLayer(
+            layer=unit.layer,
+            target=unit.target,
+            lost=unit.lost,
+            tensors=changed,
+            columns=found.columns,
+            ridge=found.ridge,
+            steps=found.steps,
+            error_before=before,
+            error_after=before * found.left,
+        ).model_dump(mode="json")
+
+    def _store(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
+        """Keep a layer's changed parameters as the checkpoint has them, and go on with what rounding left of them."""
+        stream, found = self.streams.student, {}
+        for name, parameter in parameters.items():
+            stored = checkpoint_tensors(stream.model, [f"{stream.layers_prefix}{index}.{name}"])
+            for each, tensor in stored.items():
+                dtype = TORCH_DTYPES[stream.tensors[each].dtype]
+                found[stream.tensors[each].name] = tensor.to(dtype).cpu().contiguous()
+            parameter.copy_(parameter.to(dtype))
+        save_file(found, self.scratch.directory / f"healed-{index:05}.safetensors")
+        return tuple(sorted(found))

@@ -1,0 +1,79 @@
+"""The teacher's next-token distributions on answers: its most likely tokens, and the mass of all others as one more.
+
+The KL of these k + 1 outcomes is a lower bound of the whole one, and with k = 64 nearly all of it; a token takes 6 k
+bytes instead of 4 x vocabulary, so the teacher runs once however many passes the student makes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.scoring.batches import Batches
+
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Per counted position in the order of the batches: token ids [positions, k] and log-probabilities [positions, k].
+
+    `first` is each sequence's first row.
+    """
+
+    token_ids: np.ndarray
+    log_probabilities: np.ndarray
+    first: Sequence[int]
+
+    def of(self, sequence: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one sequence, each [positions, k]."""
+        rows = slice(self.first[sequence], self.first[sequence] + positions)
+        return torch.from_numpy(self.token_ids[rows].astype(np.int64)), torch.from_numpy(
+            self.log_probabilities[rows].astype(np.float32)
+        )
+
+
+def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progress: bool = False) -> Targets:
+    """Load the teacher and run it over all sequences; what it says is kept in two files of the directory.
+
+    Where they are there already the teacher is not loaded.
+
+    Raises CheckpointError for logits that are not finite.
+    """
+    counts = [len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True)]
+    first = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    shape, ready = (first[-1], TOP_K), directory / "targets-ready"
+    mode: Literal["r", "w+"] = "r" if ready.exists() else "w+"
+    token_ids = np.memmap(directory / "targets-ids.bin", np.int32, mode, shape=shape)
+    log_probabilities = np.memmap(directory / "targets-log.bin", np.float16, mode, shape=shape)
+    if mode == "w+":
+        model = load()
+        with tqdm(total=len(batches.chunks), unit="chunk", desc="teacher", disable=not progress) as bar:
+            for chunk in batches.chunks:
+                with torch.inference_mode():
+                    logits = model(batches.token_ids(chunk).to(model.device), use_cache=False).logits
+                    if not logits.isfinite().all():
+                        raise CheckpointError(f"{type(model).__name__} gives logits that are not finite")
+                for row, (span, logit) in enumerate(zip(batches.spans(chunk), logits, strict=True)):
+                    top = logit[span].float().log_softmax(-1).topk(TOP_K)
+                    at = first[chunk.first_sequence + row]
+                    token_ids[at : at + len(top.indices)] = top.indices.cpu().numpy()
+                    log_probabilities[at : at + len(top.values)] = top.values.cpu().numpy()
+                bar.update()
+        for each in (token_ids, log_probabilities):
+            each.flush()
+        ready.touch()
+    return Targets(token_ids, log_probabilities, first)
+
+
+def divergence(logits: torch.Tensor, token_ids: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) per position, in nats: logits [positions, vocabulary], the others [positions, k]."""
+    student = logits.float().log_softmax(-1).gather(-1, token_ids)
+    mass = log_probabilities.exp()
+    rest, its_rest = ((1 - each.sum(-1)).clamp_min(1e-6) for each in (mass, student.exp()))
+    return (mass * (log_probabilities - student)).sum(-1) + rest * (rest.log() - its_rest.log())

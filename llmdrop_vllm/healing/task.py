@@ -1,0 +1,121 @@
+"""One layer of the student, and by what it differs from the teacher at the same depth."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.healing.outputs import Recorded
+from llmdrop_vllm.healing.units import Unit
+from llmdrop_vllm.scoring.batches import Batches
+from llmdrop_vllm.scoring.layers import LayerStream
+from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+
+# A projection's constant in the residual stream is told by its effect; this near to 1 it is 1.
+CONSTANT_TO = 0.05
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two residual streams, each with the layers that it goes through.
+
+    `truth` holds the teacher's by depth, `mended` the student's by place in the order of the units; `held_out` says of
+    each sequence whether it judges.
+    """
+
+    teacher: LayerStream
+    student: LayerStream
+    truth: HiddenStates
+    mended: HiddenStates
+    batches: Batches
+    held_out: tuple[bool, ...]
+    weighting: Literal["relative", "equal"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        return self.student.device
+
+    def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
+        """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""
+        states = self.truth if stream is self.teacher else self.mended
+        hidden = states.read(at, chunk).to(self.device, next(layer.parameters()).dtype)
+        call = stream.call(index, chunk.shape)
+        output = layer(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layer of the student and what it is compared with."""
+
+    streams: Streams
+    layer: nn.Module
+    place: int
+    unit: Unit
+
+    def output(self, chunk: Chunk) -> torch.Tensor:
+        """[batch, tokens, hidden]."""
+        return self.streams.after(self.streams.student, self.layer, self.unit.layer, chunk, self.place)
+
+    def lack(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted error [batch, tokens, hidden] and the weights [batch, tokens, 1], float32.
+
+        Raises CheckpointError where a stream is not finite.
+        """
+        truth = self.streams.truth.read(self.unit.target + 1, chunk).to(self.streams.device).float()
+        found = truth - self.output(chunk).float()
+        if not found.isfinite().all():
+            student = self.streams.student
+            raise CheckpointError(
+                f"layer {self.unit.layer} of {student.checkpoint.directory} gives hidden states that are not finite in "
+                f"{student.dtype}; its weights are damaged or need a wider dtype"
+            )
+        weights = torch.ones_like(truth[..., :1])
+        if self.streams.weighting == "relative":
+            weights = truth.norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        return found * weights, weights
+
+    def rows(self, chunk: Chunk, judging: bool) -> torch.Tensor:
+        """Which tokens to learn from, or to judge by, [batch, tokens]."""
+        first = chunk.first_sequence
+        those = torch.tensor(self.streams.held_out[first : first + chunk.batch])
+        return (self.streams.batches.counted(chunk) & (those == judging)[:, None]).to(self.streams.device)
+
+    def constant(self, recorded: Recorded) -> float:
+        """What the projection's output is multiplied by where it is added to the stream. Granite's is not 1."""
+        chunk = self.streams.batches.chunks[-1]
+        rows = self.streams.batches.counted(chunk).to(self.streams.device)
+        out = self.output(chunk)[rows].float()
+        y = recorded.outputs.reshape(*chunk.shape, -1)[rows].float()
+        recorded.silenced = True
+        effect = out - self.output(chunk)[rows].float()
+        recorded.silenced = False
+        found = (torch.dot(effect.flatten(), y.flatten()) / y.square().sum().clamp_min(1e-30)).item()
+        return 1.0 if abs(found - 1) < CONSTANT_TO else found
+
+    def scale(self) -> float:
+        """What a squared error of the held-out tokens is a share of: the teacher's stream, weighted alike."""
+        total = 0.0
+        for chunk in self.streams.batches.chunks:
+            rows = self.rows(chunk, judging=True)
+            if self.streams.weighting == "relative":
+                total += int(rows.sum())
+            elif rows.any():
+                truth = self.streams.truth.read(self.unit.target + 1, chunk).to(self.streams.device)[rows]
+                total += truth.float().square().sum(dtype=torch.float64).item()
+        return max(total, 1e-30)
+
+    def loss(self, learnt: bool) -> float:
+        """Weighted squared error, and its gradients where they are on."""
+        total = 0.0
+        for chunk in self.streams.batches.chunks:
+            rows = self.rows(chunk, not learnt)
+            if rows.any():
+                value = self.lack(chunk)[0][rows].square().sum()
+                if torch.is_grad_enabled():
+                    value.backward()
+                total += value.item()
+        return total

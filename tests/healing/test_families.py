@@ -1,0 +1,64 @@
+"""One contract for every architecture: where what is gone is linear in what remains, healing finds it."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmdrop_vllm.artifacts import DataIdentity
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.calibration import Calibration
+from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.outputs import output_parameters
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.scoring.layers import LayerStream
+from tests.architectures.cases import CASES, LAYERS
+
+LAYER = 2
+
+
+def data(sequences=32, tokens=32):
+    rng = np.random.default_rng(0)
+    ids = tuple(rng.integers(3, 256, tokens) for _ in range(sequences))
+    identity = DataIdentity(
+        source="random", sequences=sequences, tokens=sequences * tokens, seq_len=tokens, seed=0, sha256=""
+    )
+    return Calibration(ids, identity)
+
+
+def output_names(checkpoint, sublayer):
+    stream = LayerStream(
+        checkpoint.under(DropMask(LAYERS)), device=torch.device("cpu"), dtype=torch.float32, attention="sdpa"
+    )
+    return [f"{stream.layers_prefix}{LAYER}.{name}" for name in output_parameters(stream, LAYER, sublayer)]
+
+
+@pytest.mark.parametrize("gone", ["attention", "mlp"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
+    case = CASES[name]
+    model = case.model()
+    plain = Checkpoint.open(case.save(model, tmp_path / "plain"))
+    family = plain.family
+    lost, kept = (family.attention, family.mlp) if gone == "attention" else (family.mlp, family.attention)
+    parameters = dict(model.named_parameters())
+    zeroed, moved = (output_names(plain, sublayer) for sublayer in (lost, kept))
+    assert zeroed
+    assert moved
+    with torch.no_grad():
+        for each in zeroed:  # what goes adds nothing
+            parameters[each].zero_()
+        teacher = Checkpoint.open(case.save(model, tmp_path / "teacher"))
+        truth = {each: parameters[each].clone() for each in moved}
+        generator = torch.Generator().manual_seed(1)
+        for each in moved:
+            noise = torch.randn(parameters[each].shape, generator=generator)
+            parameters[each].add_(noise * parameters[each].std() * 0.5)
+        student = Checkpoint.open(case.save(model, tmp_path / "student"))
+    mask = DropMask(LAYERS, **{gone: (LAYER,)})
+    with healed(student.under(mask), teacher.under(DropMask(LAYERS)), data(), dtype="float32") as found:
+        result = found.record.layers[0]
+    print(result)
+    left = result.error_after / result.error_before
+    assert result.layer == LAYER
+    # Experts that few tokens see are stopped before they overfit.
+    assert left < (1e-5 if result.ridge else 0.2), result
