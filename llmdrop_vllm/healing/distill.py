@@ -39,6 +39,12 @@ class TrainOptions:
     patience: int = 3
     seed: int = 0
 
+    @property
+    def method(self) -> str:
+        """For people."""
+        how = "full weights" if self.rank is None else f"LoRA of rank {self.rank}"
+        return f"{how}, {'MLPs' if self.parts == 'mlp' else 'all'} of the layers from the first drop on"
+
 
 class Student(nn.Module):
     """A model with its loss; what it saves and loads are the weights that are trained, and no others."""
@@ -144,9 +150,9 @@ def distill(
             parameter.requires_grad_(name in set(names))
     else:
         model = _adapted(model, names, options.rank)
-    numbers = range(len(batches.sequences))
-    learnt = tuple(number for number in numbers if not held_out[number])
-    judged = tuple(number for number in numbers if held_out[number])
+    learnt, judged = (
+        tuple(number for number, judges in enumerate(held_out) if judges == judging) for judging in (False, True)
+    )
     tokens = sum(len(batches.sequences[number]) for number in learnt)
     per_step = max(1, round(options.step_tokens * len(learnt) / tokens))
     steps_per_epoch = -(-len(learnt) // per_step)
@@ -161,25 +167,27 @@ def distill(
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.is_dir() else None)
     after = trainer.evaluate()["eval_loss"]
-    seen = round(tokens * trainer.state.global_step / steps_per_epoch)
     if options.rank is not None:
         model = model.merge_and_unload()
-    method = "full weights" if options.rank is None else f"LoRA of rank {options.rank}"
+    epochs = trainer.state.global_step / steps_per_epoch
     training = Training(
-        method=f"{method}, {'MLPs' if options.parts == 'mlp' else 'all'} of the layers from the first drop on",
-        epochs=trainer.state.global_step / steps_per_epoch,
+        method=options.method,
+        epochs=epochs,
         learning_rate=options.learning_rate,
-        tokens_seen=seen,
+        tokens_seen=round(tokens * epochs),
         kl_before=before,
         kl_after=after,
-        history=tuple(
-            {name: float(each[name]) for name in ("step", "loss", "eval_loss") if name in each}
-            for each in trainer.state.log_history
-            if "loss" in each or "eval_loss" in each
-        ),
+        history=_history(trainer.state.log_history),
     )
     parameters = dict(model.named_parameters())
     return training, {name: parameters[name].detach() for name in names}
+
+
+def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
+    """By step, what was learnt from or judged by."""
+    kept = ("step", "loss", "eval_loss")
+    rows = ({name: float(each[name]) for name in kept if name in each} for each in log)
+    return tuple(row for row in rows if len(row) > 1)
 
 
 def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:

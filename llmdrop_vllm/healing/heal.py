@@ -21,7 +21,7 @@ from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.healing.distill import TrainOptions, distill
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
-from llmdrop_vllm.healing.records import Healing
+from llmdrop_vllm.healing.records import HealedLayer, Healing
 from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
 from llmdrop_vllm.scoring.scoring import precision
@@ -68,23 +68,7 @@ def healed(
         run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
         try:
             layers = run.layers(progress=progress)
-            counts = [0, 0]
-            batches = run.streams.batches
-            for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
-                counts[judges] += len(each) - start
-            record = Healing(
-                teacher=identities[1],
-                tokens=counts[0],
-                held_out_tokens=counts[1],
-                layers=layers,
-                provenance=Provenance(
-                    model=identities[0],
-                    data=data.identity,
-                    dtype=str(what).removeprefix("torch."),
-                    device=str(where),
-                ),
-            )
-            found = Healed(run.tensors(), record)
+            found = Healed(run.tensors(), _record(run, data, layers, identities))
             if train is not None:
                 found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
             yield found
@@ -94,6 +78,24 @@ def healed(
             raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
         finally:
             run.scratch.release()
+
+
+def _record(
+    run: Run, data: Calibration, layers: tuple[HealedLayer, ...], identities: tuple[ModelIdentity, ...]
+) -> Healing:
+    counts = [0, 0]
+    batches, stream = run.streams.batches, run.streams.student
+    for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
+        counts[judges] += len(each) - start
+    student, teacher = identities
+    dtype = str(stream.dtype).removeprefix("torch.")
+    return Healing(
+        teacher=teacher,
+        tokens=counts[0],
+        held_out_tokens=counts[1],
+        layers=layers,
+        provenance=Provenance(model=student, data=data.identity, dtype=dtype, device=str(stream.device)),
+    )
 
 
 def _trained(

@@ -48,7 +48,6 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
         for each in zeroed:  # what goes adds nothing
             parameters[each].zero_()
         teacher = Checkpoint.open(case.save(model, tmp_path / "teacher"))
-        truth = {each: parameters[each].clone() for each in moved}
         generator = torch.Generator().manual_seed(1)
         for each in moved:
             noise = torch.randn(parameters[each].shape, generator=generator)
@@ -57,7 +56,6 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
     mask = DropMask(LAYERS, **{gone: (LAYER,)})
     with healed(student.under(mask), teacher.under(DropMask(LAYERS)), data(), dtype="float32") as found:
         result = found.record.layers[0]
-    print(result)
     left = result.error_after / result.error_before
     assert result.layer == LAYER
     # Experts that few tokens see are stopped before they overfit.
