@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from llmdrop_vllm.errors import InputError
 
 # What brings the packages that not every installation has.
-EXTRAS = {"gguf": ("fetch",), "lm_eval": ("eval",), "matplotlib": ("eval",), "vllm": ("cuda", "cpu")}
+EXTRAS = {
+    "accelerate": ("train",),
+    "peft": ("train",),
+    "gguf": ("fetch",),
+    "lm_eval": ("eval",),
+    "matplotlib": ("eval",),
+    "vllm": ("cuda", "cpu"),
+}
 # Arguments that name a model, as people do.
-MODELS = ("model", "full")
+MODELS = ("model", "full", "teacher")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
+HEALING = "llmdrop_vllm.cli.healing_commands"
 Add = Callable[..., options.Parser]
 
 
@@ -72,6 +73,24 @@ def _add_writing(add: Add) -> None:
     options.add_calibration(drop)
     options.add_precision(drop)
     options.add_output(drop)
+    drop.add_argument(
+        "--heal",
+        nargs="?",
+        const="answers",
+        metavar="DATA",
+        help="heal what remains, on the full model's own answers to our prompts, or on DATA as for `llmdrop heal`",
+    )
+    options.add_healing(drop)
+
+    example = "llmdrop heal DROPPED OUT --teacher MODEL --data answers.jsonl"
+    heal = add("heal", "refit what remains of a dropped model to the full one's work", example, HEALING)
+    options.add_model(heal)
+    options.add_directory(heal)
+    heal.add_argument("--teacher", required=True, metavar="MODEL", help="the full model that it was dropped from")
+    options.add_calibration(heal)
+    options.add_precision(heal)
+    options.add_healing(heal)
+    heal.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
     inspect = add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
     options.add_model(inspect)

@@ -34,6 +34,8 @@ from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.staging import check_free
 from llmdrop_vllm.writing.write import check_destination, write_checkpoint
 
+OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
+
 
 def fetch(args: Namespace) -> None:
     """`llmdrop fetch`."""
@@ -70,7 +72,7 @@ def apply(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
     plan = _plan(args, checkpoint, None if file is None else file.mask)
-    _write(plan, args, {} if file is None else {MASK_FILE: file})
+    write_plan(plan, args, {} if file is None else {MASK_FILE: file})
 
 
 def drop(args: Namespace) -> None:
@@ -79,19 +81,45 @@ def drop(args: Namespace) -> None:
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask
     check_destination(_plan(args, checkpoint, possible), args.out, overwrite=args.overwrite)
+    if args.heal is not None and args.config_only:
+        raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
     calibration = calibration_of(checkpoint, args)
     scores = _scored_or_kept("scores", checkpoint, calibration, args)
     chosen = _select(scores, args, checkpoint, calibration)
     show_selection(chosen)
     plan = _plan(args, checkpoint, chosen.mask)
-    _write(plan, args, {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)})
+    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)}
+    if args.heal is None:
+        write_plan(plan, args, records)
+    else:
+        _write_healed(plan, args, records)
     _forget(args.out)
+
+
+def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record]) -> None:
+    """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
+    from llmdrop_vllm.cli.healing_commands import healing, healing_data
+    from llmdrop_vllm.healing.records import HEAL_FILE
+
+    checkpoint, source = plan.masked.checkpoint, args.heal
+    if source == OWN_ANSWERS:
+        from llmdrop_vllm.cli.evaluation_commands import ask
+
+        path = beside(args.out, "answers.jsonl")
+        if not path.exists():
+            ask(checkpoint, path, args)
+        source = str(path)
+    args.samples = args.seq_len = None  # of the scores' data
+    data = healing_data(checkpoint, source, args)
+    with healing(plan.masked, checkpoint.under(checkpoint.mask), data, args) as found:
+        write_plan(plan.healed(found.tensors), args, {**records, HEAL_FILE: found.record})
+    print(found.record.summary())
 
 
 def convert(args: Namespace) -> None:
     """`llmdrop convert`."""
     check_free(args.out, overwrite=args.overwrite)
-    _write(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
+    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
 
 
 def inspect(args: Namespace) -> None:
@@ -139,19 +167,19 @@ def run_scoring(
         mask=mask,
         device=args.device,
         dtype=args.dtype,
-        scratch=_beside(out, "scratch"),
+        scratch=beside(out, "scratch"),
         progress=True,
     )
 
 
-def _beside(out: Path, what: str) -> Path:
+def beside(out: Path, what: str) -> Path:
     """A hidden place next to `out` for what an interrupted command has done already."""
     return out.absolute().with_name(f".{out.name}.llmdrop-{what}")
 
 
 def _forget(out: Path) -> None:
     """Remove what `_scored_or_kept` wrote beside `out`, once the command has come to its end."""
-    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.llmdrop-*.json"):
+    for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.llmdrop-*.json*"):
         path.unlink()
 
 
@@ -159,7 +187,7 @@ def _scored_or_kept(
     name: str, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None = None
 ) -> Scores:
     """The scores that an earlier run of the same command left beside OUT, or new ones, which are left there."""
-    path = _beside(args.out, f"{name}.json")
+    path = beside(args.out, f"{name}.json")
     scores = _kept_scores(path, checkpoint, calibration, args, mask)
     if scores is None:
         scores = run_scoring(checkpoint, calibration, args, args.out, mask)
@@ -276,7 +304,8 @@ def _plan(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> Sur
     return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
 
 
-def _write(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:
+def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:
+    """Write to OUT with progress, and say what was written."""
     for warning in plan.warnings:
         print(f"llmdrop: warning: {warning}", file=sys.stderr)
     if plan.left_out:

@@ -53,6 +53,12 @@ def answers(args: Namespace) -> None:
     print(f"written to {args.out}; next: llmdrop heal DROPPED OUT --teacher {args.model} --data {args.out}")
 
 
+def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
+    """The full model's answers to our prompts, for what is healed on them right away."""
+    plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or _default_dtype(checkpoint), options={})
+    sample_answers(plan, out, progress=True)
+
+
 def evaluate(args: Namespace) -> None:
     """`llmdrop evaluate`."""
     details = args.out.with_suffix(".lm-eval.json")

@@ -107,6 +107,25 @@ def add_output(command: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 
+def add_healing(command: Parser) -> None:
+    """How what remains takes over the work of what is gone."""
+    group = command.add_argument_group("healing")
+    group.add_argument(
+        "--layers",
+        choices=("lossy", "following"),
+        default="lossy",
+        help="refit the layers that lost something (default), or all from the first of them on",
+    )
+    group.add_argument("--train", action="store_true", help="distil on the same data after the closed form")
+    group.add_argument("--epochs", type=float, default=3, metavar="N", help="of the training, at most (3)")
+    group.add_argument("--learning-rate", type=float, default=5e-4, metavar="RATE", help="its largest (5e-4)")
+    group.add_argument("--lora", type=count, metavar="RANK", help="train adapters, merged in the end, not full weights")
+    group.add_argument(
+        "--train-parts", choices=("mlp", "all"), default="mlp", help="of the layers from the first drop on (mlp)"
+    )
+    group.add_argument("--log-dir", type=Path, metavar="DIR", help="for TensorBoard")
+
+
 def add_questions(command: Parser) -> None:
     """What a model is asked, and how it answers."""
     group = command.add_argument_group("prompts and answers")

@@ -119,7 +119,7 @@ def plan_answers(
     return AnswersPlan(
         checkpoint,
         request,
-        EngineSettings(dtype, min(longest, context or longest), options=options),
+        EngineSettings(dtype, min(longest, context or longest), options=options, seeded=request.temperature > 0),
         chosen,
         _held_out(chosen, request.held_out, request.seed),
         len(prompts),

@@ -24,7 +24,8 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win.
+    """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win;
+    `seeded` is for requests that bring a seed each.
 
     Raises InputError for an option that vLLM does not have.
     """
@@ -33,6 +34,7 @@ class EngineSettings:
     max_model_len: int
     engines: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    seeded: bool = False
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -41,6 +43,10 @@ class EngineSettings:
 
         if unknown := sorted(self.options.keys() - {each.name for each in fields(EngineArgs)}):
             raise InputError(f"--engine-args has {', '.join(unknown)}, which vLLM's EngineArgs do not have")
+
+    def _whole_prompts(self) -> dict[str, Any]:
+        """vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot."""
+        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
 
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
@@ -62,6 +68,7 @@ class EngineSettings:
             "use_tqdm_on_load": False,
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
             "log_level": "ERROR",
+            **(self._whole_prompts() if self.seeded and not gpu else {}),
             **self.options,
             # Beside the user's own overrides, or the full model would be measured as the dropped one.
             "hf_overrides": {**self.options.get("hf_overrides", {}), **override},

@@ -31,7 +31,7 @@ class TrainOptions:
     """
 
     epochs: float = 3
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     rank: int | None = None
     parts: Literal["mlp", "all"] = "mlp"
     step_tokens: int = 2048
@@ -144,12 +144,7 @@ def distill(
     The directory keeps what an interrupted training goes on from.
     """
     names = trained_names(model, family, mask, options)
-    model.requires_grad_(False)
-    if options.rank is None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in set(names))
-    else:
-        model = _adapted(model, names, options.rank)
+    model = _trainable(model, names, options.rank)
     learnt, judged = (
         tuple(number for number, judges in enumerate(held_out) if judges == judging) for judging in (False, True)
     )
@@ -188,6 +183,16 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
     kept = ("step", "loss", "eval_loss")
     rows = ({name: float(each[name]) for name in kept if name in each} for each in log)
     return tuple(row for row in rows if len(row) > 1)
+
+
+def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
+    """With these parameters open to change, or adapters for them."""
+    model.requires_grad_(False)
+    if rank is not None:
+        return _adapted(model, names, rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in set(names))
+    return model
 
 
 def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:

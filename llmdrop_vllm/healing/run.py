@@ -33,13 +33,14 @@ ATTENTION = "sdpa"
 
 @dataclass(frozen=True)
 class HealOptions:
-    """`layers`: which are refitted, all from the first that lost something on, or only those that did.
+    """`layers`: which are refitted, only those that lost something, or all from the first of them on, which takes three
+    times as long and did not do better (benchmarks/results/README.md).
 
     `weighting` of a token's squared error: by the teacher's |T|^2, so that the first tokens, whose stream is a hundred
     times as large, count like others, or all alike.
     """
 
-    layers: Literal["following", "lossy"] = "following"
+    layers: Literal["following", "lossy"] = "lossy"
     weighting: Literal["relative", "equal"] = "relative"
 
 

@@ -1,0 +1,88 @@
+"""`llmdrop heal`, and the healing of `llmdrop drop --heal`: each makes values, calls the library and prints."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.cli.commands import beside, write_plan
+from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.healing.heal import Healed, healed
+from llmdrop_vllm.healing.parents import check_parent
+from llmdrop_vllm.healing.records import HEAL_FILE
+from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.masks.dialects import ON_DISK
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import check_destination
+
+# Of text that does not say how much of it to take; a model's own answers are taken whole.
+TEXT_SAMPLES, TEXT_TOKENS = 128, 512
+
+
+def heal(args: Namespace) -> None:
+    """`llmdrop heal`."""
+    dropped, teacher = Checkpoint.open(args.model), Checkpoint.open(args.teacher)
+    check_parent(dropped, teacher)
+    spoken = DropMask.dialects(dropped.config)
+    dialect = next((name for name in ON_DISK if name in spoken), ON_DISK[0])
+    plan = plan_surgery(dropped, dialect=dialect, keep_dropped=True)
+    check_destination(plan, args.out, overwrite=args.overwrite)
+    data = healing_data(dropped, args.data, args)
+    with healing(dropped.under(dropped.mask), teacher.under(teacher.mask), data, args) as found:
+        write_plan(plan.healed(found.tensors), args, {HEAL_FILE: found.record})
+    print(found.record.summary())
+
+
+def healing_data(checkpoint: Checkpoint, source: str, args: Namespace) -> Calibration:
+    """Answers as they are, or windows of text."""
+    from llmdrop_vllm.data.answers import is_answers
+
+    if is_answers(Path(source)):
+        return load_calibration(checkpoint, source, samples=args.samples)
+    samples, seq_len = args.samples or TEXT_SAMPLES, args.seq_len or TEXT_TOKENS
+    if source.endswith(".json"):
+        samples, seq_len = args.samples, args.seq_len
+    return load_calibration(checkpoint, source, samples=samples, seq_len=seq_len, seed=args.seed)
+
+
+@contextmanager
+def healing(
+    student: MaskedCheckpoint, teacher: MaskedCheckpoint, data: Calibration, args: Namespace
+) -> Iterator[Healed]:
+    """Heal with the arguments' options, streams beside OUT; says what it will cost before it begins."""
+    train = None
+    if args.train:
+        from llmdrop_vllm.healing.distill import TrainOptions
+
+        train = TrainOptions(
+            epochs=args.epochs, learning_rate=args.learning_rate, rank=args.lora, parts=args.train_parts
+        )
+    elif args.log_dir is not None:
+        raise OutputError("--log-dir is for --train, which is not given")
+    lost = len(student.mask.attention) + len(student.mask.mlp) - len(teacher.mask.attention) - len(teacher.mask.mlp)
+    columns = int(student.checkpoint.config.get("intermediate_size") or 0)
+    print(f"healing {lost} lost sublayers on {data.identity.tokens:,} tokens of {data.identity.source}")
+    if data.identity.tokens < 20 * columns:
+        print(
+            f"llmdrop: warning: {data.identity.tokens:,} tokens for {columns:,} columns are few, so little can be "
+            f"learnt; {20 * columns:,} would do better",
+            file=sys.stderr,
+        )
+    with healed(
+        student,
+        teacher,
+        data,
+        HealOptions(layers=args.layers),
+        train=train,
+        log_directory=args.log_dir,
+        device=args.device,
+        dtype=args.dtype,
+        scratch=beside(args.out, "healing"),
+        progress=True,
+    ) as found:
+        yield found

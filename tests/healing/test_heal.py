@@ -1,0 +1,136 @@
+"""Healing a tiny model: what is gained, what is kept, and that an interrupted run goes on."""
+
+import json
+
+import pytest
+import torch
+
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.cli import main
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.healing import run as running
+from llmdrop_vllm.healing.distill import TrainOptions
+from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.records import HEAL_FILE
+from llmdrop_vllm.healing.units import units
+from tests.architectures.cases import CASES
+from tests.healing.test_families import data
+
+LLAMA = CASES["LlamaForCausalLM"]
+FULL, MASK = DropMask(5), DropMask(5, attention=(2, 3))
+OPTIONS = ("--data", "embedded", "--samples", "24", "--seq-len", "128")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint.open(LLAMA.write(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dropped") / "dropped"
+    assert main(["apply", str(MODEL), str(out), "--attention", "7,8,11"]) == 0
+    return out
+
+
+def test_what_a_run_does_in_which_order():
+    mask = DropMask(6, attention=(0, 2, 3, 4), mlp=(0, 3, 4, 5))
+    found = [(unit.layer, unit.target, unit.lost, unit.mends) for unit in units(DropMask(6), mask)]
+    assert found == [
+        (1, 1, ("attention 0", "mlp 0"), "mlp"),
+        (2, 4, ("attention 2", "attention 3", "mlp 3", "attention 4", "mlp 4"), "mlp"),
+        (5, 5, ("mlp 5",), "attention"),
+    ]
+
+
+def test_an_interrupted_run_goes_on_and_ends_alike(checkpoint, tmp_path, monkeypatch):
+    def tensors(found):
+        return {name: each.path.read_bytes()[each.start : each.stop] for name, each in sorted(found.tensors.items())}
+
+    with healed(checkpoint.under(MASK), checkpoint.under(FULL), data()) as found:
+        expected = tensors(found), found.record.layers
+    teach, taught = running.Run._teach, []
+
+    def interrupted(self, index, bar):
+        taught.append(index)
+        if index == 3 and taught.count(3) == 1:
+            raise KeyboardInterrupt
+        return teach(self, index, bar)
+
+    monkeypatch.setattr(running.Run, "_teach", interrupted)
+    arguments = (checkpoint.under(MASK), checkpoint.under(FULL), data())
+    with pytest.raises(KeyboardInterrupt), healed(*arguments, scratch=tmp_path / "scratch"):
+        pass
+    with healed(*arguments, scratch=tmp_path / "scratch") as found:
+        assert (tensors(found), found.record.layers) == expected
+    assert taught == [0, 1, 2, 3, 3, 4]
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_training_lowers_the_divergence_of_a_healed_model(tmp_path):
+    checkpoint = Checkpoint.open(MODEL)
+    from llmdrop_vllm.data.calibration import load_calibration
+
+    texts = load_calibration(checkpoint, samples=48, seq_len=96)
+    mask = DropMask(12, attention=(7, 8, 11))
+    options = TrainOptions(epochs=3, learning_rate=1e-3, step_tokens=768)
+    with healed(checkpoint.under(mask), checkpoint.under(DropMask(12)), texts, train=options) as found:
+        training = found.record.training
+        assert training.kl_after < training.kl_before * 0.98
+        assert set(training.tensors) <= found.tensors.keys()
+        assert all(each.shape == checkpoint.tensors[name].shape for name, each in found.tensors.items())
+
+
+def test_a_healed_checkpoint_is_an_ordinary_one_nearer_to_the_full_model(dropped, tmp_path, capsys):
+    out = tmp_path / "healed"
+    assert main(["heal", str(dropped), str(out), "--teacher", str(MODEL), *OPTIONS]) == 0
+    assert "3 layers healed" in capsys.readouterr().out
+    ids = torch.randint(5, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    full, before, after = (hf.from_pretrained(path, dtype=torch.float32).eval() for path in (MODEL, dropped, out))
+    with torch.inference_mode():
+        truth, lost, mended = (model(ids).logits.log_softmax(-1) for model in (full, before, after))
+    assert (dropped / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    assert (truth.exp() * (truth - mended)).sum() < (truth.exp() * (truth - lost)).sum()
+    record = json.loads((out / HEAL_FILE).read_text())
+    assert {each["layer"] for each in record["layers"] if each["tensors"]} == {7, 8, 11}
+    # And healed again: its own record says which weights may differ.
+    again = ["heal", str(out), str(tmp_path / "again"), "--teacher", str(MODEL), *OPTIONS]
+    assert main(again) == 0
+
+
+def test_dropping_can_heal_at_once(tmp_path):
+    out = tmp_path / "out"
+    text = ("--samples", "8", "--seq-len", "64")
+    assert main(["drop", str(MODEL), str(out), "--attention", "3", *text, "--heal", "embedded"]) == 0
+    assert (out / HEAL_FILE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, t: (d, d), "lost nothing"),
+        (lambda d, t: (t, t), "lost nothing"),
+        (lambda d, t: (d, LLAMA.write(t)), "is not the full model of"),
+    ],
+)
+def test_a_teacher_that_is_no_parent_is_refused(change, message, dropped, tmp_path, capsys):
+    student, teacher = change(dropped, tmp_path / "other") if "full" in message else change(dropped, MODEL)
+    command = ["heal", str(student), str(tmp_path / "out"), "--teacher", str(teacher), *OPTIONS]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_neither_equal_nor_healed_are_refused(dropped, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    assert main(["convert", str(dropped), str(other), "--dialect", "llm-drop"]) == 0
+    path = other / "model.dropped.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"] += 1
+    save_file(tensors, path, {"format": "pt"})
+    assert main(["heal", str(other), str(tmp_path / "out"), "--teacher", str(MODEL), *OPTIONS]) == 1
+    assert "layers.1.mlp.down_proj.weight has other values" in capsys.readouterr().err
