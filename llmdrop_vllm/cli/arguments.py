@@ -66,7 +66,7 @@ def _add_writing(add: Add) -> None:
     options.add_mask(apply)
     options.add_output(apply)
 
-    drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8")
+    drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8 --heal", HEALING)
     options.add_model(drop)
     options.add_directory(drop)
     options.add_selection(drop)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import (
     MASK_FILE,
-    SCORES_FILE,
     MaskFile,
     ModelIdentity,
     Provenance,
@@ -32,9 +31,7 @@ from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Rank
 from llmdrop_vllm.selection.selection import select as select_mask
 from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.staging import check_free
-from llmdrop_vllm.writing.write import check_destination, write_checkpoint
-
-OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
+from llmdrop_vllm.writing.write import write_checkpoint
 
 
 def fetch(args: Namespace) -> None:
@@ -59,9 +56,9 @@ def select(args: Namespace) -> None:
     """`llmdrop select`."""
     check_new(args.out, args.overwrite)
     scores = read_record(Scores, args.scores)
-    chosen = _select(scores, args)
-    write_record(_chosen_file(chosen, scores), args.out)
-    _forget(args.out)
+    chosen = selection_of(scores, args)
+    write_record(chosen_file(chosen, scores), args.out)
+    forget(args.out)
     show_selection(chosen)
     print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
 
@@ -71,49 +68,8 @@ def apply(args: Namespace) -> None:
     check_free(args.out, overwrite=args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
-    plan = _plan(args, checkpoint, None if file is None else file.mask)
+    plan = plan_of(args, checkpoint, None if file is None else file.mask)
     write_plan(plan, args, {} if file is None else {MASK_FILE: file})
-
-
-def drop(args: Namespace) -> None:
-    """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
-    checkpoint = Checkpoint.open(args.model)
-    # What cannot be chosen or written is refused before the scores, which may take hours.
-    possible = select_mask(Scores.unmeasured(checkpoint), *_methods(args), protect=args.protect).mask
-    check_destination(_plan(args, checkpoint, possible), args.out, overwrite=args.overwrite)
-    if args.heal is not None and args.config_only:
-        raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
-    calibration = calibration_of(checkpoint, args)
-    scores = _scored_or_kept("scores", checkpoint, calibration, args)
-    chosen = _select(scores, args, checkpoint, calibration)
-    show_selection(chosen)
-    plan = _plan(args, checkpoint, chosen.mask)
-    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: _chosen_file(chosen, scores)}
-    if args.heal is None:
-        write_plan(plan, args, records)
-    else:
-        _write_healed(plan, args, records)
-    _forget(args.out)
-
-
-def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record]) -> None:
-    """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
-    from llmdrop_vllm.cli.healing_commands import healing, healing_data
-    from llmdrop_vllm.healing.records import HEAL_FILE
-
-    checkpoint, source = plan.masked.checkpoint, args.heal
-    if source == OWN_ANSWERS:
-        from llmdrop_vllm.cli.evaluation_commands import ask
-
-        path = beside(args.out, "answers.jsonl")
-        if not path.exists():
-            ask(checkpoint, path, args)
-        source = str(path)
-    args.samples = args.seq_len = None  # of the scores' data
-    data = healing_data(checkpoint, source, args)
-    with healing(plan.masked, checkpoint.under(checkpoint.mask), data, args) as found:
-        write_plan(plan.healed(found.tensors), args, {**records, HEAL_FILE: found.record})
-    print(found.record.summary())
 
 
 def convert(args: Namespace) -> None:
@@ -177,13 +133,13 @@ def beside(out: Path, what: str) -> Path:
     return out.absolute().with_name(f".{out.name}.llmdrop-{what}")
 
 
-def _forget(out: Path) -> None:
-    """Remove what `_scored_or_kept` wrote beside `out`, once the command has come to its end."""
+def forget(out: Path) -> None:
+    """Remove what `scored_or_kept` wrote beside `out`, once the command has come to its end."""
     for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.llmdrop-*.json*"):
         path.unlink()
 
 
-def _scored_or_kept(
+def scored_or_kept(
     name: str, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None = None
 ) -> Scores:
     """The scores that an earlier run of the same command left beside OUT, or new ones, which are left there."""
@@ -210,7 +166,7 @@ def _kept_scores(
     return scores if found == asked else None
 
 
-def _methods(args: Namespace) -> list[Method]:
+def methods_of(args: Namespace) -> list[Method]:
     """The methods that the command line asks for, in the order of its help."""
     padding = not args.allow_padding
     found: list[Method] = []
@@ -239,10 +195,11 @@ def _methods(args: Namespace) -> list[Method]:
     return found
 
 
-def _select(
+def selection_of(
     scores: Scores, args: Namespace, checkpoint: Checkpoint | None = None, calibration: Calibration | None = None
 ) -> Selection:
-    methods = _methods(args)
+    """The mask that the arguments ask for."""
+    methods = methods_of(args)
     if not args.iterative:
         return select_mask(scores, *methods, protect=args.protect)
     select_mask(scores, *methods, protect=args.protect)  # refused before the model is opened
@@ -254,7 +211,7 @@ def _select(
 
     def rescore(mask: DropMask) -> Scores:
         gone = len(mask.attention) + len(mask.mlp)
-        return _scored_or_kept(f"without-{gone}", checkpoint, calibration, args, mask)
+        return scored_or_kept(f"without-{gone}", checkpoint, calibration, args, mask)
 
     return iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
 
@@ -276,7 +233,8 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
     return again
 
 
-def _chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
+def chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
+    """A mask with the provenance of the scores that it was chosen by."""
     measured = scores.provenance
     return MaskFile.of(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
 
@@ -300,7 +258,8 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{parent} is not a directory that can be written to")
 
 
-def _plan(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
+def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
+    """What the arguments ask to write."""
     return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
 
 

@@ -1,27 +1,81 @@
-"""`llmdrop heal`, and the healing of `llmdrop drop --heal`: each makes values, calls the library and prints."""
+"""`llmdrop drop | heal`: each makes values of its arguments, calls the library and prints."""
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llmdrop_vllm.artifacts import MASK_FILE, SCORES_FILE, Record, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
-from llmdrop_vllm.cli.commands import beside, write_plan
+from llmdrop_vllm.cli.commands import (
+    beside,
+    calibration_of,
+    chosen_file,
+    forget,
+    methods_of,
+    plan_of,
+    scored_or_kept,
+    selection_of,
+    write_plan,
+)
+from llmdrop_vllm.cli.console import show_selection
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.healing.heal import Healed, healed
+from llmdrop_vllm.errors import InputError, OutputError
 from llmdrop_vllm.healing.parents import check_parent
 from llmdrop_vllm.healing.records import HEAL_FILE
-from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.selection.selection import select as select_mask
+from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.write import check_destination
+
+if TYPE_CHECKING:
+    from llmdrop_vllm.healing.heal import Healed
 
 # Of text that does not say how much of it to take; a model's own answers are taken whole.
 TEXT_SAMPLES, TEXT_TOKENS = 128, 512
+OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
+
+
+def drop(args: Namespace) -> None:
+    """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
+    checkpoint = Checkpoint.open(args.model)
+    # What cannot be chosen or written is refused before the scores, which may take hours.
+    possible = select_mask(Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect).mask
+    check_destination(plan_of(args, checkpoint, possible), args.out, overwrite=args.overwrite)
+    if args.heal is not None and args.config_only:
+        raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
+    calibration = calibration_of(checkpoint, args)
+    scores = scored_or_kept("scores", checkpoint, calibration, args)
+    chosen = selection_of(scores, args, checkpoint, calibration)
+    show_selection(chosen)
+    plan = plan_of(args, checkpoint, chosen.mask)
+    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: chosen_file(chosen, scores)}
+    if args.heal is None:
+        write_plan(plan, args, records)
+    else:
+        _write_healed(plan, args, records)
+    forget(args.out)
+
+
+def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record]) -> None:
+    """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
+    checkpoint, source = plan.masked.checkpoint, args.heal
+    if source == OWN_ANSWERS:
+        from llmdrop_vllm.cli.evaluation_commands import ask
+
+        path = beside(args.out, "answers.jsonl")
+        if not path.exists():
+            ask(checkpoint, path, args)
+        source = str(path)
+    args.samples = args.seq_len = None  # of the scores' data
+    data = healing_data(checkpoint, source, args)
+    with healing(plan.masked, checkpoint.under(checkpoint.mask), data, args) as found:
+        write_plan(plan.healed(found.tensors), args, {**records, HEAL_FILE: found.record})
+    print(found.record.summary())
 
 
 def heal(args: Namespace) -> None:
@@ -53,8 +107,11 @@ def healing_data(checkpoint: Checkpoint, source: str, args: Namespace) -> Calibr
 @contextmanager
 def healing(
     student: MaskedCheckpoint, teacher: MaskedCheckpoint, data: Calibration, args: Namespace
-) -> Iterator[Healed]:
+) -> Iterator["Healed"]:
     """Heal with the arguments' options, streams beside OUT; says what it will cost before it begins."""
+    from llmdrop_vllm.healing.heal import healed
+    from llmdrop_vllm.healing.run import HealOptions
+
     train = None
     if args.train:
         from llmdrop_vllm.healing.distill import TrainOptions
