@@ -46,6 +46,12 @@ class Sublayer:
         return self.module, *self.also, *self.norms
 
     @property
+    def output_ending(self) -> str:
+        """A regular expression of how the names of the last projection's tensors end."""
+        # The experts of some mixtures are one tensor, whose name ends where others' have `.weight`.
+        return rf"(?:{self.output})(?:\.weight|\.bias|_bias)?"
+
+    @property
     def vllm_module(self) -> str:
         """The module's name in vLLM's decoder layer."""
         return self.in_vllm or self.module

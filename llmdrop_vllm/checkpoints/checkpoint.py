@@ -118,8 +118,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-            tensor.read_into(head := bytearray(min(4096, tensor.num_bytes)))
-            digest.update(head)
+            digest.update(tensor.head())
         return digest.hexdigest()[:16]
 
     def under(self, mask: DropMask) -> "MaskedCheckpoint":

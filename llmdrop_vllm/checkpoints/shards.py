@@ -19,6 +19,8 @@ INDEX_FILE = "model.safetensors.index.json"
 VARIANT = "dropped"
 VARIANT_INDEX_FILE = f"model.safetensors.index.{VARIANT}.json"
 
+HEAD_BYTES = 4096
+
 
 class ShardIndex(BaseModel):
     """model.safetensors.index.json: tensor name to the file that holds it."""
@@ -54,6 +56,11 @@ class StoredTensor:
         """Fill a buffer of at most `num_bytes` with the tensor's first bytes, little endian as on disk."""
         with self.path.open("rb") as file:
             read_exactly(file, self.start, memoryview(buffer))
+
+    def head(self) -> bytes:
+        """Its first HEAD_BYTES, by which weights are told apart."""
+        self.read_into(found := bytearray(min(HEAD_BYTES, self.num_bytes)))
+        return bytes(found)
 
     def read_ahead(self) -> None:
         """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""

@@ -54,9 +54,12 @@ def answers(args: Namespace) -> None:
 
 
 def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
-    """The full model's answers to our prompts, for what is healed on them right away."""
+    """The full model's answers to our prompts, for what is healed on them right away; those that are there already if
+    they are to the same.
+    """
     plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or _default_dtype(checkpoint), options={})
-    sample_answers(plan, out, progress=True)
+    if not (out.exists() and read_answers(out)[0].asks_the_same(plan.header)):
+        sample_answers(plan, out, progress=True)
 
 
 def evaluate(args: Namespace) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # Of text that does not say how much of it to take; a model's own answers are taken whole.
 TEXT_SAMPLES, TEXT_TOKENS = 128, 512
+TOKENS_PER_COLUMN = 20
 OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
 
 
@@ -68,8 +69,7 @@ def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Reco
         from llmdrop_vllm.cli.evaluation_commands import ask
 
         path = beside(args.out, "answers.jsonl")
-        if not path.exists():
-            ask(checkpoint, path, args)
+        ask(checkpoint, path, args)
         source = str(path)
     args.samples = args.seq_len = None  # of the scores' data
     data = healing_data(checkpoint, source, args)
@@ -124,10 +124,10 @@ def healing(
     lost = len(student.mask.attention) + len(student.mask.mlp) - len(teacher.mask.attention) - len(teacher.mask.mlp)
     columns = int(student.checkpoint.config.get("intermediate_size") or 0)
     print(f"healing {lost} lost sublayers on {data.identity.tokens:,} tokens of {data.identity.source}")
-    if data.identity.tokens < 20 * columns:
+    if data.identity.tokens < (enough := TOKENS_PER_COLUMN * columns):
         print(
             f"llmdrop: warning: {data.identity.tokens:,} tokens for {columns:,} columns are few, so little can be "
-            f"learnt; {20 * columns:,} would do better",
+            f"learnt; {enough:,} would do better",
             file=sys.stderr,
         )
     with healed(

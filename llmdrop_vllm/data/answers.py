@@ -143,12 +143,6 @@ def _check(answer: Answer, path: Path, size: int, context: int | None) -> None:
         )
 
 
-def answer_lines(header: AnswersHeader, answers: Iterable[Answer]) -> Iterator[str]:
-    """The file's lines, in order."""
-    yield header.model_dump_json() + "\n"
-    yield from (each.model_dump_json() + "\n" for each in answers)
-
-
 class GrowingAnswers:
     """Answers on their way into a file: what is appended stays, whatever ends the process. `count` are there."""
 
@@ -179,7 +173,7 @@ class GrowingAnswers:
             count, end = count + 1, end + len(line)
         self.file.truncate(end)
         if count < 0:
-            self._write(next(answer_lines(header, ())))
+            self._write(header.model_dump_json() + "\n")
         return max(count, 0)
 
     def _write(self, lines: str) -> None:

@@ -14,10 +14,7 @@ from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import is_answers, load_answers
 from llmdrop_vllm.data.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
-from llmdrop_vllm.data.tokens import Calibration as Calibration
-from llmdrop_vllm.data.tokens import TokenIds as TokenIds
-from llmdrop_vllm.data.tokens import load_tokenizer
-from llmdrop_vllm.data.tokens import vocab_size as vocab_size
+from llmdrop_vllm.data.tokens import Calibration, TokenIds, load_tokenizer, vocab_size
 from llmdrop_vllm.embedded import held_out
 from llmdrop_vllm.errors import DataError
 

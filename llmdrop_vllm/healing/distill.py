@@ -138,8 +138,8 @@ def distill(
     *,
     log_directory: Path | None = None,
     progress: bool = False,
-) -> tuple[Training, Mapping[str, torch.Tensor]]:
-    """Train the model in place; what was gained, and the trained parameters by the model's names.
+) -> tuple[Training, list[str]]:
+    """Train the model in place; what was gained, and the names of the trained parameters.
 
     The directory keeps what an interrupted training goes on from.
     """
@@ -163,7 +163,7 @@ def distill(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.is_dir() else None)
     after = trainer.evaluate()["eval_loss"]
     if options.rank is not None:
-        model = model.merge_and_unload()
+        model.merge_and_unload()  # into the model that was given
     epochs = trainer.state.global_step / steps_per_epoch
     training = Training(
         method=options.method,
@@ -174,8 +174,7 @@ def distill(
         kl_after=after,
         history=_history(trainer.state.log_history),
     )
-    parameters = dict(model.named_parameters())
-    return training, {name: parameters[name].detach() for name in names}
+    return training, names
 
 
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
@@ -190,8 +189,8 @@ def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
     model.requires_grad_(False)
     if rank is not None:
         return _adapted(model, names, rank)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in set(names))
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
     return model
 
 

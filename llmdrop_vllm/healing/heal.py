@@ -16,6 +16,7 @@ import torch
 from llmdrop_vllm import __version__
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import OutputError
@@ -114,7 +115,7 @@ def _trained(
     in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS)  # of which there are logits, all at once
     targets = teach(lambda: load_mended(teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
     model = load_mended(student, closed.tensors, dtype=torch.float32)
-    training, parameters = distill(
+    training, names = distill(
         model,
         student.checkpoint.family,
         student.mask,
@@ -122,12 +123,12 @@ def _trained(
         run.streams.held_out,
         targets,
         train,
-        directory / "training",
+        directory / f"training-{sha256([asdict(train)])}",  # of other options, another's weights would be gone on with
         log_directory=log_directory,
         progress=progress,
     )
     tensors = dict(closed.tensors)
     if training.kl_after < training.kl_before:
-        trained = keep_mended(student, model, parameters, directory / "trained.safetensors")
+        trained = keep_mended(model, find_tensors(student.checkpoint, model), names, directory / "trained.safetensors")
         training, tensors = training.model_copy(update={"tensors": tuple(sorted(trained))}), tensors | trained
     return Healed(tensors, closed.record.model_copy(update={"training": training}))

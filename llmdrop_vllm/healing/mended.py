@@ -1,6 +1,6 @@
 """A checkpoint with some of its tensors replaced, as a model and back: what healing and training hand on."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,12 @@ def load_mended(masked: MaskedCheckpoint, tensors: Mapping[str, StoredTensor], *
 
 
 def keep_mended(
-    masked: MaskedCheckpoint, model: Any, parameters: Mapping[str, torch.Tensor], path: Path
+    model: Any, stored: Mapping[str, StoredTensor], names: Collection[str], path: Path
 ) -> dict[str, StoredTensor]:
-    """Write a model's parameters to a file under the names and in the dtypes that the checkpoint has."""
-    stored = find_tensors(masked.checkpoint, model)
+    """Write some of a model's parameters to a file, under the names and in the dtypes of what the checkpoint stores."""
     found = {
         stored[name].name: tensor.to(TORCH_DTYPES[stored[name].dtype]).cpu().contiguous()
-        for name, tensor in checkpoint_tensors(model, list(parameters)).items()
+        for name, tensor in checkpoint_tensors(model, names).items()
     }
     save_file(found, path)
     return {tensor.name: tensor for tensor in stored_tensors(path)}

@@ -80,11 +80,12 @@ def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> di
     What the checkpoint calls the sublayer's output decides, for Transformers may store it otherwise: experts as one.
     """
     layer, prefix = stream.layers[index], f"{stream.layers_prefix}{index}."
-    ending = rf"(?:{sublayer.output})(?:\.weight|\.bias|_bias)?"
     # Where the module is the projection itself, as OPT's is, the others beside it are its input.
     itself = "weight" in sublayer.output.split("|")
     modules = sublayer.module if itself else "|".join((sublayer.module, *sublayer.also))
-    pattern = re.compile(rf"^.*\.{index}\.(?:(?:{modules})\.(?:.*\.)?{ending}|{sublayer.post_norm}\.\w+)$")
+    pattern = re.compile(
+        rf"^.*\.{index}\.(?:(?:{modules})\.(?:.*\.)?{sublayer.output_ending}|{sublayer.post_norm}\.\w+)$"
+    )
     found = {}
     for name, parameter in layer.named_parameters():
         if any(pattern.match(stored) for stored in checkpoint_tensors(stream.model, [prefix + name])):

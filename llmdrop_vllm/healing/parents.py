@@ -6,12 +6,9 @@ from typing import Any
 
 from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.healing.records import HEAL_FILE, Healing
-
-HEAD_BYTES = 4096
 
 
 def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -60,7 +57,7 @@ def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
                 f"{teacher.directory} is not the full model of {student.directory}: {name} has shape "
                 f"{list(tensor.shape)}, and the teacher has {found}"
             )
-        if name not in changed and (other.dtype != tensor.dtype or _head(other) != _head(tensor)):
+        if name not in changed and (other.dtype != tensor.dtype or other.head() != tensor.head()):
             raise CheckpointError(
                 f"{teacher.directory} is not the full model of {student.directory}: {name} has other values, and no "
                 f"{HEAL_FILE} says that it was healed"
@@ -75,11 +72,6 @@ def _changed(checkpoint: Checkpoint) -> set[str]:
     record = read_record(Healing, path)
     trained = record.training.tensors if record.training else ()
     return {*trained, *(name for layer in record.layers for name in layer.tensors)}
-
-
-def _head(tensor: StoredTensor) -> bytes:
-    tensor.read_into(head := bytearray(min(HEAD_BYTES, tensor.num_bytes)))
-    return bytes(head)
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

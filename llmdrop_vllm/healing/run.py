@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -17,6 +16,7 @@ from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.healing.records import HealedLayer
 from llmdrop_vllm.healing.refit import Refit, refit
@@ -29,6 +29,14 @@ from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
 from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
 
 ATTENTION = "sdpa"
+SCRATCH_FILES = (
+    "teacher-?.bin",
+    "student-?.bin",
+    "healed-*.safetensors",
+    "trained.safetensors",
+    "targets-*",
+    "training-*",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Run:
         self.chunks = self.streams.batches.chunks
         self.steps = self._steps(units(teacher.mask, student.mask))
         needed_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
-        self.scratch = Scratch(directory, asked, needed_bytes)
+        self.scratch = Scratch(directory, asked, needed_bytes, SCRATCH_FILES)
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""
@@ -115,8 +123,11 @@ class Run:
             found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
             depth = unit.target + 1
             if place >= first:
-                found.append(Step(unit.layer, 2, partial(self._mend, place, unit)))
+                found.append(Step(unit.layer, 1 + self._refits(unit), partial(self._mend, place, unit)))
         return found
+
+    def _refits(self, unit: Unit) -> bool:
+        return bool(unit.lost) or self.options.layers == "following"
 
     def _embed(self, *, write: bool) -> None:
         """The first layer's input; a run that goes on only needs what the layers get beside it."""
@@ -150,16 +161,16 @@ class Run:
         with self.streams.student.layer(unit.layer) as layer:
             parameters = output_parameters(self.streams.student, unit.layer, sublayer)
             task = Task(self.streams, layer, place, unit)
-            if self.options.layers == "lossy" and not unit.lost:
-                found = Refit(task.loss(learnt=False), 0)
-                bar.update(len(self.chunks))
-            else:
-                found = refit(task, parameters, bar.update)
+            found = refit(task, parameters, bar.update) if self._refits(unit) else Refit(0.0, 0)
             changed = self._store(unit.layer, parameters) if found.left < 1 else ()
+            passed = 0.0
             for chunk in self.chunks:
-                self.streams.mended.write(place + 1, chunk, task.output(chunk))
+                output = task.output(chunk)
+                self.streams.mended.write(place + 1, chunk, output)
+                if not self._refits(unit) and (rows := task.rows(chunk, judging=True)).any():
+                    passed += task.lack(chunk, output)[0][rows].square().sum().item()
                 bar.update()
-        before = found.error / task.scale()
+        before = (found.error + passed) / task.scale()
         return HealedLayer(
             layer=unit.layer,
             target=unit.target,
@@ -174,12 +185,9 @@ class Run:
 
     def _store(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
         """Keep a layer's changed parameters as the checkpoint has them, and go on with what rounding left of them."""
-        stream, found = self.streams.student, {}
-        for name, parameter in parameters.items():
-            stored = checkpoint_tensors(stream.model, [f"{stream.layers_prefix}{index}.{name}"])
-            for each, tensor in stored.items():
-                dtype = TORCH_DTYPES[stream.tensors[each].dtype]
-                found[stream.tensors[each].name] = tensor.to(dtype).cpu().contiguous()
-            parameter.copy_(parameter.to(dtype))
-        save_file(found, self.scratch.directory / f"healed-{index:05}.safetensors")
-        return tuple(sorted(found))
+        stream, path = self.streams.student, self.scratch.directory / f"healed-{index:05}.safetensors"
+        named = {f"{stream.layers_prefix}{index}.{name}": parameter for name, parameter in parameters.items()}
+        for name, parameter in named.items():
+            stored = stream.tensors[next(iter(checkpoint_tensors(stream.model, [name])))]
+            parameter.copy_(parameter.to(TORCH_DTYPES[stored.dtype]))
+        return tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))

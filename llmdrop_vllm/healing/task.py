@@ -42,9 +42,7 @@ class Streams:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""
         states = self.truth if stream is self.teacher else self.mended
         hidden = states.read(at, chunk).to(self.device, next(layer.parameters()).dtype)
-        call = stream.call(index, chunk.shape)
-        output = layer(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return stream.through(layer, index, hidden)
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,14 @@ class Task:
         """[batch, tokens, hidden]."""
         return self.streams.after(self.streams.student, self.layer, self.unit.layer, chunk, self.place)
 
-    def lack(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted error [batch, tokens, hidden] and the weights [batch, tokens, 1], float32.
+    def lack(self, chunk: Chunk, output: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted error [batch, tokens, hidden] and the weights [batch, tokens, 1], float32; of the layer's output
+        on the chunk, where that is known.
 
         Raises CheckpointError where a stream is not finite.
         """
         truth = self.streams.truth.read(self.unit.target + 1, chunk).to(self.streams.device).float()
-        found = truth - self.output(chunk).float()
+        found = truth - (self.output(chunk) if output is None else output).float()
         if not found.isfinite().all():
             student = self.streams.student
             raise CheckpointError(

@@ -91,6 +91,12 @@ class LayerStream:
         """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
         return self.calls[shape][index]
 
+    def through(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, which is in memory, run on [batch, tokens, hidden]; `begin` must have seen that shape."""
+        batch, tokens, _ = hidden.shape
+        call = self.call(index, (batch, tokens))
+        return first_of(layer(hidden, *call.args, **call.kwargs))
+
     def _begin(self, token_ids: torch.Tensor) -> torch.Tensor:
         recorded: dict[int, tuple[torch.Tensor, LayerCall]] = {}
 
@@ -153,6 +159,11 @@ class LayerStream:
             names = [f"{self.layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
             for name in checkpoint_tensors(self.model, names) if self.is_converted else names:
                 self.tensors[name].read_ahead()
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """What a layer or sublayer returned, without what it may return beside."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _implementation(made: type[PreTrainedModel], config: PretrainedConfig, attention: str) -> str:

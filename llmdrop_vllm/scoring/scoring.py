@@ -30,18 +30,19 @@ from llmdrop_vllm.artifacts import (
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
-from llmdrop_vllm.data.calibration import Calibration
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.scoring.batches import Batches
-from llmdrop_vllm.scoring.layers import LayerStream
+from llmdrop_vllm.scoring.layers import LayerStream, first_of
 from llmdrop_vllm.scoring.scratch import GapHistory, HiddenStates, Scratch
 from llmdrop_vllm.scoring.similarity import ResidualSums
 
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
 # depths stays below this size on disk.
 MAX_GAP_TOKENS, MAX_GAP_HISTORY_BYTES = 4096, 2**31
+SCRATCH_FILES = ("hidden-?.bin", "gaps.bin")
 TOKENS_PER_CHUNK = {"cpu": 2048, "cuda": 16384}  # enough to be bound by compute, at hundreds of MiB per layer
 
 
@@ -108,7 +109,7 @@ class _Run:
             str(device),
             str(dtype),
         ]
-        self.scratch = Scratch(directory, sha256(asked), needed_bytes)
+        self.scratch = Scratch(directory, sha256(asked), needed_bytes, SCRATCH_FILES)
 
     def layers(self, progress: bool) -> list[dict[str, Any]]:
         """One result per layer; those that the scratch directory has already are not computed again."""
@@ -140,10 +141,9 @@ class _Run:
         with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer) as inside:
             for chunk in self.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
-                call, spans = self.stream.call(index, chunk.shape), self.batches.spans(chunk)
+                spans = self.batches.spans(chunk)
                 probe.tokens = min(span.stop for span in spans)
-                output = layer(x, *call.args, **call.kwargs)
-                z = _tensor(output)
+                z = self.stream.through(layer, index, x)
                 sums.add(x, *inside(x), z, spans=spans)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
@@ -174,7 +174,7 @@ class _Run:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
             # A copy, for Falcon's layer adds attention's output to the MLP's in place.
             handles = [
-                module.register_forward_hook(lambda _m, _args, out: added.append(_tensor(out).clone()))
+                module.register_forward_hook(lambda _m, _args, out: added.append(first_of(out).clone()))
                 for module in modules
             ]
         else:
@@ -194,11 +194,6 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    """What a layer or sublayer returned, without what it may return beside."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def precision(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

@@ -21,8 +21,7 @@ from llmdrop_vllm.checkpoints.shards import read_exactly
 from llmdrop_vllm.errors import InputError, OutputError
 
 # What a run leaves in its directory: whoever names one of their own must not lose what else is there.
-OWN_FILES = ("hidden-?.bin", "gaps.bin", "progress.json", ".progress.json.*.partial")
-OF_HEALING = ("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors", "targets-*", "training")
+OWN_FILES = ("progress.json", ".progress.json.*.partial")
 
 
 class Progress(Record):
@@ -116,10 +115,12 @@ class GapHistory:
 
 
 class Scratch:
-    """A run's directory: made, taken up again or thrown away. What others have put into it stays."""
+    """A run's directory: made, taken up again or thrown away. What others have put into it stays: all but `files`, as
+    patterns of names.
+    """
 
-    def __init__(self, directory: Path, run: str, needed_bytes: int) -> None:
-        self.directory, self.state = directory, directory / "progress.json"
+    def __init__(self, directory: Path, run: str, needed_bytes: int, files: Sequence[str]) -> None:
+        self.directory, self.state, self.files = directory, directory / "progress.json", (*files, *OWN_FILES)
         make_directory(directory)
         try:
             self.lock = hold(directory, "scoring or healing with it")
@@ -154,7 +155,7 @@ class Scratch:
             self.lock = -1
 
     def _empty(self) -> None:
-        for pattern in (*OWN_FILES, *OF_HEALING):
+        for pattern in self.files:
             for path in self.directory.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

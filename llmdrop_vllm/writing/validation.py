@@ -70,9 +70,7 @@ def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:
     found = set()
     for sublayer, dropped in checkpoint.family.sublayers(masked.mask):
         modules = "|".join((sublayer.module, *sublayer.also))
-        # The experts of some mixtures are one tensor, whose name ends where others' have `.weight`.
-        ending = rf"(?:{sublayer.output})(?:\.weight|\.bias|_bias)?"
-        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.({modules})\.((?:.*\.)?{ending}$)?.*")
+        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.({modules})\.((?:.*\.)?{sublayer.output_ending}$)?.*")
         inside = [match for name in checkpoint.tensors if (match := pattern.fullmatch(name))]
         matches = [match for match in inside if match[3]]
         # Of a mixture and its shared expert, for one, each has an output of its own.

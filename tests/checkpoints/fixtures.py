@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.calibration import Calibration, load_calibration
+from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.tokens import Calibration
 from tests.checkpoints.files import split, token_file
 from tests.tiny import TINY_LLAMA, write_checkpoint
 

@@ -1,7 +1,7 @@
 """Files of answers that nobody gave, for what reads them."""
 
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance
-from llmdrop_vllm.data.answers import Answer, AnswersHeader, answer_lines
+from llmdrop_vllm.data.answers import Answer, AnswersHeader
 
 
 def header(**changes):
@@ -35,5 +35,6 @@ ANSWERS = (
 
 
 def write_answers(path, answers=ANSWERS, **changes):
-    path.write_text("".join(answer_lines(header(**changes), answers)), encoding="utf-8")
+    lines = (each.model_dump_json() + "\n" for each in (header(**changes), *answers))
+    path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -255,3 +255,12 @@ def test_a_model_without_a_tokenizer_and_an_option_that_there_is_not_are_named(p
         plan_answers(tiny, AnswersRequest(), dtype="float32", options={})
     with pytest.raises(InputError, match="max_tokenz, which vLLM's EngineArgs do not have"):
         plan(prompts, options={"max_tokenz": 3})
+
+
+# Last, for the end of its engine takes what the other one computes with.
+def test_seeded_answers_to_more_than_one_step_can_take(tmp_path):
+    """On a CPU vLLM 0.32 cannot take back a seeded request's generator after a part of its prompt."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": [5 + number] * 120}) + "\n" for number in range(40)))
+    _, found = answers(plan(path, max_tokens=2), tmp_path / "answers.jsonl")
+    assert len(found) == 40

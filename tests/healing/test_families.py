@@ -6,7 +6,7 @@ import torch
 
 from llmdrop_vllm.artifacts import DataIdentity
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.calibration import Calibration
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.masks.mask import DropMask
