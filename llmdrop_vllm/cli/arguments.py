@@ -152,3 +152,11 @@ def _add_measuring(add: Add) -> None:
         metavar="FILE",
         help="scores of another calibration set, to compare (repeatable)",
     )
+    report.add_argument(
+        "--healed",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what `llmdrop evaluate` wrote of a point of the sweep once it was healed (repeatable)",
+    )

@@ -19,7 +19,7 @@ from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
-from llmdrop_vllm.evaluation.records import DivergedOn, SpeedWorkload, Sweep
+from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.report import write_report
@@ -128,7 +128,8 @@ def report(args: Namespace) -> None:
     directory = _results_directory(args)
     found = _sweep_of(args)
     scores = [read_record(Scores, path) for path in (directory / SCORES_FILE, *args.scores)]
-    written = write_report(found, scores, directory)
+    evaluations = [read_record(Evaluation, path) for path in args.healed]
+    written = write_report(found, scores, directory, evaluations)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 

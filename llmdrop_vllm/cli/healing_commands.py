@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,8 @@ def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Reco
         source = str(path)
     args.samples = args.seq_len = None  # of the scores' data
     data = healing_data(checkpoint, source, args)
+    if args.heal == OWN_ANSWERS:  # the file is gone when this has come to its end
+        data = replace(data, identity=data.identity.model_copy(update={"source": "its own answers to our prompts"}))
     with healing(plan.masked, checkpoint.under(checkpoint.mask), data, args) as found:
         write_plan(plan.healed(found.tensors), args, {**records, HEAL_FILE: found.record})
     print(found.record.summary())

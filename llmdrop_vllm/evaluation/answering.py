@@ -121,7 +121,7 @@ def plan_answers(
         request,
         EngineSettings(dtype, min(longest, context or longest), options=options, seeded=request.temperature > 0),
         chosen,
-        _held_out(chosen, request.held_out, request.seed),
+        _held_out(chosen, request, len(prompts)),
         len(prompts),
         gone,
     )
@@ -189,12 +189,20 @@ def _reasons(left_out: Counter[str]) -> str:
     return "; ".join(f"{reason} ({count})" for reason, count in left_out.most_common(3))
 
 
-def _held_out(prompts: Mapping[int, tuple[int, ...]], share: float, seed: int) -> frozenset[int]:
-    """Numbers of the prompts to judge by: by a hash of their tokens, so that the same prompt is on the same side each
-    time it comes and in every file; where there are two, one at least on either side.
+def _held_out(prompts: Mapping[int, tuple[int, ...]], request: AnswersRequest, num_prompts: int) -> frozenset[int]:
+    """Numbers of the prompts to judge by; where there are two, one at least on either side.
+
+    Of ours the first ones, a sample of all kinds, by which `own_answers` judges too. Of others by a hash of their
+    tokens, so that the same prompt is on the same side each time it comes and in every file.
     """
-    places = {number: sha256([seed, list(ids)]) for number, ids in prompts.items()}
-    chosen = {place for place in places.values() if int(place[:8], 16) < share * 2**32}
-    if share:
-        chosen = (chosen | {min(places.values())}) - {max(places.values())}
-    return frozenset(number for number, place in places.items() if place in chosen)
+
+    def rank(number: int, ids: Sequence[int]) -> float:
+        if request.prompts == PROMPTS:
+            return number / num_prompts
+        return int(sha256([request.seed, list(ids)])[:8], 16) / 2**32
+
+    ranks = {number: rank(number, ids) for number, ids in prompts.items()}
+    chosen = {each for each in ranks.values() if each < request.held_out}
+    if request.held_out:
+        chosen = (chosen | {min(ranks.values())}) - {max(ranks.values())}
+    return frozenset(number for number, each in ranks.items() if each in chosen)

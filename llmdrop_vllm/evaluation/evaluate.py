@@ -16,6 +16,7 @@ from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
+from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.masks.mask import DropMask
 
 DEFAULT_CONTEXT, DEFAULT_WINDOWS, DEFAULT_DIVERGENCE_TOKENS = 512, 32, 4096
@@ -112,7 +113,9 @@ def evaluate_checkpoint(
     with running(checkpoint, mask, settings, harness=bool(measures.harness.tasks)) as engine:
         quality, raw = measures.quality(engine, mask, divergence)
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
-    return Evaluation(quality=quality, skipped=measures.harness.skipped, provenance=provenance), raw
+    record = healing_of(checkpoint.directory)
+    healed = record.method if record else None
+    return Evaluation(quality=quality, skipped=measures.harness.skipped, healed=healed, provenance=provenance), raw
 
 
 def _kind(checkpoint: Checkpoint) -> str:

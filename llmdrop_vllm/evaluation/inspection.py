@@ -3,6 +3,7 @@
 from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.healing.records import Healing, healing_of
 from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
@@ -29,7 +30,9 @@ class Footprint(Record):
 
 
 class Inspection(Record):
-    """A checkpoint with and without its mask. `stripped`: the dropped weights are gone from the files."""
+    """A checkpoint with and without its mask. `stripped`: the dropped weights are gone from the files; `healing`: what
+    was done to those that are left.
+    """
 
     model: str
     architecture: str
@@ -44,6 +47,7 @@ class Inspection(Record):
     kv_layout: str
     full: Footprint
     dropped: Footprint
+    healing: Healing | None
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""
@@ -112,6 +116,7 @@ def inspect_checkpoint(
         kv_layout=masked.layout.describe(),
         full=footprint(whole),
         dropped=footprint(masked),
+        healing=healing_of(checkpoint.directory),
     )
 
 

@@ -118,11 +118,12 @@ class Quality(Record):
 
 
 class Evaluation(Record):
-    """What `llmdrop evaluate` writes. `skipped`: task to why it was not run."""
+    """What `llmdrop evaluate` writes. `skipped`: task to why not; `healed`: how the checkpoint was, if so."""
 
     kind: Literal["llmdrop-evaluation"] = "llmdrop-evaluation"
     quality: Quality
     skipped: Mapping[str, str] = Field(default_factory=dict)
+    healed: Literal["healed", "trained"] | None = None
     provenance: Provenance
 
 

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import CheckpointError, MaskError
-from llmdrop_vllm.healing.records import HEAL_FILE, Healing
+from llmdrop_vllm.healing.records import HEAL_FILE, healing_of
 
 
 def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -66,10 +65,9 @@ def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
 
 def _changed(checkpoint: Checkpoint) -> set[str]:
     """Tensors that earlier healing has changed."""
-    path = checkpoint.directory / HEAL_FILE
-    if not path.exists():
+    record = healing_of(checkpoint.directory)
+    if record is None:
         return set()
-    record = read_record(Healing, path)
     trained = record.training.tensors if record.training else ()
     return {*trained, *(name for layer in record.layers for name in layer.tensors)}
 

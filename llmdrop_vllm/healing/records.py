@@ -1,8 +1,9 @@
 """llmdrop_heal.json: what a checkpoint was healed on, and what each layer gained by it."""
 
+from pathlib import Path
 from typing import Literal
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Record
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Record, read_record
 
 HEAL_FILE = "llmdrop_heal.json"
 
@@ -72,6 +73,17 @@ class Healing(Record):
         return text
 
     @property
+    def method(self) -> Literal["healed", "trained"]:
+        """In a word."""
+        return "healed" if self.training is None or not self.training.tensors else "trained"
+
+    @property
     def source(self) -> str:
-        """What the data was."""
-        return "nothing" if self.provenance.data is None else self.provenance.data.source
+        """What the data was, without the way to its file."""
+        return "nothing" if self.provenance.data is None else Path(self.provenance.data.source).name
+
+
+def healing_of(directory: Path) -> Healing | None:
+    """How a checkpoint was healed; None where it was not."""
+    path = directory / HEAL_FILE
+    return read_record(Healing, path) if path.is_file() else None

@@ -4,18 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import Scores, make_directory, write_atomically
-from llmdrop_vllm.evaluation.records import Sweep
+from llmdrop_vllm.evaluation.records import Evaluation, Sweep
 from llmdrop_vllm.report.findings import Findings
 
 
-def write_report(sweep: Sweep, scores: Sequence[Scores], out: Path) -> list[Path]:
+def write_report(
+    sweep: Sweep, scores: Sequence[Scores], out: Path, evaluations: Sequence[Evaluation] = ()
+) -> list[Path]:
     """Write OUT/report.html and OUT/pictures/NAME.svg and .png, each whole or not at all, and say which.
 
-    `scores` may be of several calibration sets, or none. A picture that the records have nothing for is left out, the
-    page says why, and an earlier report's file of that name goes. Raises InputError for records that do not belong
-    together and for a sweep without a point, OutputError for a place that cannot be written to.
+    `scores` may be of several calibration sets, or none; `evaluations` are of the sweep's masks, healed. A picture that
+    the records have nothing for is left out, the page says why, and an earlier report's file of that name goes.
+
+    Raises InputError for records that do not belong together and for a sweep without a point, OutputError for a place
+    that cannot be written to.
     """
-    findings = Findings.of(sweep, scores)
+    findings = Findings.of(sweep, scores, evaluations)
     from llmdrop_vllm.report.page import render
     from llmdrop_vllm.report.pictures import Picture, draw
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError
-from llmdrop_vllm.evaluation.records import Point, Series, Sweep, scores_id
+from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Series, Sweep, mask_id, scores_id
 
 BY_IMPORTANCE = "by importance"
 
@@ -32,14 +32,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Findings:
-    """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first."""
+    """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first;
+    `mended` are what became of its masks where the weights that are left were healed.
+    """
 
     sweep: Sweep
     calibrations: Mapping[str, Scores]
+    mended: Sequence[Curve] = ()
 
     @classmethod
-    def of(cls, sweep: Sweep, scores: Sequence[Scores]) -> Self:
-        """Raises InputError for scores of another model and for a sweep without a point."""
+    def of(cls, sweep: Sweep, scores: Sequence[Scores], evaluations: Sequence[Evaluation] = ()) -> Self:
+        """Raises InputError for scores of another model, for evaluations of masks that the sweep does not have or with
+        other measures, and for a sweep without a point.
+        """
         depth = sweep.full.quality.mask.num_hidden_layers
         for name, each in zip(_names(scores), scores, strict=True):
             model = each.provenance.model
@@ -51,7 +56,7 @@ class Findings:
             if each.num_hidden_layers != depth:
                 raise InputError(f"the scores on {name} are for {each.num_hidden_layers} layers, the sweep for {depth}")
         ordered = sorted(scores, key=lambda each: scores_id(each) != sweep.request.scores_sha256)
-        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)))
+        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), _mended(sweep, evaluations))
 
     @property
     def depth(self) -> int:
@@ -74,6 +79,11 @@ class Findings:
         return [curve for curve in found if len(curve.points) > 1]
 
     @property
+    def mended_points(self) -> dict[str, tuple[Curve, Point]]:
+        """By what a picture calls it."""
+        return {f"{curve.series.name} {n}": (curve, point) for curve in self.mended for n, point in curve.points[1:]}
+
+    @property
     def by_importance(self) -> list[Curve]:
         """The series that drop the least important first."""
         return [curve for curve in self.curves if curve.by_importance]
@@ -86,6 +96,45 @@ class Findings:
             for n, mask in series.steps.items():
                 found.setdefault(mask, f"{series.name} {n}")
         return found
+
+
+def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...]:
+    """A curve for each way of healing a series' masks. What is healed has the shape, and so the speed, of its mask."""
+    found: dict[tuple[str, str], dict[int, Point]] = {}
+    for each in evaluations:
+        mask = mask_id(each.quality.mask)
+        owner = next((series for series in sweep.series if mask in series.masks), None)
+        if owner is None or mask not in sweep.points or each.healed is None:
+            what = "is not of a healed model" if each.healed is None else "has a mask that the sweep does not"
+            raise InputError(f"the evaluation of {each.provenance.model.path} {what}; expected a healed point of it")
+        point = sweep.points[mask]
+        _check_alike(point, each)
+        n = owner.counts[owner.masks.index(mask)]
+        found.setdefault((owner.name, each.healed), {})[n] = point.model_copy(update={"quality": each.quality})
+    series = {each.name: each for each in sweep.series}
+    return tuple(
+        Curve(
+            series[name].model_copy(update={"name": f"{name}, {how}", "order": f"{series[name].order}, {how}"}),
+            ((0, sweep.full), *sorted(points.items())),
+        )
+        for (name, how), points in found.items()
+    )
+
+
+def _check_alike(point: Point, evaluation: Evaluation) -> None:
+    def measured(quality: Quality) -> list[object]:
+        apart = quality.divergence
+        on = None if apart is None else (apart.on, apart.tokens, apart.data)
+        return [quality.perplexity.data, on, *((task.task, task.metric, task.samples) for task in quality.tasks)]
+
+    names = ("perplexity", "divergence", *(f"task {task.task}" for task in point.quality.tasks))
+    ours, its = measured(point.quality), measured(evaluation.quality)
+    if ours != its:
+        where = next((n for n, one, other in zip(names, ours, its, strict=False) if one != other), "tasks")
+        raise InputError(
+            f"the evaluation of {evaluation.provenance.model.path} was measured otherwise than the sweep ({where}); "
+            "evaluate it with the sweep's own options"
+        )
 
 
 def _names(scores: Sequence[Scores]) -> list[str]:

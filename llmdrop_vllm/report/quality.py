@@ -18,6 +18,7 @@ from llmdrop_vllm.report.style import (
     NothingToShow,
     draw_curve,
     legend,
+    look,
     panels,
     scale,
 )
@@ -29,6 +30,13 @@ DROPPED = "number dropped (sublayers, or blocks)"
 def values(curve: Curve, measure: Measure) -> list[tuple[float, Estimate]]:
     """(number dropped, value) where it was measured."""
     return [(n, found) for n, point in curve.points if (found := measure.of(point)) is not None]
+
+
+def look_of(findings: Findings, curve: Curve) -> Look:
+    """Of a curve by importance, and of what became of one by healing."""
+    if curve in findings.mended:
+        return look(len(LOOK_OF_WHAT) + findings.mended.index(curve))
+    return LOOK_OF_WHAT[curve.series.what]
 
 
 def quality(findings: Findings) -> tuple[Figure, str]:
@@ -47,8 +55,8 @@ def divergence(findings: Findings) -> tuple[Figure, str]:
 def _by_importance(
     findings: Findings, measures: Sequence[Measure], title: str, *, baseline: bool
 ) -> tuple[Figure, str]:
-    curves = findings.by_importance
-    if not curves:
+    curves = [*findings.by_importance, *findings.mended]
+    if not findings.by_importance:
         raise NothingToShow("no series that drops the least important first is measured yet")
     figure, axes = panels(title, findings.model, len(measures), 3 if len(measures) == 3 else 2, (5.2, 4.2))
     said = []
@@ -56,7 +64,7 @@ def _by_importance(
         found = [(curve, [pair for pair in values(curve, measure) if baseline or pair[0]]) for curve in curves]
         for curve, pairs in found:
             if pairs:
-                draw_curve(each, pairs, curve.series.name, LOOK_OF_WHAT[curve.series.what])
+                draw_curve(each, pairs, curve.series.name, look_of(findings, curve))
                 said.append(_ends(curve, pairs, measure))
         if baseline:
             _levels(each, measure, findings)

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from llmdrop_vllm.evaluation.records import Estimate
 from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import ALL_TASKS, PERPLEXITY, Measure
-from llmdrop_vllm.report.quality import DROPPED
+from llmdrop_vllm.report.quality import DROPPED, look_of
 from llmdrop_vllm.report.style import (
     GREY,
     INK,
@@ -73,9 +73,10 @@ def pareto_front(points: Mapping[K, tuple[float, float]]) -> list[K]:
 
 
 def _spots(findings: Findings, measure: Measure) -> Spots:
-    """Mask id to (speedup, quality); the full model's speedup is 1 by definition."""
+    """Mask id, or the name of a healed point, to (speedup, quality); the full model's speedup is 1 by definition."""
     sweep, found = findings.sweep, {}
-    for mask, point in sweep.points.items():
+    healed = {name: point for name, (_, point) in findings.mended_points.items()}
+    for mask, point in {**sweep.points, **healed}.items():
         faster, value = 1.0 if mask == sweep.base else sweep.speedup(point), measure.of(point)
         if faster is not None and value is not None:
             found[mask] = faster, value
@@ -84,13 +85,14 @@ def _spots(findings: Findings, measure: Measure) -> Spots:
 
 def _markers(axes: Axes, findings: Findings, spots: Spots) -> None:
     """Coloured by what is dropped; controls are grey, so that they do not hide what is recommended."""
+    healed = findings.mended_points
     owners = {mask: curve for curve in reversed(_by_rank(findings)) for mask in curve.series.masks}
     for mask, (x, value) in spots.items():
-        curve, point = owners.get(mask), findings.sweep.points[mask]
-        label, chosen = _appearance(curve)
+        curve, point = healed.get(mask) or (owners.get(mask), findings.sweep.points[mask])
+        label, chosen = _appearance(findings, curve)
         if mask == findings.sweep.base:
             label, chosen = "full model", Look(INK, "*", "none")
-        if not (curve is None or curve.by_importance):
+        if not (curve is None or curve.by_importance or mask in healed):
             axes.plot([x], [value.value], **{**chosen.line, "linestyle": "none", "label": label_of(label)}, zorder=1)
             continue
         low, high = (None if mask == findings.sweep.base else findings.sweep.speedup_spread(point)) or (x, x)
@@ -105,11 +107,11 @@ def _by_rank(findings: Findings) -> list[Curve]:
     return sorted(findings.curves, key=lambda curve: (not curve.by_importance, curve.random))
 
 
-def _appearance(curve: Curve | None) -> tuple[str, Look]:
+def _appearance(findings: Findings, curve: Curve | None) -> tuple[str, Look]:
     if curve is None:
         return "other masks", Look(GREY, "x", "none")
-    if curve.by_importance:
-        return curve.series.name, LOOK_OF_WHAT[curve.series.what]
+    if curve.by_importance or curve in findings.mended:
+        return curve.series.name, look_of(findings, curve)
     return ("random", Look(GREY, ".", "none")) if curve.random else ("other orders", Look(GREY, "x", "none"))
 
 

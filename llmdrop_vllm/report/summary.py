@@ -141,7 +141,17 @@ def sentences(findings: Findings) -> list[str]:
     else:
         first = curve.points[1][0]
         said = [f"Not even {first} {what} ({curve.series.order}) can go within the limits below."]
-    return [*said, *_caveats(found)]
+    return [*said, *_mended(findings), *_caveats(found)]
+
+
+def _mended(findings: Findings) -> list[str]:
+    """What may go once the rest is healed."""
+    said = []
+    for curve in findings.mended:
+        n, name = agreed(verdicts(findings.sweep, curve)), curve.series.name
+        most = curve.points[-1][0]
+        said.append(f"{name}: {n} can go within the limits; measured up to {most}.")
+    return said
 
 
 def _gains(sweep: Sweep, point: Point) -> str:

@@ -57,7 +57,7 @@ def points_table(findings: Findings) -> str:
     head = "".join(f'<th class="number" scope="col">{escape(column.title)}</th>' for column in chosen)
     full = f'<tbody><tr class="full"><th scope="row">full model</th>{_cells(sweep.full, chosen)}</tr></tbody>'
     groups = []
-    for curve in findings.curves:
+    for curve in (*findings.curves, *findings.mended):
         series, rows = curve.series, []
         for n, point in curve.points[1:]:
             rows.append(f'<tr><td class="number">{n}</td>{_cells(point, chosen)}</tr>')

@@ -11,6 +11,7 @@ from llmdrop_vllm import artifacts
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.hf import count_parameters, dropped_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
@@ -59,6 +60,7 @@ def report(vllm_config: "VllmConfig") -> Drop:
         full=size(decoder.whole),
         served=size(mask),
         scores=_scores(Path(model.model), mask.num_hidden_layers),
+        healing=healing.summary() if (healing := healing_of(Path(model.model))) else None,
     )
 
 

@@ -52,7 +52,7 @@ class Scores(Answer):
 
 
 class Drop(Answer):
-    """What this server's model goes without, and what that saves."""
+    """What this server's model goes without, what that saves, and how what is left was healed."""
 
     model_config = _example(
         {
@@ -79,6 +79,7 @@ class Drop(Answer):
                 "sequences": 512.0,
             },
             "scores": None,
+            "healing": "4 layers healed on 60,000 tokens of answers, leaving 60% to 80% of each one's error",
         }
     )
 
@@ -93,6 +94,7 @@ class Drop(Answer):
     full: Size
     served: Size
     scores: Scores | None
+    healing: str | None
 
 
 class KV(Answer):

@@ -14,12 +14,16 @@ import tests.engines  # noqa: F401 - sets the environment before vLLM is importe
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import read_answers
-from llmdrop_vllm.data.prompts import read_prompts
+from llmdrop_vllm.data.prompts import Chat, read_prompts
+from llmdrop_vllm.data.tokens import load_tokenizer
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.evaluation import answering
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
+from llmdrop_vllm.evaluation.answers import TOKENS_PER_ANSWER
+from llmdrop_vllm.evaluation.answers import prompts as own_prompts
 from llmdrop_vllm.evaluation.engine import EngineSettings, Question, Reply, running
+from llmdrop_vllm.evaluation.evaluate import DEFAULT_DIVERGENCE_TOKENS
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 EMBEDDED = Checkpoint.open(MODEL)
@@ -189,11 +193,21 @@ def test_one_prompt_is_to_learn_from(tmp_path):
     assert not plan(tmp_path / "prompts.jsonl", held_out=0.9).held_out
 
 
-def test_a_share_of_ours_is_held_out():
+def test_a_tenth_of_ours_is_held_out_and_evaluations_ask_no_other():
     found = plan_answers(EMBEDDED, AnswersRequest(), dtype="float32", options={})
     assert len(found.prompts) == len(read_prompts())
-    assert 0.05 < len(found.held_out) / len(found.prompts) < 0.15
+    assert 0.09 < len(found.held_out) / len(found.prompts) < 0.11
     assert found.header.prompts == "ours"
+    tokenizer = load_tokenizer(EMBEDDED, "it is there")
+    asked = own_prompts()[: -(-DEFAULT_DIVERGENCE_TOKENS // TOKENS_PER_ANSWER)]
+    judging = {tuple(Chat.of(each).token_ids(tokenizer)) for each in asked}
+    assert judging <= {found.prompts[number] for number in found.held_out}
+
+
+def test_of_few_that_are_drawn_from_ours_some_are_on_either_side():
+    for seed in range(8):
+        found = plan_answers(EMBEDDED, AnswersRequest(samples=3, seed=seed), dtype="float32", options={})
+        assert 0 < len(found.held_out) < 3
 
 
 def test_samples_are_drawn_by_the_seed(prompts):

@@ -10,7 +10,7 @@ from llmdrop_vllm.artifacts import (
     Similarities,
     SublayerDiagnostics,
 )
-from llmdrop_vllm.evaluation.records import Divergence, Estimate, Series, TaskScore, mask_id, scores_id
+from llmdrop_vllm.evaluation.records import Divergence, Estimate, Evaluation, Series, TaskScore, mask_id, scores_id
 from llmdrop_vllm.masks.mask import DropMask
 from tests.evaluation.sweeps import FINGERPRINT, WORKLOAD, measured, provenance, recorded
 
@@ -127,3 +127,11 @@ def sweep(
         tasks=tuple(task for task, *_ in kinds.get("tasks", TASKS)),
         workload=workload if speed else None,
     )
+
+
+def healed(found, count, how="healed", name="attention"):
+    """An evaluation of a series' mask whose healing brought back what its first half had lost."""
+    series = next(each for each in found.series if each.name == name)
+    mended, dropped = (found.points[series.steps[n]].quality for n in (count // 2, count))
+    quality = mended.model_copy(update={"mask": dropped.mask})
+    return Evaluation(quality=quality, healed=how, provenance=provenance(path=f"/models/healed-{count}"))

@@ -4,7 +4,7 @@ import pytest
 
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.report.findings import Findings
-from tests.report.sweeps import scores, sweep
+from tests.report.sweeps import healed, scores, sweep
 
 
 def test_scores_of_another_model_are_refused_with_both_fingerprints():
@@ -58,3 +58,32 @@ def test_a_mask_is_called_after_the_first_series_that_reaches_it():
     shared = {*findings.sweep.series[0].masks} & {*findings.sweep.series[1].masks}
     assert shared
     assert all(re.fullmatch(r"attention \d+", names[mask]) for mask in shared)
+
+
+def test_healed_points_are_curves_of_their_own_with_the_speed_and_size_of_their_masks():
+    found = sweep(names=["attention"])
+    findings = Findings.of(found, [], [healed(found, 8), healed(found, 4), healed(found, 8, "trained")])
+    assert [(each.series.name, [n for n, _ in each.points]) for each in findings.mended] == [
+        ("attention, healed", [0, 4, 8]),
+        ("attention, trained", [0, 8]),
+    ]
+    dropped, mended = dict(findings.curves[0].points)[8], dict(findings.mended[0].points)[8]
+    assert (mended.speed, mended.kv_share, mended.parameters) == (dropped.speed, dropped.kv_share, dropped.parameters)
+    assert mended.quality.perplexity.value < dropped.quality.perplexity.value
+    assert set(findings.mended_points) == {"attention, healed 4", "attention, healed 8", "attention, trained 8"}
+
+
+def test_an_evaluation_that_is_no_healed_point_of_the_sweep_is_refused():
+    found, larger = sweep(names=["attention"], counts=(2, 4)), sweep(names=["attention"])
+    with pytest.raises(InputError, match="/models/healed-8 has a mask that the sweep does not"):
+        Findings.of(found, [], [healed(larger, 8)])
+    with pytest.raises(InputError, match="is not of a healed model"):
+        Findings.of(found, [], [healed(found, 4, None)])
+
+
+@pytest.mark.parametrize(("other", "what"), [({"divergence": False}, "divergence"), ({"tasks": ()}, "tasks")])
+def test_an_evaluation_that_was_measured_otherwise_is_refused(other, what):
+    found = sweep(names=["attention"])
+    evaluation = healed(sweep(names=["attention"], **other), 4)
+    with pytest.raises(InputError, match=rf"measured otherwise than the sweep \({what}\)"):
+        Findings.of(found, [], [evaluation])

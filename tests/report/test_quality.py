@@ -4,7 +4,7 @@ from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.measures import PERPLEXITY
 from llmdrop_vllm.report.quality import controls, divergence, quality
 from llmdrop_vllm.report.style import NothingToShow
-from tests.report.sweeps import TASKS, sweep
+from tests.report.sweeps import TASKS, healed, sweep
 
 
 def drawn(axes):
@@ -80,3 +80,12 @@ def test_tasks_are_a_control_too():
 def test_one_order_alone_controls_nothing():
     with pytest.raises(NothingToShow, match="only one order"):
         controls(Findings.of(sweep(names=["attention", "mlp"]), []))
+
+
+def test_healed_points_are_a_curve_beside_the_one_they_come_from():
+    found = sweep(names=["attention"])
+    findings = Findings.of(found, [], [healed(found, 4), healed(found, 8)])
+    perplexity, kl = (drawn(picture(findings)[0].axes[place]) for picture, place in ((quality, 0), (divergence, 1)))
+    assert perplexity["attention, healed"][0] == [0, 4, 8]
+    assert kl["attention, healed"][0] == [4, 8]
+    assert kl["attention, healed"][1][1] < kl["attention"][1][7]

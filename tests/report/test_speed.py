@@ -6,7 +6,7 @@ from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.measures import PERPLEXITY
 from llmdrop_vllm.report.speed import kv_cache, pareto_front, speedup
 from llmdrop_vllm.report.style import NothingToShow
-from tests.report.sweeps import sweep
+from tests.report.sweeps import healed, sweep
 
 
 def test_every_measured_mask_is_a_marker_and_the_front_is_a_line():
@@ -69,3 +69,14 @@ def test_along_the_front_quality_falls_as_speed_grows(points):
     assert sorted(values) == values
     assert [quality for _, quality in values] == sorted((quality for _, quality in values), reverse=True)
     assert bool(values) == bool(points)
+
+
+def test_a_healed_point_is_as_fast_as_its_mask_and_pushes_the_front():
+    records = sweep(names=["attention"], tasks=())
+    evaluation = healed(records, 10)
+    (axes,) = speedup(Findings.of(records, [], [evaluation]))[0].axes
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    (spot,) = handles["attention, healed"].lines[0].get_xydata().tolist()
+    assert spot == [records.speedup(records.points[records.series[0].steps[10]]), evaluation.quality.perplexity.value]
+    assert spot in handles["Pareto front: nothing beats these"].get_xydata().tolist()
+    assert "attention, healed 10" in [text.get_text() for text in axes.texts]

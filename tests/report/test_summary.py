@@ -15,7 +15,7 @@ from llmdrop_vllm.report.summary import (
     verdicts,
 )
 from tests.evaluation.sweeps import data
-from tests.report.sweeps import TASKS, sweep
+from tests.report.sweeps import TASKS, healed, sweep
 
 
 def estimate(value, stderr=None):
@@ -110,3 +110,11 @@ def test_attention_and_mlp_in_one_list_are_twice_as_many_as_layers():
 def test_a_model_that_can_lose_nothing_is_said_to():
     findings = found_of(names=["reverse"])
     assert sentences(findings)[0].startswith("Not even 1 of 12 attention sublayers")
+
+
+def test_what_may_go_once_the_rest_is_healed_is_said_beside_what_may_go_before():
+    records = sweep(names=["attention"])
+    before, after = (sentences(Findings.of(records, [], found)) for found in ([], [healed(records, 2)]))
+    assert [each for each in after if each not in before] == [
+        "attention, healed: 0 can go within the limits; measured up to 2."
+    ]

@@ -3,7 +3,7 @@ from html import unescape
 
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.tables import columns, points_table
-from tests.report.sweeps import TASKS, sweep
+from tests.report.sweeps import TASKS, healed, sweep
 
 
 def rows(table):
@@ -50,3 +50,17 @@ def test_a_metric_that_one_point_lacks_is_a_dash():
         points_table(Findings.of(records.model_copy(update={"points": {**records.points, mask: bare}}), []))
     )
     assert dict(zip(head, row, strict=True))["gsm8k exact_match, %"] == "–"
+
+
+def test_healed_points_are_rows_after_those_that_they_come_from():
+    records = sweep(names=["attention"], counts=(2, 4))
+    evaluation = healed(records, 4)
+    found = rows(points_table(Findings.of(records, [], [evaluation])))
+    assert [row[0] for row in found[2:]] == [
+        "attention <span class='muted'>(attention sublayers, by importance)</span>",
+        "2",
+        "4",
+        "attention, healed <span class='muted'>(attention sublayers, by importance, healed)</span>",
+        "4",
+    ]
+    assert found[-1][1].startswith(f"{evaluation.quality.perplexity.value:.2f} ±")

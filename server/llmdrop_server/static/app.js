@@ -47,6 +47,8 @@ async function showModel() {
   byId("summary").textContent = drop.summary;
   const facts = [drop.architecture, `${drop.kv_dtype} KV cache`];
   byId("facts").textContent = facts.join(" · ");
+  byId("healing").textContent = `Healed: ${drop.healing}.`;
+  byId("healing").hidden = drop.healing === null;
   byId("choose-model").replaceChildren(...names.map((name) => element("option", {}, name)));
   byId("choose-model").value = own.model;
   byId("model-choice").hidden = names.length === 1;
