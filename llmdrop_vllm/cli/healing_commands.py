@@ -137,7 +137,7 @@ def healing(
         student,
         teacher,
         data,
-        HealOptions(layers=args.layers),
+        HealOptions(later=args.later),
         train=train,
         log_directory=args.log_dir,
         device=args.device,

@@ -111,10 +111,10 @@ def add_healing(command: Parser) -> None:
     """How what remains takes over the work of what is gone."""
     group = command.add_argument_group("healing")
     group.add_argument(
-        "--layers",
-        choices=("lossy", "following"),
-        default="lossy",
-        help="refit the layers that lost something (default), or all from the first of them on",
+        "--later",
+        choices=("attention", "nothing"),
+        default="attention",
+        help="refit attention's outputs behind the first layer that lost something as well (default), or nothing else",
     )
     group.add_argument("--train", action="store_true", help="distil on the same data after the closed form")
     group.add_argument("--epochs", type=float, default=3, metavar="N", help="of the training, at most (3)")

@@ -225,7 +225,7 @@ def _arguments(
         weight_decay=0.0,
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
-        bf16=gpu,
+        bf16=gpu or torch.cpu.get_capabilities().get("amx_bf16", False),  # products only; sums and weights are float32
         use_cpu=not gpu,
         seed=options.seed,
         eval_strategy="steps",

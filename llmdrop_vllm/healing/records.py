@@ -9,7 +9,8 @@ HEAL_FILE = "llmdrop_heal.json"
 
 
 class HealedLayer(Record):
-    """A layer whose last projections were refitted so that its output is the full model's after layer `target`.
+    """A layer whose last projections, of its MLP or attention as `mends` says, were refitted so that its output is the
+    full model's after layer `target`; where it lost nothing and attention was, so that the two meet before its MLP.
 
     `lost` are the sublayers gone since the layer before, `tensors` what was changed; none where no change helped.
     `error_before` and `error_after` are shares of the full model's squared residual stream, on held-out sequences.
@@ -19,6 +20,7 @@ class HealedLayer(Record):
     layer: int
     target: int
     lost: tuple[str, ...]
+    mends: str
     tensors: tuple[str, ...] = ()
     columns: int
     ridge: float | None = None
@@ -61,11 +63,13 @@ class Healing(Record):
 
     def summary(self) -> str:
         """One line for people."""
-        mended = [each for each in self.layers if each.tensors]
+        mended = [each for each in self.layers if each.lost and each.tensors]
         left = [each.error_after / each.error_before for each in mended if each.error_before]
         text = f"{len(mended)} layers healed on {self.tokens:,} tokens of {self.source}"
         if left:
             text += f", leaving {min(left):.0%} to {max(left):.0%} of each one's error"
+        if later := sum(1 for each in self.layers if each.tensors and not each.lost):
+            text += f", and attention refitted in {later} behind the first"
         if self.training is not None:
             text += f"; trained, KL {self.training.kl_before:.3f} to {self.training.kl_after:.3f}"
         if self.unhealed:

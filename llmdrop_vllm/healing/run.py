@@ -2,8 +2,8 @@
 that a killed run has done.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.mended import keep_mended
-from llmdrop_vllm.healing.outputs import output_parameters
+from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.records import HealedLayer
 from llmdrop_vllm.healing.refit import Refit, refit
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.healing.task import Streams, Task
 from llmdrop_vllm.healing.units import Unit, units
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
@@ -41,14 +43,14 @@ SCRATCH_FILES = (
 
 @dataclass(frozen=True)
 class HealOptions:
-    """`layers`: which are refitted, only those that lost something, or all from the first of them on, which takes three
-    times as long and did not do better (benchmarks/results/README.md).
+    """`later`: what is refitted beside the layers that lost something, the last projections of the attention that is
+    kept behind the first of them, which can fetch from other tokens what an MLP cannot, or nothing.
 
     `weighting` of a token's squared error: by the teacher's |T|^2, so that the first tokens, whose stream is a hundred
     times as large, count like others, or all alike.
     """
 
-    layers: Literal["following", "lossy"] = "lossy"
+    later: Literal["attention", "nothing"] = "attention"
     weighting: Literal["relative", "equal"] = "relative"
 
 
@@ -75,7 +77,7 @@ class Run:
         directory: Path,
         asked: str,
     ) -> None:
-        self.options, self.family = options, student.checkpoint.family
+        self.options, self.family, self.mask = options, student.checkpoint.family, student.mask
         of_teacher, of_student = (
             LayerStream(each, device=device, dtype=dtype, attention=ATTENTION) for each in (teacher, student)
         )
@@ -96,6 +98,7 @@ class Run:
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""
         done, chunks = len(self.scratch.progress.layers), len(self.chunks)
+        self._go_on_with({name for each in self.scratch.progress.layers for name in each.get("tensors", ())})
         total = sum(step.passes for step in self.steps) * chunks
         with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
             bar.update(sum(step.passes for step in self.steps[:done]) * chunks)
@@ -120,14 +123,24 @@ class Run:
         for place, unit in enumerate(order):
             if place == first:
                 found.append(Step(depth, 0, partial(self._part, place, depth)))
+            # While the teacher's stream stands before the layer.
+            if place > first and self.options.later == "attention" and unit.layer not in self._halved:
+                found.append(Step(unit.layer, 1, partial(self._mend_attention, place, unit)))
             found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
             depth = unit.target + 1
             if place >= first:
-                found.append(Step(unit.layer, 1 + self._refits(unit), partial(self._mend, place, unit)))
+                found.append(Step(unit.layer, 1 + bool(unit.lost), partial(self._mend, place, unit)))
         return found
 
-    def _refits(self, unit: Unit) -> bool:
-        return bool(unit.lost) or self.options.layers == "following"
+    @property
+    def _halved(self) -> set[int]:
+        """Layers without attention or without an MLP."""
+        return {*self.mask.attention, *self.mask.mlp}
+
+    def _go_on_with(self, changed: Collection[str]) -> None:
+        """Let the student have these tensors of those that were changed, by the checkpoint's names."""
+        mended, own = self.tensors(), self.streams.student.tensors
+        own.update({name: mended[each.name] for name, each in own.items() if each.name in changed})
 
     def _embed(self, *, write: bool) -> None:
         """The first layer's input; a run that goes on only needs what the layers get beside it."""
@@ -161,33 +174,60 @@ class Run:
         with self.streams.student.layer(unit.layer) as layer:
             parameters = output_parameters(self.streams.student, unit.layer, sublayer)
             task = Task(self.streams, layer, place, unit)
-            found = refit(task, parameters, bar.update) if self._refits(unit) else Refit(0.0, 0)
-            changed = self._store(unit.layer, parameters) if found.left < 1 else ()
+            found = refit(task, parameters, bar.update) if unit.lost else Refit(0.0, 0)
+            changed = self._store(unit, unit.mends, parameters) if found.left < 1 else ()
             passed = 0.0
             for chunk in self.chunks:
                 output = task.output(chunk)
                 self.streams.mended.write(place + 1, chunk, output)
-                if not self._refits(unit) and (rows := task.rows(chunk, judging=True)).any():
+                if not unit.lost and (rows := task.rows(chunk, judging=True)).any():
                     passed += task.lack(chunk, output)[0][rows].square().sum().item()
                 bar.update()
-        before = (found.error + passed) / task.scale()
-        return HealedLayer(
-            layer=unit.layer,
-            target=unit.target,
-            lost=unit.lost,
-            tensors=changed,
-            columns=found.columns,
-            ridge=found.ridge,
-            steps=found.steps,
-            error_before=before,
-            error_after=before * found.left,
-        ).model_dump(mode="json")
+        return _result(unit, unit.mends, found, changed, (found.error + passed) / task.scale())
 
-    def _store(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
+    def _mend_attention(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
+        """Refit the attention of a layer that lost nothing, so that the streams meet before its MLP."""
+        teacher, student, index = self.streams.teacher, self.streams.student, unit.layer
+        gone = DropMask(self.mask.num_hidden_layers, mlp=(index,))
+        with (
+            hf.dropped(teacher.model, self.family, gone),
+            hf.dropped(student.model, self.family, gone),
+            teacher.layer(index) as full,
+            student.layer(index) as layer,
+        ):
+            parameters = output_parameters(student, index, self.family.attention)
+            if projection(layer, parameters) is None:  # a descent for every layer would take too long
+                bar.update(len(self.chunks))
+                return {}
+            task = Task(self.streams, layer, place, unit, full)
+            found = refit(task, parameters, bar.update)
+            changed = self._store(unit, "attention", parameters) if found.left < 1 else ()
+            scale = task.scale()
+        return _result(replace(unit, lost=()), "attention", found, changed, found.error / scale)
+
+    def _store(self, unit: Unit, part: str, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
         """Keep a layer's changed parameters as the checkpoint has them, and go on with what rounding left of them."""
-        stream, path = self.streams.student, self.scratch.directory / f"healed-{index:05}.safetensors"
-        named = {f"{stream.layers_prefix}{index}.{name}": parameter for name, parameter in parameters.items()}
+        stream = self.streams.student
+        path = self.scratch.directory / f"healed-{unit.layer:05}-{part}.safetensors"
+        named = {f"{stream.layers_prefix}{unit.layer}.{name}": parameter for name, parameter in parameters.items()}
         for name, parameter in named.items():
             stored = stream.tensors[next(iter(checkpoint_tensors(stream.model, [name])))]
             parameter.copy_(parameter.to(TORCH_DTYPES[stored.dtype]))
-        return tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
+        changed = tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
+        self._go_on_with(changed)
+        return changed
+
+
+def _result(unit: Unit, mends: str, found: Refit, changed: tuple[str, ...], before: float) -> dict[str, Any]:
+    return HealedLayer(
+        layer=unit.layer,
+        target=unit.target,
+        lost=unit.lost,
+        mends=mends,
+        tensors=changed,
+        columns=found.columns,
+        ridge=found.ridge,
+        steps=found.steps,
+        error_before=before,
+        error_after=before * found.left,
+    ).model_dump(mode="json")

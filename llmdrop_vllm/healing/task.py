@@ -47,12 +47,22 @@ class Streams:
 
 @dataclass(frozen=True)
 class Task:
-    """One layer of the student and what it is compared with."""
+    """One layer of the student and what it is compared with: the teacher's stream after the unit's target, or where
+    the teacher's layer is given, as `full`, what comes out of that.
+    """
 
     streams: Streams
     layer: nn.Module
     place: int
     unit: Unit
+    full: nn.Module | None = None
+
+    def truth(self, chunk: Chunk) -> torch.Tensor:
+        """What the teacher has there, [batch, tokens, hidden] in float32."""
+        streams, depth = self.streams, self.unit.layer
+        if self.full is not None:
+            return streams.after(streams.teacher, self.full, depth, chunk, depth).float()
+        return streams.truth.read(self.unit.target + 1, chunk).to(streams.device).float()
 
     def output(self, chunk: Chunk) -> torch.Tensor:
         """[batch, tokens, hidden]."""
@@ -64,7 +74,7 @@ class Task:
 
         Raises CheckpointError where a stream is not finite.
         """
-        truth = self.streams.truth.read(self.unit.target + 1, chunk).to(self.streams.device).float()
+        truth = self.truth(chunk)
         found = truth - (self.output(chunk) if output is None else output).float()
         if not found.isfinite().all():
             student = self.streams.student
@@ -103,8 +113,7 @@ class Task:
             if self.streams.weighting == "relative":
                 total += int(rows.sum())
             elif rows.any():
-                truth = self.streams.truth.read(self.unit.target + 1, chunk).to(self.streams.device)[rows]
-                total += truth.float().square().sum(dtype=torch.float64).item()
+                total += self.truth(chunk)[rows].square().sum(dtype=torch.float64).item()
         return max(total, 1e-30)
 
     def loss(self, learnt: bool) -> float:

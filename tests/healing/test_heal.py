@@ -74,10 +74,10 @@ def test_training_lowers_the_divergence_of_a_healed_model(tmp_path):
 
     texts = load_calibration(checkpoint, samples=48, seq_len=96)
     mask = DropMask(12, attention=(7, 8, 11))
-    options = TrainOptions(epochs=3, learning_rate=1e-3, step_tokens=768)
+    options = TrainOptions(epochs=3, learning_rate=3e-4, step_tokens=768)
     with healed(checkpoint.under(mask), checkpoint.under(DropMask(12)), texts, train=options) as found:
         training = found.record.training
-        assert training.kl_after < training.kl_before * 0.98
+        assert training.kl_after < training.kl_before * 0.95
         assert set(training.tensors) <= found.tensors.keys()
         assert all(each.shape == checkpoint.tensors[name].shape for name, each in found.tensors.items())
 
@@ -93,7 +93,7 @@ def test_a_healed_checkpoint_is_an_ordinary_one_nearer_to_the_full_model(dropped
     assert (dropped / "config.json").read_bytes() == (out / "config.json").read_bytes()
     assert (truth.exp() * (truth - mended)).sum() < (truth.exp() * (truth - lost)).sum()
     record = json.loads((out / HEAL_FILE).read_text())
-    assert {each["layer"] for each in record["layers"] if each["tensors"]} == {7, 8, 11}
+    assert {each["layer"] for each in record["layers"] if each["tensors"] and each["lost"]} == {7, 8, 11}
     # And healed again: its own record says which weights may differ.
     again = ["heal", str(out), str(tmp_path / "again"), "--teacher", str(MODEL), *OPTIONS]
     assert main(again) == 0

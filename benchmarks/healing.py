@@ -1,0 +1,375 @@
+"""What healing regains in real models: by data and its amount, by method, and by how much is gone.
+
+    apt-get install debian-handbook
+    python benchmarks/healing.py [--models smollm2,qwen2.5-coder-1.5b] [--only NAME,NAME]
+
+The masks are those of `real_quality.py`, attention by importance, and so is what is measured of the ways to heal that
+are evaluated: perplexity on prose, next tokens on the model's own answers to prompts that it was not healed on, tasks.
+All others are judged by KL and agreement on the answers that `llmdrop answers` holds out. Interrupted, the same command
+goes on. Healed checkpoints and answers stay in --directory, figures in benchmarks/results/real/MODEL/healed and
+healing.json, the table in healing.md.
+"""
+
+import argparse
+import ast
+import json
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import networkx
+import numpy as np
+import rich
+import sympy
+
+from benchmarks.options import ending
+from benchmarks.real_quality import CONTEXT, LIMIT, TASKS, prose
+from benchmarks.record import RESULTS, add_out, finish
+from benchmarks.table import rows
+from llmdrop_vllm import DropMask, InputError
+from llmdrop_vllm.artifacts import read_record, write_atomically
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.cli import main as llmdrop
+from llmdrop_vllm.data.answers import load_answers
+from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.evaluation.divergence import Reference, Window
+from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Sweep
+from llmdrop_vllm.evaluation.sweep import SWEEP_FILE
+from llmdrop_vllm.fetching.fetch import fetch
+from llmdrop_vllm.healing import ridge
+from llmdrop_vllm.healing.distill import TrainOptions
+from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.records import HEAL_FILE, Healing
+from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
+
+TEXT_WINDOWS, JUDGING_TOKENS = 128, 4096
+FUNCTIONS, TOKENS_OF_CODE = 1200, 128
+DROPPED = "dropped"
+ASKED = (
+    "Complete this Python function.",
+    "Write the body of this function.",
+    "Implement the following in Python; explain it in one sentence.",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full."""
+
+    name: str
+    data: tuple[str, ...] = ("answers",)
+    tokens: int | None = None
+    options: HealOptions = HealOptions()
+    ridges: tuple[float, ...] | None = None
+    train: TrainOptions | None = None
+    dtype: str | None = None
+    evaluated: bool = False
+
+
+TRAINED = TrainOptions(learning_rate=2e-4)
+# By model, what it is healed on; by number gone, in which ways.
+DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
+WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
+    "smollm2": {
+        8: (
+            Way("closed form", evaluated=True),
+            Way("closed form, 10k tokens", tokens=10_000),
+            Way("closed form, 25k tokens", tokens=25_000),
+            Way("closed form, text", ("text",), evaluated=True),
+            Way("closed form, answers and text", ("answers", "text")),
+            Way("closed form, nothing refitted behind", options=HealOptions(later="nothing")),
+            Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
+            Way("closed form, streams in bfloat16", dtype="bfloat16"),
+            *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
+            Way("closed form, then training", train=TRAINED, evaluated=True),
+            Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
+        ),
+        4: (Way("closed form", evaluated=True), Way("closed form, then training", train=TRAINED, evaluated=True)),
+    },
+    "qwen2.5-coder-1.5b": {
+        count: (
+            Way("closed form", DATA["qwen2.5-coder-1.5b"], dtype="bfloat16", evaluated=True),
+            Way(
+                "closed form, then LoRA of rank 32",
+                DATA["qwen2.5-coder-1.5b"],
+                dtype="bfloat16",
+                train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4),
+                evaluated=True,
+            ),
+        )
+        for count in (4, 8)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A real model, its own answers and where everything of it is kept."""
+
+    name: str
+    directory: Path
+    results: Path
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(fetch(self.name))
+
+    def mask(self, count: int) -> DropMask:
+        """That of the sweep."""
+        found = read_record(Sweep, self.results / SWEEP_FILE)
+        series = next(each for each in found.series if each.name == "attention")
+        return found.points[series.steps[count]].quality.mask
+
+    def answers(self, source: str) -> Path:
+        """Those to one kind of prompts; asked for where they are not there."""
+        path = self.directory / f"{source.replace(' ', '-')}.jsonl"
+        if not path.exists():
+            command = ["answers", self.name, str(path), "--dtype", "bfloat16"]
+            if source != "answers":
+                asked = self.directory / f"{path.stem}-prompts.jsonl"
+                functions(asked, in_chat=source == "asked functions")
+                command += ["--prompts", str(asked), "--max-tokens", str(TOKENS_OF_CODE)]
+            run(command)
+        return path
+
+    def learnt_from(self, sources: tuple[str, ...], tokens: int | None) -> Calibration:
+        """Answers and text together, longest first."""
+        parts = [
+            load_calibration(self.checkpoint, samples=TEXT_WINDOWS, seq_len=CONTEXT)
+            if source == "text"
+            else load_answers(self.checkpoint, self.answers(source), held_out=False, tokens=tokens)
+            for source in sources
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        pairs = [
+            pair
+            for each in parts
+            for pair in zip(each.sequences, each.starts or [0] * len(each.sequences), strict=True)
+        ]
+        pairs.sort(key=lambda pair: -len(pair[0]))
+        identity = parts[0].identity.model_copy(
+            update={
+                "source": " and ".join(sources),
+                "sequences": len(pairs),
+                "tokens": sum(each.identity.tokens for each in parts),
+                "sha256": "-".join(each.identity.sha256[:16] for each in parts),
+            }
+        )
+        return Calibration(tuple(ids for ids, _ in pairs), identity, starts=tuple(start for _, start in pairs))
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """What judges: the full model on held-out answers of each kind."""
+        found, dtype = {}, "float32" if self.name == "smollm2" else "bfloat16"
+        for source in DATA[self.name]:
+            held_out = load_answers(self.checkpoint, self.answers(source), held_out=True, tokens=JUDGING_TOKENS)
+            pairs = zip(held_out.sequences, held_out.starts, strict=True)
+            windows = [Window(ids, start, len(ids) - 1) for ids, start in pairs]
+            found[source] = Reference(self.checkpoint, self.checkpoint.mask, windows, dtype=dtype)
+        return found
+
+    def judged(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
+        """KL and agreement of a checkpoint under a mask, by what it is judged on."""
+
+        def told(found: Divergence) -> dict[str, Any]:
+            return {
+                "kl": round(found.kl.value, 4),
+                "stderr": None if found.kl.stderr is None else round(found.kl.stderr, 4),
+                "agreement": round(found.agreement.value, 4),
+                "tokens": found.tokens,
+            }
+
+        dtype = "float32" if self.name == "smollm2" else "bfloat16"
+        return {
+            source: told(
+                reference.under(mask) if checkpoint is self.checkpoint else reference.of(checkpoint, mask, dtype=dtype)
+            )
+            for source, reference in self.references.items()
+        }
+
+
+def functions(out: Path, *, in_chat: bool) -> None:
+    """Prompts: signatures with docstrings from the standard library and packages that are always here, each in one of
+    two files, to be completed or asked for.
+    """
+    roots = [Path(sysconfig.get_paths()["stdlib"]), *(Path(each.__path__[0]) for each in (np, networkx, sympy, rich))]
+    found: dict[str, str] = {}
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            if not {"site-packages", "test", "tests", "idlelib"} & {*path.relative_to(root).parts}:
+                found |= dict(_documented(path))
+    names = sorted(found)
+    order = np.random.default_rng(0).permutation(len(names))[: 2 * FUNCTIONS]
+    chosen = [found[names[place]] for place in order[in_chat::2]]
+    if in_chat:
+        chosen = [f"{ASKED[place % len(ASKED)]}\n\n```python\n{each}```" for place, each in enumerate(chosen)]
+    write_atomically(out, "".join(json.dumps(each) + "\n" for each in chosen))
+
+
+def _documented(path: Path) -> Iterator[tuple[str, str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            return
+    for node in tree.body:
+        plain = isinstance(node, ast.FunctionDef) and not node.decorator_list and len(node.body) > 1
+        if plain and 40 < len(ast.get_docstring(node) or "") < 700:
+            node.body = node.body[:1]
+            yield node.name, ast.unparse(node) + "\n"
+
+
+def run(command: list[str]) -> None:
+    """A command of ours, in this process."""
+    if llmdrop(command):
+        raise InputError(f"llmdrop {' '.join(command)} did not come to its end")
+
+
+@contextmanager
+def lambdas(values: tuple[float, ...] | None) -> Iterator[None]:
+    """Within this context, only these are tried."""
+    before = ridge.RIDGES
+    ridge.RIDGES = values or before
+    try:
+        yield
+    finally:
+        ridge.RIDGES = before
+
+
+def heal(subject: Subject, mask: DropMask, way: Way, out: Path) -> Healing:
+    """Into a checkpoint, which is made once."""
+    if out.exists():
+        return read_record(Healing, out / HEAL_FILE)
+    checkpoint = subject.checkpoint
+    student, teacher = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
+    data = subject.learnt_from(way.data, way.tokens)
+    scratch = out.with_name(f".{out.name}.scratch")
+    with (
+        lambdas(way.ridges),
+        healed(
+            student, teacher, data, way.options, train=way.train, dtype=way.dtype, scratch=scratch, progress=True
+        ) as found,
+    ):
+        plan = plan_surgery(checkpoint, mask).healed(found.tensors)
+        write_checkpoint(plan, out, records={HEAL_FILE: found.record})
+        return found.record
+
+
+def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
+    """With the options of the sweep, kept beside it."""
+    path = subject.results / "healed" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = prose(subject.directory / "prose.txt")
+        asked = ["--text", str(text), "--context", str(CONTEXT), "--windows", "16", "--dtype", "bfloat16"]
+        asked += ["--tasks", TASKS[subject.name], "--limit", str(LIMIT), "--run-generated-code"]
+        asked += ["--divergence-tokens", "2000", "--full", str(subject.checkpoint.directory)]
+        run(["evaluate", str(out), "--out", str(path), *asked])
+    return read_record(Evaluation, path)
+
+
+def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
+    """A way's line."""
+    mask, name = subject.mask(count), f"{count} {way.name}".replace(",", "").replace(" ", "-")
+    out, begin = subject.directory / name, time.monotonic()
+    record = heal(subject, mask, way, out)
+    seconds = round(time.monotonic() - begin)
+    told = {
+        "model": subject.name,
+        "n": count,
+        "way": way.name,
+        "learnt_from": list(way.data),
+        "tokens": record.tokens,
+        "seconds": seconds,
+        "judged": subject.judged(Checkpoint.open(out), mask),
+    }
+    if record.training is not None:
+        told["training"] = record.training.model_dump(mode="json", exclude={"tensors", "history"})
+    return told | (figures(evaluated(subject, out, name)) if way.evaluated else {})
+
+
+def figures(found: Evaluation) -> dict[str, Any]:
+    """Of an evaluation, what the table tells."""
+    quality = found.quality
+    apart = quality.divergence
+    return {
+        "prose_perplexity": round(quality.perplexity.value, 2),
+        "own_kl": None if apart is None else round(apart.kl.value, 4),
+        **{task.task.removeprefix("llmdrop_"): task.value for task in quality.tasks},
+    }
+
+
+def dropped(subject: Subject, count: int) -> dict[str, Any]:
+    """The line that all others of a mask stand against: nothing healed."""
+    mask = subject.mask(count)
+    sweep = read_record(Sweep, subject.results / SWEEP_FILE)
+    point = next(point for point in sweep.points.values() if point.quality.mask == mask)
+    told = {"model": subject.name, "n": count, "way": DROPPED, "judged": subject.judged(subject.checkpoint, mask)}
+    return told | figures(Evaluation(quality=point.quality, provenance=sweep.provenance))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """For people."""
+    head = ("model", "n", "way", "tokens", "s", "KL, held-out answers", "same next token", "regained")
+    head += ("KL, functions", "KL, asked functions", "perplexity, prose", "reasoning", "HumanEval")
+    base = {(each["model"], each["n"]): each for each in lines if each["way"] == DROPPED}
+
+    def row(each: dict[str, Any]) -> tuple[object, ...]:
+        judged, before = each["judged"], base[each["model"], each["n"]]["judged"]
+        own = judged["answers"]
+        regained = "" if each["way"] == DROPPED else f"{1 - own['kl'] / before['answers']['kl']:.0%}"
+        others = (judged[kind]["kl"] if kind in judged else "" for kind in ("functions", "asked functions"))
+        tasks = (f"{each[task]:.1%}" if task in each else "" for task in ("reasoning", "humaneval"))
+        cells = (each["model"], each["n"], each["way"], each.get("tokens", ""), each.get("seconds", ""))
+        return (
+            *cells,
+            own["kl"],
+            f"{own['agreement']:.1%}",
+            regained,
+            *others,
+            each.get("prose_perplexity", ""),
+            *tasks,
+        )
+
+    return f"# What healing regains\n\n{rows(head, map(row, lines))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(WAYS), metavar="A,B")
+    parser.add_argument("--only", help="ways whose names contain this")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("healing"), metavar="DIR", help="of answers and checkpoints"
+    )
+    add_out(parser)
+    args = parser.parse_args()
+    with ending("healing"):
+        names = args.models.split(",")
+        if unknown := set(names) - WAYS.keys():
+            raise InputError(f"--models names {', '.join(sorted(unknown))}; expected {', '.join(WAYS)}")
+        out = args.out or RESULTS / "healing.json"
+        lines = json.loads(out.read_text())["points"] if out.exists() else []
+        for name in names:
+            subject = Subject(name, args.directory / name, RESULTS / "real" / name)
+            subject.directory.mkdir(parents=True, exist_ok=True)
+            for count, way in [(count, way) for count, ways in WAYS[name].items() for way in (None, *ways)]:
+                what = way.name if way else DROPPED
+                known = any((each["model"], each["n"], each["way"]) == (name, count, what) for each in lines)
+                if not known and (way is None or args.only is None or args.only in what):
+                    lines.append(measure(subject, count, way) if way else dropped(subject, count))
+                    finish("healing", {"points": lines}, args.out, table=table(lines))
+
+
+if __name__ == "__main__":
+    main()
