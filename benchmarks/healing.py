@@ -133,7 +133,7 @@ class Subject:
         """Those to one kind of prompts; asked for where they are not there."""
         path = self.directory / f"{source.replace(' ', '-')}.jsonl"
         if not path.exists():
-            command = ["answers", self.name, str(path), "--dtype", "bfloat16"]
+            command = ["answers", str(self.checkpoint.directory), str(path), "--dtype", "bfloat16"]
             if source != "answers":
                 asked = self.directory / f"{path.stem}-prompts.jsonl"
                 functions(asked, in_chat=source == "asked functions")

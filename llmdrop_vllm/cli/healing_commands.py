@@ -25,7 +25,7 @@ from llmdrop_vllm.cli.console import show_selection
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, OutputError
-from llmdrop_vllm.healing.parents import check_parent
+from llmdrop_vllm.healing.parents import check_parent, check_plain
 from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
@@ -35,6 +35,7 @@ from llmdrop_vllm.writing.write import check_destination
 
 if TYPE_CHECKING:
     from llmdrop_vllm.healing.heal import Healed
+    from llmdrop_vllm.healing.run import Run
 
 # Of text that does not say how much of it to take; a model's own answers are taken whole.
 TEXT_SAMPLES, TEXT_TOKENS = 128, 512
@@ -48,8 +49,10 @@ def drop(args: Namespace) -> None:
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = select_mask(Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect).mask
     check_destination(plan_of(args, checkpoint, possible), args.out, overwrite=args.overwrite)
-    if args.heal is not None and args.config_only:
-        raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
+    if args.heal is not None:
+        if args.config_only:
+            raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
+        check_plain(checkpoint)
     calibration = calibration_of(checkpoint, args)
     scores = scored_or_kept("scores", checkpoint, calibration, args)
     chosen = selection_of(scores, args, checkpoint, calibration)
@@ -124,15 +127,6 @@ def healing(
         )
     elif args.log_dir is not None:
         raise OutputError("--log-dir is for --train, which is not given")
-    lost = len(student.mask.attention) + len(student.mask.mlp) - len(teacher.mask.attention) - len(teacher.mask.mlp)
-    columns = int(student.checkpoint.config.get("intermediate_size") or 0)
-    print(f"healing {lost} lost sublayers on {data.identity.tokens:,} tokens of {data.identity.source}")
-    if data.identity.tokens < (enough := TOKENS_PER_COLUMN * columns):
-        print(
-            f"llmdrop: warning: {data.identity.tokens:,} tokens for {columns:,} columns are few, so little can be "
-            f"learnt; {enough:,} would do better",
-            file=sys.stderr,
-        )
     with healed(
         student,
         teacher,
@@ -144,5 +138,22 @@ def healing(
         dtype=args.dtype,
         scratch=beside(args.out, "healing"),
         progress=True,
+        announce=lambda run: _announce(run, data),
     ) as found:
         yield found
+
+
+def _announce(run: "Run", data: Calibration) -> None:
+    """What it will take, and whether the data suffices."""
+    cost, tokens = run.cost, data.identity.tokens
+    minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
+    print(
+        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.identity.source}: about {minutes:,.0f} min, "
+        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
+    )
+    if tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
+        print(
+            f"llmdrop: warning: {tokens:,} tokens for {cost.columns:,} columns are few, so little can be learnt; "
+            f"{enough:,} would do better",
+            file=sys.stderr,
+        )

@@ -6,7 +6,7 @@ it lacks e = T - S; what the layer's last projection multiplies, z, explains a p
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -52,8 +52,11 @@ def healed(
     dtype: str | None = None,
     scratch: Path | None = None,
     progress: bool = False,
+    announce: Callable[[Run], None] | None = None,
 ) -> Iterator[Healed]:
     """Heal a student's weights and keep what came out until the context ends; nothing of either checkpoint changes.
+
+    `announce` is called before anything slow, with what is about to be done.
 
     With `train` the closed form is where a training begins, whose weights are kept if held-out KL fell.
     With `scratch`, a directory for the streams, an interrupted run goes on at the layer that it reached when the same
@@ -68,6 +71,8 @@ def healed(
         directory = scratch or Path(temporary) / "scratch"
         run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
         try:
+            if announce is not None:
+                announce(run)
             layers = run.layers(progress=progress)
             found = Healed(run.tensors(), _record(run, data, layers, identities))
             if train is not None:

@@ -10,15 +10,22 @@ from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.healing.records import HEAL_FILE, healing_of
 
 
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where weights are quantized: a sum of products cannot be added to them."""
+    if checkpoint.is_quantized:
+        raise CheckpointError(
+            f"{checkpoint.directory} is quantized; heal in plain weights, and quantize what comes out"
+        )
+
+
 def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
     """Raise CheckpointError where the teacher is not the student's full model, MaskError where nothing was dropped.
 
     Weights may differ where the student's own record says that they were healed; of each tensor, the first 4 KiB are
     compared.
     """
-    for each in (student, teacher):
-        if each.is_quantized:
-            raise CheckpointError(f"{each.directory} is quantized; heal in plain weights, and quantize what comes out")
+    check_plain(student)
+    check_plain(teacher)
     kinds = [(each.architecture, each.mask.num_hidden_layers) for each in (student, teacher)]
     if kinds[0] != kinds[1]:
         raise CheckpointError(

@@ -58,13 +58,17 @@ def fit(learnt: Sums, held_out: Sums) -> Fit | None:
     return best
 
 
+def solved_in(columns: int) -> torch.dtype:
+    """Small systems are cheap in float64; the factor of a large one would take twice the memory and time."""
+    return torch.float64 if columns <= 4096 else torch.float32
+
+
 def _solve(sums: Sums, added: torch.Tensor) -> torch.Tensor | None:
     """(z'z + added I)^-1 z'e; None where rounding has made that matrix indefinite."""
-    # Small systems are cheap in float64; the factor of a large one would take twice the memory and time.
-    dtype = torch.float64 if len(sums.zz) <= 4096 else torch.float32
+    dtype = solved_in(len(sums.zz))
     matrix = sums.zz.to(dtype, copy=True)
     matrix.diagonal().add_(added)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    matrix, failed = torch.linalg.cholesky_ex(matrix)  # by the same name, for the solution copies its factor
     if failed.item():
         return None
-    return torch.cholesky_solve(sums.ze.to(dtype), factor).float()
+    return torch.cholesky_solve(sums.ze.to(dtype), matrix).float()

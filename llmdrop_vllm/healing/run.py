@@ -2,9 +2,10 @@
 that a killed run has done.
 """
 
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
+from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.healing.cost import Cost, layer_cost
 from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.records import HealedLayer
@@ -56,11 +59,14 @@ class HealOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a run that takes `passes` of all tokens through a layer; `do` gives a unit's result, or nothing."""
+    """A part of a run that takes `passes` of all tokens through a layer and refits the end of one of its sublayers, or
+    of none; `do` gives a unit's result, or nothing.
+    """
 
     layer: int
     passes: int
     do: Callable[["tqdm[Any]"], dict[str, Any]]
+    refits: Sublayer | None = None
 
 
 class Run:
@@ -91,9 +97,22 @@ class Run:
             options.weighting,
         )
         self.chunks = self.streams.batches.chunks
-        self.steps = self._steps(units(teacher.mask, student.mask))
-        needed_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
-        self.scratch = Scratch(directory, asked, needed_bytes, SCRATCH_FILES)
+        self.units = units(teacher.mask, student.mask)
+        self.steps = self._steps(self.units)
+        self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
+        self.scratch = Scratch(directory, asked, self.disk_bytes, SCRATCH_FILES)
+
+    @property
+    def lost(self) -> int:
+        """How many sublayers the student lost."""
+        return sum(len(unit.lost) for unit in self.units)
+
+    @property
+    def cost(self) -> Cost:
+        """Of all steps."""
+        stream, tokens = self.streams.student, self.streams.batches.tokens
+        parts = [layer_cost(stream, step.layer, step.passes, tokens, step.refits) for step in self.steps]
+        return reduce(operator.add, parts)
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""
@@ -125,17 +144,22 @@ class Run:
                 found.append(Step(depth, 0, partial(self._part, place, depth)))
             # While the teacher's stream stands before the layer.
             if place > first and self.options.later == "attention" and unit.layer not in self._halved:
-                found.append(Step(unit.layer, 1, partial(self._mend_attention, place, unit)))
+                found.append(Step(unit.layer, 1, partial(self._mend_attention, place, unit), self.family.attention))
             found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
             depth = unit.target + 1
             if place >= first:
-                found.append(Step(unit.layer, 1 + bool(unit.lost), partial(self._mend, place, unit)))
+                mended = self._mended(unit) if unit.lost else None
+                found.append(Step(unit.layer, 2 if mended else 1, partial(self._mend, place, unit), mended))
         return found
 
     @property
     def _halved(self) -> set[int]:
         """Layers without attention or without an MLP."""
         return {*self.mask.attention, *self.mask.mlp}
+
+    def _mended(self, unit: Unit) -> Sublayer:
+        """Whose last projection takes over what the unit lost."""
+        return self.family.mlp if unit.mends == "mlp" else self.family.attention
 
     def _go_on_with(self, changed: Collection[str]) -> None:
         """Let the student have these tensors of those that were changed, by the checkpoint's names."""
@@ -170,9 +194,8 @@ class Run:
 
     def _mend(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
         """Refit a layer of the student's and take its stream through it."""
-        sublayer = self.family.mlp if unit.mends == "mlp" else self.family.attention
         with self.streams.student.layer(unit.layer) as layer:
-            parameters = output_parameters(self.streams.student, unit.layer, sublayer)
+            parameters = output_parameters(self.streams.student, unit.layer, self._mended(unit))
             task = Task(self.streams, layer, place, unit)
             found = refit(task, parameters, bar.update) if unit.lost else Refit(0.0, 0)
             changed = self._store(unit, unit.mends, parameters) if found.left < 1 else ()

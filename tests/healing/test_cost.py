@@ -1,0 +1,75 @@
+"""What healing is said to take before it begins."""
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.healing.heal import DEFAULT, healed
+from llmdrop_vllm.healing.run import HealOptions
+from tests.healing.test_families import data
+from tests.tiny import TINY_LLAMA, write_checkpoint
+
+MEASURE = """
+import json, resource, sys
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.healing.heal import healed
+from tests.healing.test_families import data
+
+def heal(path):
+    said = []
+    masked = [Checkpoint.open(path).under(DropMask(8, attention=gone)) for gone in ((2,), ())]
+    with healed(*masked, data(), dtype="float32", announce=said.append):
+        return said[0].cost.memory_bytes
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+heal(sys.argv[1])
+before = peak()
+print(json.dumps({"said": heal(sys.argv[2]), "took": peak() - before}))
+"""
+
+
+def said(options=DEFAULT, gone=(7, 8, 11)):
+    found = []
+    checkpoint, mask = Checkpoint.open(MODEL), DropMask(12, attention=gone)
+    with healed(
+        checkpoint.under(mask), checkpoint.under(DropMask(12)), data(), options, dtype="float32", announce=found.append
+    ) as result:
+        return found[0], result.record
+
+
+def test_what_is_said_is_what_is_done():
+    run, record = said()
+    assert run.lost == 3
+    mended = [each for each in record.layers if each.columns]
+    assert run.cost.columns == max(each.columns for each in mended)
+    assert run.cost.seconds(torch.device("cpu"), torch.float32) > 0
+
+
+def test_more_is_said_to_take_longer():
+    (both, _), (less, _), (more, _) = (
+        said(),
+        said(HealOptions(later="nothing")),
+        said(gone=(3, 7, 8, 11)),
+    )
+    assert less.cost.layer_flops < both.cost.layer_flops < more.cost.layer_flops
+    assert less.cost.sum_flops < both.cost.sum_flops < more.cost.sum_flops
+
+
+def test_memory_peaks_where_it_was_said(tmp_path):
+    """In a process of its own, where a smaller run has loaded everything else that is needed."""
+    small, large = (
+        write_checkpoint(tmp_path / str(columns), TINY_LLAMA | {"intermediate_size": columns})
+        for columns in (128, 4096)
+    )
+    command = [sys.executable, "-c", MEASURE, str(small), str(large)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.5 * found["said"] < found["took"] < found["said"] + 100 * 2**20
