@@ -1,7 +1,7 @@
 """What healing regains in real models: by data and its amount, by method, and by how much is gone.
 
     apt-get install debian-handbook
-    python benchmarks/healing.py [--models smollm2,qwen2.5-coder-1.5b] [--only NAME,NAME]
+    python benchmarks/healing.py [--models smollm2,qwen2.5-coder-1.5b] [--only NAME]...
 
 The masks are those of `real_quality.py`, attention by importance, and so is what is measured of the ways to heal that
 are evaluated: perplexity on prose, next tokens on the model's own answers to prompts that it was not healed on, tasks.
@@ -33,7 +33,7 @@ from benchmarks.real_quality import CONTEXT, LIMIT, TASKS, prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.artifacts import read_record, write_atomically
+from llmdrop_vllm.artifacts import Scores, read_record, write_atomically
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.data.answers import load_answers
@@ -48,6 +48,7 @@ from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.records import HEAL_FILE, Healing
 from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.selection.selection import Ranked, select
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 
@@ -63,7 +64,10 @@ ASKED = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full."""
+    """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full.
+
+    `chosen` is a way to choose the mask; None is the sweep's, cosine importance on text. `heals`: not only dropped.
+    """
 
     name: str
     data: tuple[str, ...] = ("answers",)
@@ -73,6 +77,17 @@ class Way:
     train: TrainOptions | None = None
     dtype: str | None = None
     evaluated: bool = False
+    chosen: str | None = None
+    heals: bool = True
+
+
+ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what healing leaves"
+
+
+def _chosen() -> Iterator[Way]:
+    for chosen in (ON_ANSWERS, AFTER_HEALING):
+        yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False)
+        yield Way(f"closed form, {chosen}", chosen=chosen)
 
 
 TRAINED = TrainOptions(learning_rate=2e-4)
@@ -92,21 +107,27 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
             Way("closed form, then training", train=TRAINED, evaluated=True),
             Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
+            *_chosen(),
         ),
-        4: (Way("closed form", evaluated=True), Way("closed form, then training", train=TRAINED, evaluated=True)),
+        4: (
+            Way("closed form", evaluated=True),
+            Way("closed form, then training", train=TRAINED, evaluated=True),
+            *_chosen(),
+        ),
     },
     "qwen2.5-coder-1.5b": {
         count: (
-            Way("closed form", DATA["qwen2.5-coder-1.5b"], dtype="bfloat16", evaluated=True),
+            Way("closed form", DATA["qwen2.5-coder-1.5b"], 25_000, dtype="bfloat16", evaluated=True),
             Way(
                 "closed form, then LoRA of rank 32",
                 DATA["qwen2.5-coder-1.5b"],
+                25_000,
                 dtype="bfloat16",
                 train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4),
                 evaluated=True,
             ),
         )
-        for count in (4, 8)
+        for count in (8, 4)
     },
 }
 
@@ -123,8 +144,15 @@ class Subject:
     def checkpoint(self) -> Checkpoint:
         return Checkpoint.open(fetch(self.name))
 
-    def mask(self, count: int) -> DropMask:
-        """That of the sweep."""
+    def mask(self, count: int, chosen: str | None = None) -> DropMask:
+        """That of the sweep, or one that is chosen on answers."""
+        if chosen is not None:
+            path = self.directory / f"scores {chosen}.json".replace(" ", "-")
+            if not path.exists():
+                command = ["score", str(self.checkpoint.directory), "--out", str(path)]
+                command += ["--data", str(self.answers("answers")), "--dtype", "float32"]
+                run([*command, *(["--after-healing"] if chosen == AFTER_HEALING else [])])
+            return select(read_record(Scores, path), Ranked("attention", count)).mask
         found = read_record(Sweep, self.results / SWEEP_FILE)
         series = next(each for each in found.series if each.name == "attention")
         return found.points[series.steps[count]].quality.mask
@@ -281,14 +309,14 @@ def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
 
 def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     """A way's line."""
-    mask, name = subject.mask(count), f"{count} {way.name}".replace(",", "").replace(" ", "-")
+    mask, name = subject.mask(count, way.chosen), f"{count} {way.name}".replace(",", "").replace(" ", "-")
+    told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
+    if not way.heals:
+        return told | {"judged": subject.judged(subject.checkpoint, mask)}
     out, begin = subject.directory / name, time.monotonic()
     record = heal(subject, mask, way, out)
     seconds = round(time.monotonic() - begin)
-    told = {
-        "model": subject.name,
-        "n": count,
-        "way": way.name,
+    told |= {
         "learnt_from": list(way.data),
         "tokens": record.tokens,
         "seconds": seconds,
@@ -315,7 +343,8 @@ def dropped(subject: Subject, count: int) -> dict[str, Any]:
     mask = subject.mask(count)
     sweep = read_record(Sweep, subject.results / SWEEP_FILE)
     point = next(point for point in sweep.points.values() if point.quality.mask == mask)
-    told = {"model": subject.name, "n": count, "way": DROPPED, "judged": subject.judged(subject.checkpoint, mask)}
+    told = {"model": subject.name, "n": count, "way": DROPPED, "attention": list(mask.attention)}
+    told["judged"] = subject.judged(subject.checkpoint, mask)
     return told | figures(Evaluation(quality=point.quality, provenance=sweep.provenance))
 
 
@@ -348,7 +377,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(WAYS), metavar="A,B")
-    parser.add_argument("--only", help="ways whose names contain this")
+    parser.add_argument("--only", action="append", metavar="NAME", help="a way to heal (repeatable); default all")
     parser.add_argument(
         "--directory", type=Path, default=Path("healing"), metavar="DIR", help="of answers and checkpoints"
     )
@@ -366,7 +395,7 @@ def main() -> None:
             for count, way in [(count, way) for count, ways in WAYS[name].items() for way in (None, *ways)]:
                 what = way.name if way else DROPPED
                 known = any((each["model"], each["n"], each["way"]) == (name, count, what) for each in lines)
-                if not known and (way is None or args.only is None or args.only in what):
+                if not known and (way is None or args.only is None or what in args.only):
                     lines.append(measure(subject, count, way) if way else dropped(subject, count))
                     finish("healing", {"points": lines}, args.out, table=table(lines))
 

@@ -110,7 +110,8 @@ class Similarities(Record):
 
 
 class Scores(Record):
-    """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786).
+    """What `llmdrop score` measures. Importance is 1 - similarity (arXiv 2406.15786), or what healing leaves undone of
+    a sublayer's work (`healing.importance`), whose difference from 1 then stands in `similarity`.
 
     `block_similarity_by_gap[i][g - 1]` compares the inputs of layers i and i + g (the last layer's output stands for
     the input of layer num_hidden_layers), so row i has num_hidden_layers - i entries; gaps above 1 are measured on
@@ -127,6 +128,7 @@ class Scores(Record):
     kv_groups: tuple[str, ...]
     kv_values: tuple[Annotated[int, Field(ge=1)], ...] = ()
     dropped: DropMask
+    importance: Literal["1 - cosine similarity", "left after healing"] = "1 - cosine similarity"
     provenance: Provenance
 
     @classmethod

@@ -49,6 +49,7 @@ def _add_choosing(add: Add) -> None:
     options.add_model(score)
     options.add_file(score, "the scores")
     options.add_calibration(score)
+    options.add_importance(score)
     options.add_precision(score)
 
     select = add("select", "choose a mask by scores", "llmdrop select scores.json --attention 8 --out mask.json")
@@ -71,6 +72,7 @@ def _add_writing(add: Add) -> None:
     options.add_directory(drop)
     options.add_selection(drop)
     options.add_calibration(drop)
+    options.add_importance(drop)
     options.add_precision(drop)
     options.add_output(drop)
     drop.add_argument(
@@ -134,6 +136,7 @@ def _add_measuring(add: Add) -> None:
     options.add_speed(sweep)
     sweep.add_argument("--scores", type=Path, metavar="FILE", help="what `llmdrop score` wrote; default: scored anew")
     options.add_calibration(sweep)
+    options.add_importance(sweep)
 
     example = "llmdrop recommend MODEL --kv-budget 50% --out mask.json"
     recommend = add("recommend", "the mask of a sweep that meets a goal with the least loss", example, MEASURING)

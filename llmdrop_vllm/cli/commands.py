@@ -115,9 +115,10 @@ def run_scoring(
     checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
 ) -> Scores:
     """Score with the arguments' device and dtype, hidden states beside `out`."""
+    from llmdrop_vllm.scoring.scoring import precision
     from llmdrop_vllm.scoring.scoring import score as score_checkpoint
 
-    return score_checkpoint(
+    scores = score_checkpoint(
         checkpoint,
         calibration,
         mask=mask,
@@ -125,6 +126,15 @@ def run_scoring(
         dtype=args.dtype,
         scratch=beside(out, "scratch"),
         progress=True,
+    )
+    if not args.after_healing:
+        return scores
+    from llmdrop_vllm.healing.importance import after_healing
+
+    where, what = precision(checkpoint, args.device, args.dtype)
+    masked = checkpoint.under(checkpoint.mask if mask is None else mask)
+    return after_healing(
+        scores, masked, calibration, device=where, dtype=what, scratch=beside(out, "healing-scores"), progress=True
     )
 
 
@@ -161,8 +171,10 @@ def _kept_scores(
     except InputError:
         return None
     where, (_, dtype) = scores.provenance, precision(checkpoint, args.device, args.dtype)
-    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped)
-    asked = (checkpoint.fingerprint, calibration.identity, str(dtype), checkpoint.mask if mask is None else mask)
+    healed = scores.importance == "left after healing"
+    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped, healed)
+    gone = checkpoint.mask if mask is None else mask
+    asked = (checkpoint.fingerprint, calibration.identity, str(dtype), gone, args.after_healing)
     return scores if found == asked else None
 
 
@@ -208,6 +220,7 @@ def selection_of(
         check_scored(scores, checkpoint)
     calibration = calibration or _scored_data(scores, checkpoint)
     args.dtype = scores.provenance.dtype
+    args.after_healing = scores.importance == "left after healing"
 
     def rescore(mask: DropMask) -> Scores:
         gone = len(mask.attention) + len(mask.mlp)

@@ -47,7 +47,7 @@ def show_scores(scores: Scores) -> None:
         importance = ["x" if value is None else f"{1 - value:.4f}" for value in values]
         shown = ["x" if column[layer] is None else f"{column[layer]:.3f}" for column in extra]
         rows.append((f"{layer:>5}", *importance, *shown))
-    print_table(headings, rows, title="importance (1 - cosine similarity); x: dropped already")
+    print_table(headings, rows, title=f"importance ({scores.importance}); x: dropped already")
 
 
 def show_selection(chosen: Selection) -> None:

@@ -64,6 +64,15 @@ def add_calibration(command: Parser) -> None:
         group.add_argument("--seed", type=int, default=0, help="of the choice of sequences")
 
 
+def add_importance(command: Parser) -> None:
+    """By what sublayers are compared."""
+    command.add_argument(
+        "--after-healing",
+        action="store_true",
+        help="importance is what healing leaves undone of a sublayer's work, not 1 - cosine similarity; takes longer",
+    )
+
+
 def add_precision(command: Parser) -> None:
     """What to score on."""
     command.add_argument("--device", help="cpu or cuda; default a GPU where there is one")

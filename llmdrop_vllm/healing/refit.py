@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from llmdrop_vllm.healing.descent import descend
@@ -31,7 +32,8 @@ def refit(task: Task, parameters: Mapping[str, nn.Parameter], on_chunk: Callable
 
 def _by_ridge(task: Task, single: Projection, on_chunk: Callable[[], object]) -> Refit:
     device, chunks = task.streams.device, task.streams.batches.chunks
-    learnt, held_out = (Sums(single.columns, single.weight.shape[1], device) for _ in range(2))
+    rounded = task.streams.student.dtype is torch.bfloat16
+    learnt, held_out = (Sums(single.columns, single.weight.shape[1], device, rounded=rounded) for _ in range(2))
     with single.recording() as recorded:
         constant = task.constant(recorded)
         for chunk in chunks:

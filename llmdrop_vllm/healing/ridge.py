@@ -13,17 +13,25 @@ RIDGES = tuple(10 ** (exponent / 2) for exponent in range(2, -11, -1))
 
 
 class Sums:
-    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens."""
+    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens.
 
-    def __init__(self, columns: int, outputs: int, device: torch.device) -> None:
+    `rounded`: factors may be rounded to bfloat16 before they are multiplied, for that is what their streams were kept
+    in; AMX and tensor cores are several times as fast then.
+    """
+
+    def __init__(self, columns: int, outputs: int, device: torch.device, *, rounded: bool = False) -> None:
+        self.precision = "medium" if rounded else torch.get_float32_matmul_precision()
         self.zz = torch.zeros(columns, columns, device=device)
         self.ze = torch.zeros(columns, outputs, device=device)
         self.ee, self.rows = 0.0, 0
 
     def add(self, z: torch.Tensor, e: torch.Tensor) -> None:
         """Add tokens: z [rows, columns], e [rows, outputs], float32."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
         self.zz.addmm_(z.T, z)
         self.ze.addmm_(z.T, e)
+        torch.set_float32_matmul_precision(before)
         self.ee += e.square().sum(dtype=torch.float64).item()
         self.rows += len(z)
 

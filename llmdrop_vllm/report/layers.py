@@ -46,7 +46,8 @@ def importance(findings: Findings) -> tuple[Figure, str]:
     limits = [limit for each in axes for limit in each.get_ylim()]
     for each in axes:
         each.set_ylim(min(limits), max(limits))
-    axes[0].set_ylabel("importance\n(1 − cosine similarity)")
+    kinds_of = {scores.importance for scores in findings.calibrations.values()}
+    axes[0].set_ylabel(f"importance\n({' / '.join(sorted(kinds_of))})")
     legend(figure)
     return figure, f"Importance by layer, measured on {', '.join(findings.calibrations)}. {_lowest(findings)}"
 

@@ -1,0 +1,50 @@
+"""The figures of healing: what is asked, how it is told, and that the table is what was measured."""
+
+import json
+
+import pytest
+
+from benchmarks import healing
+from benchmarks.healing import DROPPED, WAYS, functions, lambdas, main, table
+from llmdrop_vllm.healing import ridge
+
+
+def test_functions_are_asked_for_in_one_of_two_ways(tmp_path):
+    plain, asked = tmp_path / "plain.jsonl", tmp_path / "asked.jsonl"
+    functions(plain, in_chat=False)
+    functions(asked, in_chat=True)
+    one, other = ([json.loads(line) for line in path.read_text().splitlines()] for path in (plain, asked))
+    assert len(one) == len(other) == healing.FUNCTIONS
+    assert all(each.startswith("def ") and '"""' in each for each in one)
+    assert all(each.split("\n")[0] in healing.ASKED for each in other)
+    assert not {*one} & {each.split("```python\n")[1].removesuffix("```") for each in other}
+
+
+def test_only_the_lambdas_that_are_given_are_tried():
+    before = ridge.RIDGES
+    with lambdas((0.5,)):
+        assert ridge.RIDGES == (0.5,)
+    with lambdas(None):
+        assert before == ridge.RIDGES
+    assert before == ridge.RIDGES
+
+
+def test_the_table_says_how_much_of_the_divergence_was_regained():
+    judged = {"answers": {"kl": 0.4, "agreement": 0.7}}
+    lines = [
+        {"model": "m", "n": 8, "way": DROPPED, "judged": judged, "reasoning": 0.25},
+        {"model": "m", "n": 8, "way": "w", "judged": {"answers": {"kl": 0.1, "agreement": 0.9}}, "tokens": 10},
+    ]
+    assert "| m | 8 | w | 10 |  | 0.1 | 90.0% | 75% |" in table(lines)
+
+
+def test_names_of_ways_are_used_once():
+    for of_model in WAYS.values():
+        for ways in of_model.values():
+            assert len({way.name for way in ways}) == len(ways)
+
+
+def test_unknown_models_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["healing.py", "--models", "smollm3"])
+    with pytest.raises(SystemExit, match="--models names smollm3; expected smollm2, qwen2.5-coder-1.5b"):
+        main()
