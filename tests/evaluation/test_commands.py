@@ -1,6 +1,7 @@
 """`llmdrop evaluate | sweep | recommend` as their user meets them, on the embedded model."""
 
 import json
+import shutil
 
 import pytest
 
@@ -333,3 +334,22 @@ def test_a_share_without_a_unit_is_refused(value, capsys):
     with pytest.raises(SystemExit):
         main(["recommend", str(MODEL), "--max-loss", value])
     assert "is not a share such as 1% or 0.01" in capsys.readouterr().err
+
+
+def test_a_healed_point_of_the_sweep_is_drawn_beside_it(swept, tmp_path, capsys):
+    results, out, evaluation = tmp_path / "results", tmp_path / "out", tmp_path / "healed.json"
+    shutil.copytree(swept, results)
+    series = read_record(Sweep, results / "sweep.json").series[0]
+    mask = read_record(Sweep, results / "sweep.json").points[series.steps[4]].quality.mask
+    dropped = str(tmp_path / "dropped")
+    assert main(["apply", str(MODEL), dropped, "--attention", ",".join(map(str, mask.attention))]) == 0
+    text = ("--data", "embedded", "--samples", "24", "--seq-len", "64")
+    assert main(["heal", dropped, str(out), "--teacher", str(MODEL), *text]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    assert "healed: 4 layers healed on" in capsys.readouterr().out
+    asked = (*QUICK, "--tasks", "llmdrop_name", "--limit", "8")
+    assert main(["evaluate", str(out), "--full", str(MODEL), "--out", str(evaluation), *asked]) == 0
+    assert read_record(Evaluation, evaluation).healed == "healed"
+    assert main(["report", str(MODEL), "--results", str(results), "--healed", str(evaluation)]) == 0
+    assert "attention, healed" in (results / "report.html").read_text()

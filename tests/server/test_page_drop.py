@@ -49,6 +49,13 @@ def test_a_cell_tells_its_numbers_to_a_pointer_and_shades_importance(open_page):
     assert len({*shades}) > 1
 
 
+def test_how_the_model_was_healed_is_said_if_it_was(open_page, server):
+    page = open_page()
+    expect(page.locator("#healing")).to_have_text(f"Healed: {DROP['healing']}.")
+    server.drop |= {"healing": None}
+    expect(open_page().locator("#healing")).to_be_hidden()
+
+
 def test_without_scores_or_parameters_the_rest_is_shown(open_page, server):
     unknown = {"parameters": None, "kv_bytes_per_token": None}
     server.drop |= {"scores": None, "full": {**DROP["full"], **unknown}}

@@ -16,7 +16,9 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
+from llmdrop_vllm.healing.records import HEAL_FILE
 from tests.architectures.cases import CASES
+from tests.healing.records import healing
 from tests.selection.scores import make_scores
 
 MASK = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
@@ -144,6 +146,12 @@ def test_scores_come_from_the_environment_or_the_checkpoint(monkeypatch, tmp_pat
     assert beside.importance.block == (0.5,) * 12
     monkeypatch.setenv(SCORES_ENVIRONMENT, str(tmp_path / "llmdrop_scores.json"))
     assert report(embedded()).scores == beside
+
+
+def test_how_the_model_was_healed_comes_from_the_checkpoint(tmp_path):
+    assert report(embedded(model=tmp_path)).healing is None
+    write_record(healing(), tmp_path / HEAL_FILE)
+    assert report(embedded(model=tmp_path)).healing == healing().summary()
 
 
 def test_scores_of_another_depth_are_refused(monkeypatch, tmp_path):
