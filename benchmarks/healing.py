@@ -103,7 +103,7 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             Way("closed form, answers and text", ("answers", "text")),
             Way("closed form, nothing refitted behind", options=HealOptions(later="nothing")),
             Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
-            Way("closed form, streams in bfloat16", dtype="bfloat16"),
+            Way("closed form, streams in float32", dtype="float32"),
             *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
             Way("closed form, then training", train=TRAINED, evaluated=True),
             Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from llmdrop_vllm import hf
+from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import (
     TORCH_DTYPES,
@@ -40,7 +41,7 @@ def keep_mended(
         stored[name].name: tensor.to(TORCH_DTYPES[stored[name].dtype]).cpu().contiguous()
         for name, tensor in checkpoint_tensors(model, names).items()
     }
-    save_file(found, path)
+    write_atomically(path, save(found))  # a run that goes on may read it
     return {tensor.name: tensor for tensor in stored_tensors(path)}
 
 

@@ -39,6 +39,7 @@ SCRATCH_FILES = (
     "student-?.bin",
     "healed-*.safetensors",
     "trained.safetensors",
+    ".*.safetensors.*.partial",
     "targets-*",
     "training-*",
 )

@@ -1,6 +1,9 @@
 """Healing a tiny model: what is gained, what is kept, and that an interrupted run goes on."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -66,6 +69,26 @@ def test_an_interrupted_run_goes_on_and_ends_alike(checkpoint, tmp_path, monkeyp
         assert (tensors(found), found.record.layers) == expected
     assert taught == [0, 1, 2, 3, 3, 4]
     assert not (tmp_path / "scratch").exists()
+
+
+def test_a_killed_command_goes_on_and_ends_alike(dropped, tmp_path):
+    def command(out):
+        return ["heal", str(dropped), str(out), "--teacher", str(MODEL), *OPTIONS]
+
+    assert main(command(tmp_path / "whole")) == 0
+    out, state = tmp_path / "out", tmp_path / ".out.llmdrop-healing" / "progress.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "llmdrop_vllm.cli", *command(out)], stderr=subprocess.DEVNULL
+    ) as child:
+        while not (state.exists() and len(json.loads(state.read_text())["layers"]) > 10):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.kill()
+    assert not out.exists()
+    assert main(command(out)) == 0
+    name = "model.dropped.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
 def test_training_lowers_the_divergence_of_a_healed_model(tmp_path):
