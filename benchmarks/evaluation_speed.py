@@ -15,7 +15,7 @@ from benchmarks.record import add_out, finish
 from benchmarks.servers import MASK
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.options import count, layers
+from llmdrop_vllm.cli.values import count, layers
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks

@@ -1,7 +1,7 @@
 """What healing regains in real models: by data and its amount, by method, and by how much is gone.
 
     apt-get install debian-handbook
-    python benchmarks/healing.py [--models smollm2,qwen2.5-coder-1.5b] [--only NAME]...
+    python benchmarks/healing.py [--models smollm2,qwen2.5-coder-1.5b] [--counts 8] [--only NAME]...
 
 The masks are those of `real_quality.py`, attention by importance, and so is what is measured of the ways to heal that
 are evaluated: perplexity on prose, next tokens on the model's own answers to prompts that it was not healed on, tasks.
@@ -11,29 +11,23 @@ healing.json, the table in healing.md.
 """
 
 import argparse
-import ast
 import json
-import sysconfig
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import networkx
-import numpy as np
-import rich
-import sympy
-
-from benchmarks.options import ending
+from benchmarks.functions import functions
+from benchmarks.healing_ways import AFTER_HEALING, DATA, DROPPED, WAYS, Way
+from benchmarks.options import ending, numbers
 from benchmarks.real_quality import CONTEXT, LIMIT, TASKS, prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.artifacts import Scores, read_record, write_atomically
+from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.data.answers import load_answers
@@ -44,92 +38,14 @@ from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Sweep
 from llmdrop_vllm.evaluation.sweep import SWEEP_FILE
 from llmdrop_vllm.fetching.fetch import fetch
 from llmdrop_vllm.healing import ridge
-from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.records import HEAL_FILE, Healing
-from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.selection.selection import Ranked, select
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 
 TEXT_WINDOWS, JUDGING_TOKENS = 128, 4096
-FUNCTIONS, TOKENS_OF_CODE = 1200, 128
-DROPPED = "dropped"
-ASKED = (
-    "Complete this Python function.",
-    "Write the body of this function.",
-    "Implement the following in Python; explain it in one sentence.",
-)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full.
-
-    `chosen` is a way to choose the mask; None is the sweep's, cosine importance on text. `heals`: not only dropped.
-    """
-
-    name: str
-    data: tuple[str, ...] = ("answers",)
-    tokens: int | None = None
-    options: HealOptions = HealOptions()
-    ridges: tuple[float, ...] | None = None
-    train: TrainOptions | None = None
-    dtype: str | None = None
-    evaluated: bool = False
-    chosen: str | None = None
-    heals: bool = True
-
-
-ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what healing leaves"
-
-
-def _chosen() -> Iterator[Way]:
-    for chosen in (ON_ANSWERS, AFTER_HEALING):
-        yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False)
-        yield Way(f"closed form, {chosen}", chosen=chosen)
-
-
-TRAINED = TrainOptions(learning_rate=2e-4)
-# By model, what it is healed on; by number gone, in which ways.
-DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
-WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
-    "smollm2": {
-        8: (
-            Way("closed form", evaluated=True),
-            Way("closed form, 10k tokens", tokens=10_000),
-            Way("closed form, 25k tokens", tokens=25_000),
-            Way("closed form, text", ("text",), evaluated=True),
-            Way("closed form, answers and text", ("answers", "text")),
-            Way("closed form, nothing refitted behind", options=HealOptions(later="nothing")),
-            Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
-            Way("closed form, streams in float32", dtype="float32"),
-            *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
-            Way("closed form, then training", train=TRAINED, evaluated=True),
-            Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
-            *_chosen(),
-        ),
-        4: (
-            Way("closed form", evaluated=True),
-            Way("closed form, then training", train=TRAINED, evaluated=True),
-            *_chosen(),
-        ),
-    },
-    "qwen2.5-coder-1.5b": {
-        count: (
-            Way("closed form", DATA["qwen2.5-coder-1.5b"], 25_000, dtype="bfloat16", evaluated=True),
-            Way(
-                "closed form, then LoRA of rank 32",
-                DATA["qwen2.5-coder-1.5b"],
-                25_000,
-                dtype="bfloat16",
-                train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4),
-                evaluated=True,
-            ),
-        )
-        for count in (8, 4)
-    },
-}
+TOKENS_OF_CODE = 128
 
 
 @dataclass(frozen=True)
@@ -224,38 +140,6 @@ class Subject:
             )
             for source, reference in self.references.items()
         }
-
-
-def functions(out: Path, *, in_chat: bool) -> None:
-    """Prompts: signatures with docstrings from the standard library and packages that are always here, each in one of
-    two files, to be completed or asked for.
-    """
-    roots = [Path(sysconfig.get_paths()["stdlib"]), *(Path(each.__path__[0]) for each in (np, networkx, sympy, rich))]
-    found: dict[str, str] = {}
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            if not {"site-packages", "test", "tests", "idlelib"} & {*path.relative_to(root).parts}:
-                found |= dict(_documented(path))
-    names = sorted(found)
-    order = np.random.default_rng(0).permutation(len(names))[: 2 * FUNCTIONS]
-    chosen = [found[names[place]] for place in order[in_chat::2]]
-    if in_chat:
-        chosen = [f"{ASKED[place % len(ASKED)]}\n\n```python\n{each}```" for place, each in enumerate(chosen)]
-    write_atomically(out, "".join(json.dumps(each) + "\n" for each in chosen))
-
-
-def _documented(path: Path) -> Iterator[tuple[str, str]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            return
-    for node in tree.body:
-        plain = isinstance(node, ast.FunctionDef) and not node.decorator_list and len(node.body) > 1
-        if plain and 40 < len(ast.get_docstring(node) or "") < 700:
-            node.body = node.body[:1]
-            yield node.name, ast.unparse(node) + "\n"
 
 
 def run(command: list[str]) -> None:
@@ -377,6 +261,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(WAYS), metavar="A,B")
+    parser.add_argument("--counts", type=numbers, metavar="N,N", help="how many attentions are gone; default all")
     parser.add_argument("--only", action="append", metavar="NAME", help="a way to heal (repeatable); default all")
     parser.add_argument(
         "--directory", type=Path, default=Path("healing"), metavar="DIR", help="of answers and checkpoints"
@@ -393,6 +278,8 @@ def main() -> None:
             subject = Subject(name, args.directory / name, RESULTS / "real" / name)
             subject.directory.mkdir(parents=True, exist_ok=True)
             for count, way in [(count, way) for count, ways in WAYS[name].items() for way in (None, *ways)]:
+                if args.counts is not None and count not in args.counts:
+                    continue
                 what = way.name if way else DROPPED
                 known = any((each["model"], each["n"], each["way"]) == (name, count, what) for each in lines)
                 if not known and (way is None or args.only is None or what in args.only):

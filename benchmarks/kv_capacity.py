@@ -26,7 +26,7 @@ from benchmarks.record import add_out, finish
 from benchmarks.shapes import Kind, Shape, find
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes, layer_kinds
 from llmdrop_vllm.kv_cache.layout import stage_values
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention

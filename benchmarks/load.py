@@ -38,7 +38,7 @@ from benchmarks.turns import Plan, with_room_for
 from benchmarks.weights import write_random, write_tokenizer
 from benchmarks.workloads import Workload
 from llmdrop_vllm import InputError
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 
 SMOKE = {"shape": "smoke", "rates": "80%,inf", "repeats": 2, "seconds": 1, "fit": 2, "prompt_tokens": 120}
 SMOKE |= {"output_tokens": 8, "attention": [2], "layers": None}

@@ -13,7 +13,7 @@ from benchmarks.record import add_out
 from benchmarks.shapes import Shape
 from llmdrop_vllm import DropMask, InputError, MaskError
 from llmdrop_vllm.artifacts import MaskFile, read_record
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 
 KINDS = ("attention", "mlp", "block")
 

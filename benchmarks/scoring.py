@@ -28,7 +28,7 @@ from benchmarks.record import add_out, finish
 from benchmarks.shapes import Shape, find
 from benchmarks.weights import write_random, write_tokens
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.scoring.scoring import score
 

@@ -24,7 +24,7 @@ import httpx
 from benchmarks.measures import quartiles
 from benchmarks.record import add_out, finish
 from benchmarks.servers import MASK, Served, leave_a_core, serving
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 
 PAIRS_PER_ROUND, CLIENTS, TOKENS = 20, 16, 128
 PROMPT = "<|user|>What does os.path.join return for an absolute path?<|assistant|>"

@@ -24,7 +24,7 @@ from benchmarks.record import add_out, finish
 from benchmarks.shapes import find
 from benchmarks.weights import write_random_apart
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 from llmdrop_vllm.writing import stream
 from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint

@@ -28,7 +28,7 @@ from benchmarks.table import EXPECTED_RATIO, markdown
 from benchmarks.turns import Plan, against_rivals, measure, with_room_for
 from benchmarks.weights import write_random
 from benchmarks.workloads import PAPER, WORKLOADS, Workload, as_many_as_fit, at_contexts, chosen
-from llmdrop_vllm.cli.options import count
+from llmdrop_vllm.cli.values import count
 
 SMOKE = {"shape": "smoke", "attention": [2], "scale": 1 / 128, "repeats": 2, "kv_gib": 1 / 32, "workloads": "chats"}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmdrop_vllm import __version__
-from llmdrop_vllm.cli import options
+from llmdrop_vllm.cli import options, values
 from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
 
@@ -97,9 +97,9 @@ def _add_writing(add: Add) -> None:
     inspect = add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
     options.add_model(inspect)
     memory = "memory for weights and KV cache (80GiB)"
-    inspect.add_argument("--memory", type=options.memory, default=80 * 2**30, help=memory)
+    inspect.add_argument("--memory", type=values.memory, default=80 * 2**30, help=memory)
     inspect.add_argument("--kv-dtype", metavar="DTYPE", help="float32, bfloat16, float16 or fp8; default the model's")
-    inspect.add_argument("--context", type=options.count, metavar="N", help="of a request (8192, or the model's)")
+    inspect.add_argument("--context", type=values.count, metavar="N", help="of a request (8192, or the model's)")
     inspect.add_argument("--json", action="store_true", help="for machines")
 
     example = "llmdrop convert MODEL OUT --dialect transformers"
@@ -147,19 +147,8 @@ def _add_measuring(add: Add) -> None:
     report = add("report", "draw a sweep: one HTML file and its pictures", "llmdrop report MODEL", MEASURING)
     options.add_model(report)
     options.add_results(report)
-    report.add_argument(
-        "--scores",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="scores of another calibration set, to compare (repeatable)",
-    )
-    report.add_argument(
-        "--healed",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="what `llmdrop evaluate` wrote of a point of the sweep once it was healed (repeatable)",
-    )
+    for name, what in {
+        "scores": "scores of another calibration set, to compare (repeatable)",
+        "healed": "what `llmdrop evaluate` wrote of a point of the sweep once it was healed (repeatable)",
+    }.items():
+        report.add_argument(f"--{name}", type=Path, action="append", default=[], metavar="FILE", help=what)

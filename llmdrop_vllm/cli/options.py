@@ -1,16 +1,12 @@
-"""Groups of options that the commands of `llmdrop` share, and how their values are read."""
+"""Groups of options that the commands of `llmdrop` share."""
 
 import argparse
-import json
-import re
 from pathlib import Path
-from typing import Any
 
+from llmdrop_vllm.cli.values import count, factor, json_object, layers, names, share
 from llmdrop_vllm.masks.dialects import ON_DISK
-from llmdrop_vllm.shares import parse_share
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
-UNITS = ("", "k", "m", "g", "t")
 Parser = argparse.ArgumentParser
 
 
@@ -180,7 +176,7 @@ def add_measures(command: Parser) -> None:
         help="compare next tokens on 'answers' of the full model to our prompts (default), on the 'text', or on the "
         "held-out answers of a file of `llmdrop answers`",
     )
-    group.add_argument("--tasks", type=_names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
+    group.add_argument("--tasks", type=names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
     group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
     group.add_argument(
         "--prompting",
@@ -203,7 +199,7 @@ def add_engine(command: Parser) -> None:
     engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")
     engine.add_argument(
         "--engine-args",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="""for vLLM: '{"tensor_parallel_size": 2}'""",
@@ -216,7 +212,7 @@ def add_series(command: Parser) -> None:
     group = command.add_argument_group("masks")
     group.add_argument(
         "--series",
-        type=_names,
+        type=names,
         default=(),
         metavar="A,B",
         help="attention, mlp, blocks, joint, consecutive, last, last-but-one, reverse, random:SEEDS; the last four "
@@ -246,63 +242,5 @@ def add_goal(command: Parser) -> None:
         help="of the full model's score in the worse of multiple choice and generation, or without tasks of perplexity",
     )
     group.add_argument("--kv-budget", type=share, metavar="50%", help="KV cache, as a share of the full model's")
-    group.add_argument("--speedup", type=_factor, metavar="1.3", help="as measured by the sweep")
+    group.add_argument("--speedup", type=factor, metavar="1.3", help="as measured by the sweep")
     add_file(command, "the mask", required=False)
-
-
-def layers(text: str) -> tuple[int, ...]:
-    """`25,26`."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 25,26") from None
-
-
-def memory(text: str) -> int:
-    """Bytes, from `80GiB`."""
-    match = re.fullmatch(r"([0-9.]+)([kmgt]?)(i?b?)", text.lower())
-    try:
-        # 80GB are 80 * 1000^3 bytes; 80GiB, and 80G as vLLM reads it, 80 * 1024^3.
-        number, unit, suffix = match.groups() if match else ("", "", "")
-        return int(float(number) * (1000 if suffix == "b" and unit else 1024) ** UNITS.index(unit))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GiB") from None
-
-
-def share(text: str) -> float:
-    """`1%` or `0.01`; a bare `1` could mean either and is refused."""
-    found = parse_share(text)
-    if found is None or ("%" not in text and found >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1% or 0.01")
-    return float(found)
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text.removesuffix("x"))
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a speedup such as 1.3")
-    return value
-
-
-def count(text: str) -> int:
-    """`8`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return found

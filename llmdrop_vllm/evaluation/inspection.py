@@ -78,8 +78,7 @@ def inspect_checkpoint(
     masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
     context = _context(checkpoint, context)
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-    kv_dtype = kv_dtype or checkpoint.dtype
-    value_bytes = dtype_bytes(kv_dtype)
+    value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
     def footprint(each: MaskedCheckpoint) -> Footprint:

@@ -8,11 +8,14 @@ import torch
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.ridge import solved_in
+from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 
 # So many values of lambda are tried, as a rule, before the held-out error rises again; so many times a descent takes
 # all tokens forward and back.
 FACTORIZATIONS, DESCENT_PASSES = 6, 60
+# What an MLP and its sums have at once of each token of a chunk, in numbers per column.
+NUMBERS_PER_COLUMN = 6
 PROBE_TOKENS, PROBE_SECONDS = 1024, 0.1
 
 
@@ -29,6 +32,7 @@ class Cost:
     columns: int
     outputs: int
     hidden_size: int
+    tokens_at_once: int
 
     def __add__(self, other: "Cost") -> "Cost":
         """One after the other."""
@@ -38,14 +42,16 @@ class Cost:
             max(self.layer_bytes, other.layer_bytes),
             *max((self.columns, self.outputs), (other.columns, other.outputs)),
             self.hidden_size,
+            self.tokens_at_once,
         )
 
     @property
     def memory_bytes(self) -> int:
-        """Two layers, the sums of what is learnt from and what judges, and a solution with its factor."""
+        """Two layers, a chunk on its way through, the sums of what learns and what judges, a solution and its factor."""
         sums = 2 * (self.columns**2 + self.columns * self.outputs) * 4
         solution = 2 * (self.columns**2 + self.columns * self.outputs) * solved_in(self.columns).itemsize
-        return 2 * self.layer_bytes + sums + solution
+        chunk = NUMBERS_PER_COLUMN * self.tokens_at_once * max(self.columns, self.hidden_size) * 4
+        return 2 * self.layer_bytes + chunk + sums + solution
 
     def seconds(self, device: torch.device, dtype: torch.dtype) -> float:
         """By how fast a product of matrices is here: right to a factor of two or so."""
@@ -56,8 +62,9 @@ class Cost:
         return found
 
 
-def layer_cost(stream: LayerStream, index: int, passes: int, tokens: int, refits: Sublayer | None) -> Cost:
-    """Of a step that takes so many tokens through a layer so many times, and refits the end of one of its sublayers."""
+def layer_cost(stream: LayerStream, index: int, passes: int, batches: Batches, refits: Sublayer | None) -> Cost:
+    """Of a step that takes all tokens through a layer so many times, and refits the end of one of its sublayers."""
+    tokens, at_once = batches.tokens, max(each.batch * each.tokens for each in batches.chunks)
     layer = stream.layers[index]
     parameters = sum(each.numel() for each in layer.parameters())
     single = None
@@ -71,7 +78,7 @@ def layer_cost(stream: LayerStream, index: int, passes: int, tokens: int, refits
     solutions = FACTORIZATIONS * columns**2 * (columns / 3 + 2 * outputs)
     layer_bytes = sum(each.numel() * each.element_size() for each in layer.parameters())
     flops = 2.0 * passes * parameters * tokens
-    return Cost(flops, sums + solutions, layer_bytes, columns, outputs, stream.hidden_size)
+    return Cost(flops, sums + solutions, layer_bytes, columns, outputs, stream.hidden_size, at_once)
 
 
 def _flops_per_second(width: int, device: torch.device, dtype: torch.dtype) -> float:

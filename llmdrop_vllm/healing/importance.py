@@ -66,7 +66,7 @@ class _Run:
     ) -> None:
         self.mask, self.family = masked.mask, masked.checkpoint.family
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=ATTENTION)
-        self.hidden = HiddenStates(directory, self.stream.hidden_size, dtype)
+        self.hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
         self.batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
         held_out = held_out_sequences(data)
         self.streams = Streams(

@@ -111,8 +111,8 @@ class Run:
     @property
     def cost(self) -> Cost:
         """Of all steps."""
-        stream, tokens = self.streams.student, self.streams.batches.tokens
-        parts = [layer_cost(stream, step.layer, step.passes, tokens, step.refits) for step in self.steps]
+        stream, batches = self.streams.student, self.streams.batches
+        parts = [layer_cost(stream, step.layer, step.passes, batches, step.refits) for step in self.steps]
         return reduce(operator.add, parts)
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:

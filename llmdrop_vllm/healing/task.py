@@ -41,7 +41,8 @@ class Streams:
     def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""
         states = self.truth if stream is self.teacher else self.mended
-        hidden = states.read(at, chunk).to(self.device, next(layer.parameters()).dtype)
+        dtype = next((each.dtype for each in layer.parameters()), stream.dtype)
+        hidden = states.read(at, chunk).to(self.device, dtype)
         return stream.through(layer, index, hidden)
 
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import healing
-from benchmarks.healing import DROPPED, WAYS, functions, lambdas, main, table
+from benchmarks.functions import ASKED, FUNCTIONS, functions
+from benchmarks.healing import lambdas, main, table
+from benchmarks.healing_ways import DROPPED, WAYS
+from benchmarks.record import RESULTS
 from llmdrop_vllm.healing import ridge
 
 
@@ -14,9 +16,9 @@ def test_functions_are_asked_for_in_one_of_two_ways(tmp_path):
     functions(plain, in_chat=False)
     functions(asked, in_chat=True)
     one, other = ([json.loads(line) for line in path.read_text().splitlines()] for path in (plain, asked))
-    assert len(one) == len(other) == healing.FUNCTIONS
+    assert len(one) == len(other) == FUNCTIONS
     assert all(each.startswith("def ") and '"""' in each for each in one)
-    assert all(each.split("\n")[0] in healing.ASKED for each in other)
+    assert all(each.split("\n")[0] in ASKED for each in other)
     assert not {*one} & {each.split("```python\n")[1].removesuffix("```") for each in other}
 
 
@@ -48,3 +50,8 @@ def test_unknown_models_are_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["healing.py", "--models", "smollm3"])
     with pytest.raises(SystemExit, match="--models names smollm3; expected smollm2, qwen2.5-coder-1.5b"):
         main()
+
+
+def test_the_table_stands_beside_what_was_measured():
+    measured = json.loads((RESULTS / "healing.json").read_text())
+    assert (RESULTS / "healing.md").read_text() == table(measured["points"])

@@ -15,7 +15,8 @@ from tests.healing.test_families import data
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 MEASURE = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.healing.heal import healed
@@ -28,7 +29,8 @@ def heal(path):
         return said[0].cost.memory_bytes
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # of this program alone: getrusage has its parent's as well
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]) * 1024
 
 heal(sys.argv[1])
 before = peak()
@@ -72,4 +74,4 @@ def test_memory_peaks_where_it_was_said(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(small), str(large)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.5 * found["said"] < found["took"] < found["said"] + 100 * 2**20
+    assert 0.5 * found["said"] < found["took"] < found["said"] + 64 * 2**20

@@ -77,9 +77,8 @@ def test_a_killed_command_goes_on_and_ends_alike(dropped, tmp_path):
 
     assert main(command(tmp_path / "whole")) == 0
     out, state = tmp_path / "out", tmp_path / ".out.llmdrop-healing" / "progress.json"
-    with subprocess.Popen(
-        [sys.executable, "-m", "llmdrop_vllm.cli", *command(out)], stderr=subprocess.DEVNULL
-    ) as child:
+    run = "import sys; from llmdrop_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen([sys.executable, "-c", run, *command(out)], stderr=subprocess.DEVNULL) as child:
         while not (state.exists() and len(json.loads(state.read_text())["layers"]) > 10):
             assert child.poll() is None
             time.sleep(0.01)

@@ -71,7 +71,7 @@ def test_masks_are_chosen_by_it(tmp_path, capsys):
     assert "importance (left after healing)" in capsys.readouterr().out
     assert main(["select", str(scores), "--attention", "3", "--out", str(mask)]) == 0
     assert main(["drop", str(MODEL), str(out), "--attention", "3", *text]) == 0
-    chosen = [json.loads(path.read_text())["mask"]["attention"] for path in (mask, out / "llmdrop_mask.json")]
+    chosen = [json.loads(path.read_text())["attention"] for path in (mask, out / "llmdrop_mask.json")]
     left = json.loads(scores.read_text())["similarity"]["attention"]
     assert chosen[0] == chosen[1] == sorted(range(12), key=lambda each: -left[each])[:3]
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "mask.json", "out"}

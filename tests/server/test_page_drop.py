@@ -50,10 +50,11 @@ def test_a_cell_tells_its_numbers_to_a_pointer_and_shades_importance(open_page):
 
 
 def test_how_the_model_was_healed_is_said_if_it_was(open_page, server):
-    page = open_page()
-    expect(page.locator("#healing")).to_have_text(f"Healed: {DROP['healing']}.")
+    facts = open_page().locator("#facts")
+    expect(facts).to_have_text("LlamaForCausalLM · bfloat16 KV cache · 4 layers healed on 60,000 tokens of answers")
+    expect(facts).to_have_attribute("title", DROP["healing"])
     server.drop |= {"healing": None}
-    expect(open_page().locator("#healing")).to_be_hidden()
+    expect(open_page().locator("#facts")).to_have_text("LlamaForCausalLM · bfloat16 KV cache")
 
 
 def test_without_scores_or_parameters_the_rest_is_shown(open_page, server):

@@ -46,9 +46,9 @@ async function showModel() {
   byId("model").textContent = drop.model;
   byId("summary").textContent = drop.summary;
   const facts = [drop.architecture, `${drop.kv_dtype} KV cache`];
+  if (drop.healing !== null) facts.push(drop.healing.split(", ")[0]);
   byId("facts").textContent = facts.join(" · ");
-  byId("healing").textContent = `Healed: ${drop.healing}.`;
-  byId("healing").hidden = drop.healing === null;
+  byId("facts").title = drop.healing ?? "";
   byId("choose-model").replaceChildren(...names.map((name) => element("option", {}, name)));
   byId("choose-model").value = own.model;
   byId("model-choice").hidden = names.length === 1;

@@ -1,0 +1,79 @@
+"""Ways to heal real models that `healing.py` compares."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llmdrop_vllm.healing.distill import TrainOptions
+from llmdrop_vllm.healing.run import HealOptions
+
+DROPPED = "dropped"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full.
+
+    `chosen` is a way to choose the mask; None is the sweep's, cosine importance on text. `heals`: not only dropped.
+    """
+
+    name: str
+    data: tuple[str, ...] = ("answers",)
+    tokens: int | None = None
+    options: HealOptions = HealOptions()
+    ridges: tuple[float, ...] | None = None
+    train: TrainOptions | None = None
+    dtype: str | None = None
+    evaluated: bool = False
+    chosen: str | None = None
+    heals: bool = True
+
+
+ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what healing leaves"
+
+
+def _chosen() -> Iterator[Way]:
+    for chosen in (ON_ANSWERS, AFTER_HEALING):
+        yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False)
+        yield Way(f"closed form, {chosen}", chosen=chosen)
+
+
+TRAINED = TrainOptions(learning_rate=2e-4)
+# By model, what it is healed on; by number gone, in which ways.
+DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
+WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
+    "smollm2": {
+        8: (
+            Way("closed form", evaluated=True),
+            Way("closed form, 10k tokens", tokens=10_000),
+            Way("closed form, 25k tokens", tokens=25_000),
+            Way("closed form, text", ("text",), evaluated=True),
+            Way("closed form, answers and text", ("answers", "text")),
+            Way("closed form, nothing refitted behind", options=HealOptions(later="nothing")),
+            Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
+            Way("closed form, streams in float32", dtype="float32"),
+            *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
+            Way("closed form, then training", train=TRAINED, evaluated=True),
+            Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
+            *_chosen(),
+        ),
+        4: (
+            Way("closed form", evaluated=True),
+            Way("closed form, then training", train=TRAINED, evaluated=True),
+            *_chosen(),
+        ),
+    },
+    "qwen2.5-coder-1.5b": {
+        count: (
+            Way("closed form", DATA["qwen2.5-coder-1.5b"], 25_000, dtype="bfloat16", evaluated=True),
+            Way(
+                "closed form, then LoRA of rank 32",
+                DATA["qwen2.5-coder-1.5b"],
+                25_000,
+                dtype="bfloat16",
+                train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4),
+                evaluated=True,
+            ),
+        )
+        for count in (8, 4)
+    },
+}
