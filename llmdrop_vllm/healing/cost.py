@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def memory_bytes(self) -> int:
-        """Two layers, a chunk on its way through, the sums of what learns and what judges, a solution and its factor."""
+        """Two layers, a chunk on its way, the sums of what learns and what judges, and a solution with its factor."""
         sums = 2 * (self.columns**2 + self.columns * self.outputs) * 4
         solution = 2 * (self.columns**2 + self.columns * self.outputs) * solved_in(self.columns).itemsize
         chunk = NUMBERS_PER_COLUMN * self.tokens_at_once * max(self.columns, self.hidden_size) * 4
