@@ -188,6 +188,7 @@ def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
         asked += ["--tasks", TASKS[subject.name], "--limit", str(LIMIT), "--run-generated-code"]
         asked += ["--divergence-tokens", "2000", "--full", str(subject.checkpoint.directory)]
         run(["evaluate", str(out), "--out", str(path), *asked])
+        path.with_suffix(".lm-eval.json").unlink()  # each row of the tasks
     return read_record(Evaluation, path)
 
 
@@ -197,9 +198,10 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
     if not way.heals:
         return told | {"judged": subject.judged(subject.checkpoint, mask)}
-    out, begin = subject.directory / name, time.monotonic()
+    out = subject.directory / name
+    begin = None if out.exists() else time.monotonic()
     record = heal(subject, mask, way, out)
-    seconds = round(time.monotonic() - begin)
+    seconds = None if begin is None else round(time.monotonic() - begin)
     told |= {
         "learnt_from": list(way.data),
         "tokens": record.tokens,
@@ -244,7 +246,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         regained = "" if each["way"] == DROPPED else f"{1 - own['kl'] / before['answers']['kl']:.0%}"
         others = (judged[kind]["kl"] if kind in judged else "" for kind in ("functions", "asked functions"))
         tasks = (f"{each[task]:.1%}" if task in each else "" for task in ("reasoning", "humaneval"))
-        cells = (each["model"], each["n"], each["way"], each.get("tokens", ""), each.get("seconds", ""))
+        cells = (each["model"], each["n"], each["way"], each.get("tokens", ""), each.get("seconds") or "")
         return (
             *cells,
             own["kl"],

@@ -37,7 +37,7 @@ def _chosen() -> Iterator[Way]:
         yield Way(f"closed form, {chosen}", chosen=chosen)
 
 
-TRAINED = TrainOptions(learning_rate=2e-4)
+TRAINED = TrainOptions()
 # By model, what it is healed on; by number gone, in which ways.
 DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
 WAYS: dict[str, dict[int, tuple[Way, ...]]] = {

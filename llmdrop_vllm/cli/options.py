@@ -123,7 +123,7 @@ def add_healing(command: Parser) -> None:
     )
     group.add_argument("--train", action="store_true", help="distil on the same data after the closed form")
     group.add_argument("--epochs", type=float, default=3, metavar="N", help="of the training, at most (3)")
-    group.add_argument("--learning-rate", type=float, default=5e-4, metavar="RATE", help="its largest (5e-4)")
+    group.add_argument("--learning-rate", type=float, default=2e-4, metavar="RATE", help="its largest (2e-4)")
     group.add_argument("--lora", type=count, metavar="RANK", help="train adapters, merged in the end, not full weights")
     group.add_argument(
         "--train-parts", choices=("mlp", "all"), default="mlp", help="of the layers from the first drop on (mlp)"

@@ -31,7 +31,7 @@ class TrainOptions:
     """
 
     epochs: float = 3
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     rank: int | None = None
     parts: Literal["mlp", "all"] = "mlp"
     step_tokens: int = 2048

@@ -124,8 +124,8 @@ def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...
 def _check_alike(point: Point, evaluation: Evaluation) -> None:
     def measured(quality: Quality) -> list[object]:
         apart = quality.divergence
-        on = None if apart is None else (apart.on, apart.tokens, apart.data)
-        return [quality.perplexity.data, on, *((task.task, task.metric, task.samples) for task in quality.tasks)]
+        on = None if apart is None else (apart.on, apart.data and apart.data.sha256)
+        return [quality.perplexity.data.sha256, on, *((task.task, task.metric, task.samples) for task in quality.tasks)]
 
     names = ("perplexity", "divergence", *(f"task {task.task}" for task in point.quality.tasks))
     ours, its = measured(point.quality), measured(evaluation.quality)

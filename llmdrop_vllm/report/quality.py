@@ -61,7 +61,11 @@ def _by_importance(
     figure, axes = panels(title, findings.model, len(measures), 3 if len(measures) == 3 else 2, (5.2, 4.2))
     said = []
     for each, measure in zip(axes, measures, strict=True):
-        found = [(curve, [pair for pair in values(curve, measure) if baseline or pair[0]]) for curve in curves]
+        # What was healed does not begin at the full model: a line from there would tell of numbers between.
+        found = [
+            (curve, [pair for pair in values(curve, measure) if pair[0] or (baseline and curve not in findings.mended)])
+            for curve in curves
+        ]
         for curve, pairs in found:
             if pairs:
                 draw_curve(each, pairs, curve.series.name, look_of(findings, curve))

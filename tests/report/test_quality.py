@@ -86,6 +86,6 @@ def test_healed_points_are_a_curve_beside_the_one_they_come_from():
     found = sweep(names=["attention"])
     findings = Findings.of(found, [], [healed(found, 4), healed(found, 8)])
     perplexity, kl = (drawn(picture(findings)[0].axes[place]) for picture, place in ((quality, 0), (divergence, 1)))
-    assert perplexity["attention, healed"][0] == [0, 4, 8]
+    assert perplexity["attention, healed"][0] == [4, 8]
     assert kl["attention, healed"][0] == [4, 8]
     assert kl["attention, healed"][1][1] < kl["attention"][1][7]
