@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.functions import functions
 from benchmarks.healing_ways import AFTER_HEALING, DATA, DROPPED, WAYS, Way
-from benchmarks.options import ending, numbers
-from benchmarks.real_quality import CONTEXT, LIMIT, TASKS, prose
+from benchmarks.options import ending, models, numbers
+from benchmarks.real_quality import CONTEXT, PRECISION, measures, prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask, InputError
@@ -33,8 +33,8 @@ from llmdrop_vllm.cli import main as llmdrop
 from llmdrop_vllm.data.answers import load_answers
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.evaluation.divergence import Reference, Window
-from llmdrop_vllm.evaluation.records import Divergence, Evaluation, Sweep
+from llmdrop_vllm.evaluation.divergence import Reference, answer_windows
+from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.evaluation.sweep import SWEEP_FILE
 from llmdrop_vllm.fetching.fetch import fetch
 from llmdrop_vllm.healing import ridge
@@ -60,7 +60,18 @@ class Subject:
     def checkpoint(self) -> Checkpoint:
         return Checkpoint.open(fetch(self.name))
 
-    def mask(self, count: int, chosen: str | None = None) -> DropMask:
+    @property
+    def dtype(self) -> str:
+        """What judges: exact where that is quick."""
+        return "float32" if self.name == "smollm2" else "bfloat16"
+
+    def point(self, count: int) -> Point:
+        """Of the sweep: so many attentions gone, and nothing healed."""
+        found = read_record(Sweep, self.results / SWEEP_FILE)
+        series = next(each for each in found.series if each.name == "attention")
+        return found.points[series.steps[count]]
+
+    def mask(self, count: int, chosen: str | None) -> DropMask:
         """That of the sweep, or one that is chosen on answers."""
         if chosen is not None:
             path = self.directory / f"scores {chosen}.json".replace(" ", "-")
@@ -69,9 +80,7 @@ class Subject:
                 command += ["--data", str(self.answers("answers")), "--dtype", "float32"]
                 run([*command, *(["--after-healing"] if chosen == AFTER_HEALING else [])])
             return select(read_record(Scores, path), Ranked("attention", count)).mask
-        found = read_record(Sweep, self.results / SWEEP_FILE)
-        series = next(each for each in found.series if each.name == "attention")
-        return found.points[series.steps[count]].quality.mask
+        return self.point(count).quality.mask
 
     def answers(self, source: str) -> Path:
         """Those to one kind of prompts; asked for where they are not there."""
@@ -114,32 +123,27 @@ class Subject:
     @cached_property
     def references(self) -> dict[str, Reference]:
         """What judges: the full model on held-out answers of each kind."""
-        found, dtype = {}, "float32" if self.name == "smollm2" else "bfloat16"
+        found = {}
         for source in DATA[self.name]:
             held_out = load_answers(self.checkpoint, self.answers(source), held_out=True, tokens=JUDGING_TOKENS)
-            pairs = zip(held_out.sequences, held_out.starts, strict=True)
-            windows = [Window(ids, start, len(ids) - 1) for ids, start in pairs]
-            found[source] = Reference(self.checkpoint, self.checkpoint.mask, windows, dtype=dtype)
+            windows = answer_windows(held_out)
+            found[source] = Reference(self.checkpoint, self.checkpoint.mask, windows, dtype=self.dtype)
         return found
 
     def judged(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """KL and agreement of a checkpoint under a mask, by what it is judged on."""
 
-        def told(found: Divergence) -> dict[str, Any]:
-            return {
+        told = {}
+        for source, reference in self.references.items():
+            own = checkpoint is self.checkpoint
+            found = reference.under(mask) if own else reference.of(checkpoint, mask, dtype=self.dtype)
+            told[source] = {
                 "kl": round(found.kl.value, 4),
                 "stderr": None if found.kl.stderr is None else round(found.kl.stderr, 4),
                 "agreement": round(found.agreement.value, 4),
                 "tokens": found.tokens,
             }
-
-        dtype = "float32" if self.name == "smollm2" else "bfloat16"
-        return {
-            source: told(
-                reference.under(mask) if checkpoint is self.checkpoint else reference.of(checkpoint, mask, dtype=dtype)
-            )
-            for source, reference in self.references.items()
-        }
+        return told
 
 
 def run(command: list[str]) -> None:
@@ -184,10 +188,8 @@ def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = prose(subject.directory / "prose.txt")
-        asked = ["--text", str(text), "--context", str(CONTEXT), "--windows", "16", "--dtype", "bfloat16"]
-        asked += ["--tasks", TASKS[subject.name], "--limit", str(LIMIT), "--run-generated-code"]
-        asked += ["--divergence-tokens", "2000", "--full", str(subject.checkpoint.directory)]
-        run(["evaluate", str(out), "--out", str(path), *asked])
+        asked = ("--text", str(text), "--context", str(CONTEXT), *PRECISION, *measures(subject.name))
+        run(["evaluate", str(out), "--full", str(subject.checkpoint.directory), "--out", str(path), *asked])
         path.with_suffix(".lm-eval.json").unlink()  # each row of the tasks
     return read_record(Evaluation, path)
 
@@ -197,7 +199,8 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     mask, name = subject.mask(count, way.chosen), f"{count} {way.name}".replace(",", "").replace(" ", "-")
     told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
     if not way.heals:
-        return told | {"judged": subject.judged(subject.checkpoint, mask)}
+        told["judged"] = subject.judged(subject.checkpoint, mask)
+        return told if way.chosen else told | figures(subject.point(count).quality)
     out = subject.directory / name
     begin = None if out.exists() else time.monotonic()
     record = heal(subject, mask, way, out)
@@ -210,28 +213,17 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     }
     if record.training is not None:
         told["training"] = record.training.model_dump(mode="json", exclude={"tensors", "history"})
-    return told | (figures(evaluated(subject, out, name)) if way.evaluated else {})
+    return told | (figures(evaluated(subject, out, name).quality) if way.evaluated else {})
 
 
-def figures(found: Evaluation) -> dict[str, Any]:
-    """Of an evaluation, what the table tells."""
-    quality = found.quality
+def figures(quality: Quality) -> dict[str, Any]:
+    """What the table tells of it."""
     apart = quality.divergence
     return {
         "prose_perplexity": round(quality.perplexity.value, 2),
         "own_kl": None if apart is None else round(apart.kl.value, 4),
         **{task.task.removeprefix("llmdrop_"): task.value for task in quality.tasks},
     }
-
-
-def dropped(subject: Subject, count: int) -> dict[str, Any]:
-    """The line that all others of a mask stand against: nothing healed."""
-    mask = subject.mask(count)
-    sweep = read_record(Sweep, subject.results / SWEEP_FILE)
-    point = next(point for point in sweep.points.values() if point.quality.mask == mask)
-    told = {"model": subject.name, "n": count, "way": DROPPED, "attention": list(mask.attention)}
-    told["judged"] = subject.judged(subject.checkpoint, mask)
-    return told | figures(Evaluation(quality=point.quality, provenance=sweep.provenance))
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -271,21 +263,19 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
     with ending("healing"):
-        names = args.models.split(",")
-        if unknown := set(names) - WAYS.keys():
-            raise InputError(f"--models names {', '.join(sorted(unknown))}; expected {', '.join(WAYS)}")
+        names = models(args.models, WAYS)
         out = args.out or RESULTS / "healing.json"
         lines = json.loads(out.read_text())["points"] if out.exists() else []
         for name in names:
             subject = Subject(name, args.directory / name, RESULTS / "real" / name)
             subject.directory.mkdir(parents=True, exist_ok=True)
-            for count, way in [(count, way) for count, ways in WAYS[name].items() for way in (None, *ways)]:
-                if args.counts is not None and count not in args.counts:
-                    continue
-                what = way.name if way else DROPPED
-                known = any((each["model"], each["n"], each["way"]) == (name, count, what) for each in lines)
-                if not known and (way is None or args.only is None or what in args.only):
-                    lines.append(measure(subject, count, way) if way else dropped(subject, count))
+            for count, way in [(count, way) for count, ways in WAYS[name].items() for way in ways]:
+                # What is only dropped is what the others stand against.
+                wanted = args.only is None or way.name in (DROPPED, *args.only)
+                wanted = wanted and (args.counts is None or count in args.counts)
+                known = any((each["model"], each["n"], each["way"]) == (name, count, way.name) for each in lines)
+                if wanted and not known:
+                    lines.append(measure(subject, count, way))
                     finish("healing", {"points": lines}, args.out, table=table(lines))
 
 

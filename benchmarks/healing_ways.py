@@ -37,12 +37,14 @@ def _chosen() -> Iterator[Way]:
         yield Way(f"closed form, {chosen}", chosen=chosen)
 
 
+UNHEALED = Way(DROPPED, heals=False)
 TRAINED = TrainOptions()
 # By model, what it is healed on; by number gone, in which ways.
 DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
 WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
     "smollm2": {
         8: (
+            UNHEALED,
             Way("closed form", evaluated=True),
             Way("closed form, 10k tokens", tokens=10_000),
             Way("closed form, 25k tokens", tokens=25_000),
@@ -57,6 +59,7 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             *_chosen(),
         ),
         4: (
+            UNHEALED,
             Way("closed form", evaluated=True),
             Way("closed form, then training", train=TRAINED, evaluated=True),
             *_chosen(),
@@ -64,6 +67,7 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
     },
     "qwen2.5-coder-1.5b": {
         count: (
+            UNHEALED,
             Way("closed form", DATA["qwen2.5-coder-1.5b"], 25_000, dtype="bfloat16", evaluated=True),
             Way(
                 "closed form, then LoRA of rank 32",

@@ -3,7 +3,7 @@
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,14 @@ def positive(text: str) -> float:
 def numbers(text: str) -> list[int]:
     """`2,4`, for argparse."""
     return [*map(count, text.split(","))]
+
+
+def models(text: str, known: Collection[str]) -> list[str]:
+    """`a,b` of a `--models`. Raises InputError for one that is not known."""
+    names = text.split(",")
+    if unknown := set(names) - {*known}:
+        raise InputError(f"--models names {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    return names
 
 
 @contextmanager

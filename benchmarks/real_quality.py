@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import rich
 
-from benchmarks.options import ending
+from benchmarks.options import ending, models
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import InputError, hf
@@ -40,6 +40,8 @@ TASKS = {"smollm2": "llmdrop_reasoning", "qwen2.5-coder-1.5b": "llmdrop_reasonin
 # Every fourth HumanEval problem, and all of the reasoning problems.
 LIMIT = 41
 CHOICE = "llmdrop_docstring"
+# How exactly: windows of text, and what is computed in.
+PRECISION = ("--windows", "16", "--dtype", "bfloat16")
 
 
 class Text(HTMLParser):
@@ -110,10 +112,15 @@ def _loss(model: Any, token_ids: Any) -> float:
 def sweep(name: str, directory: Path, text: Path, series: str, counts: str, *options: str) -> Sweep:
     """A sweep without speeds, in a directory of its own."""
     asked = ["--series", series, "--counts", counts, "--results", str(directory), "--text", str(text), *options]
-    asked += ["--windows", "16", "--dtype", "bfloat16", "--no-speed", "--samples", "32", "--seq-len", str(CONTEXT)]
+    asked += [*PRECISION, "--no-speed", "--samples", "32", "--seq-len", str(CONTEXT)]
     if llmdrop(["sweep", name, *asked]):
         raise InputError(f"the sweep of {name} did not come to its end")
     return read_record(Sweep, directory / SWEEP_FILE)
+
+
+def measures(name: str) -> tuple[str, ...]:
+    """What is asked of each mask of a model, beside perplexity."""
+    return ("--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--divergence-tokens", "2000")
 
 
 def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]:
@@ -122,9 +129,8 @@ def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]
     directory.mkdir(parents=True, exist_ok=True)
     texts = [make(directory / f"{make.__name__}.txt") for make in (prose, code)]
     counts += f",{Checkpoint.open(model).mask.num_hidden_layers // 2}"
-    tasks = ("--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--divergence-tokens", "2000")
     begin, before = time.monotonic(), points_in(directory) + points_in(directory / "choice")
-    found = sweep(name, directory, texts[0], "attention,mlp,blocks", counts, *tasks)
+    found = sweep(name, directory, texts[0], "attention,mlp,blocks", counts, *measures(name))
     of_choice = ("--tasks", CHOICE, "--divergence-tokens", "0", "--scores", str(directory / SCORES_FILE))
     choices = sweep(name, directory / "choice", texts[0], "attention", counts, *of_choice)
     on_code = code_perplexities(model, found, texts[1], directory / "code.json")
@@ -194,10 +200,7 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
     with ending("real_quality"):
-        names = args.models.split(",")
-        if unknown := set(names) - TASKS.keys():
-            raise InputError(f"--models names {', '.join(sorted(unknown))}; expected {', '.join(TASKS)}")
-        lines = [each for name in names for each in measure(name, args.counts, args.directory)]
+        lines = [each for name in models(args.models, TASKS) for each in measure(name, args.counts, args.directory)]
         runs = [each for each in lines if "seconds" in each]
         points = [each for each in lines if "seconds" not in each]
         finish("real_quality", {"runs": runs, "points": points}, args.out, table=table(points))

@@ -131,6 +131,11 @@ class Scores(Record):
     importance: Literal["1 - cosine similarity", "left after healing"] = "1 - cosine similarity"
     provenance: Provenance
 
+    @property
+    def after_healing(self) -> bool:
+        """Whether importance is what healing leaves."""
+        return self.importance == "left after healing"
+
     @classmethod
     def unmeasured(cls, checkpoint: Checkpoint) -> Self:
         """Zeros for every sublayer that is left: enough to ask whether a selection is possible at all."""

@@ -115,9 +115,12 @@ def run_scoring(
     checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
 ) -> Scores:
     """Score with the arguments' device and dtype, hidden states beside `out`."""
-    from llmdrop_vllm.scoring.scoring import precision
+    from llmdrop_vllm.healing.importance import after_healing
+    from llmdrop_vllm.healing.split import held_out_sequences
     from llmdrop_vllm.scoring.scoring import score as score_checkpoint
 
+    if args.after_healing:
+        held_out_sequences(calibration)  # refused before the scores, which may take hours
     scores = score_checkpoint(
         checkpoint,
         calibration,
@@ -129,12 +132,14 @@ def run_scoring(
     )
     if not args.after_healing:
         return scores
-    from llmdrop_vllm.healing.importance import after_healing
-
-    where, what = precision(checkpoint, args.device, args.dtype)
-    masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     return after_healing(
-        scores, masked, calibration, device=where, dtype=what, scratch=beside(out, "healing-scores"), progress=True
+        scores,
+        checkpoint,
+        calibration,
+        device=args.device,
+        dtype=args.dtype,
+        scratch=beside(out, "healing-scores"),
+        progress=True,
     )
 
 
@@ -171,8 +176,7 @@ def _kept_scores(
     except InputError:
         return None
     where, (_, dtype) = scores.provenance, precision(checkpoint, args.device, args.dtype)
-    healed = scores.importance == "left after healing"
-    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped, healed)
+    found = (where.model.fingerprint, where.data, f"torch.{where.dtype}", scores.dropped, scores.after_healing)
     gone = checkpoint.mask if mask is None else mask
     asked = (checkpoint.fingerprint, calibration.identity, str(dtype), gone, args.after_healing)
     return scores if found == asked else None
@@ -220,7 +224,7 @@ def selection_of(
         check_scored(scores, checkpoint)
     calibration = calibration or _scored_data(scores, checkpoint)
     args.dtype = scores.provenance.dtype
-    args.after_healing = scores.importance == "left after healing"
+    args.after_healing = scores.after_healing
 
     def rescore(mask: DropMask) -> Scores:
         gone = len(mask.attention) + len(mask.mlp)

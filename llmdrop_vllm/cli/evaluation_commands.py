@@ -204,9 +204,10 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
 def _check_calibration(scores: Scores, args: Namespace, kept: Path) -> None:
     """Raise OutputError where the arguments ask to score with something else than the scores that are there."""
     data = scores.provenance.data
+    kept_as = {**(data.model_dump() if data else {}), "after_healing": scores.after_healing}
     asked = {"source": args.data, "sequences": args.samples, "seq_len": args.seq_len, "seed": args.seed}
-    for name, value in asked.items():
-        if data is not None and value is not None and value != (found := getattr(data, name)):
+    for name, value in {**asked, "after_healing": args.after_healing}.items():
+        if value is not None and value != (found := kept_as.get(name, value)):
             raise OutputError(
                 f"{kept} was measured otherwise: {name} was {found} and is {value}; choose another directory, or give "
                 f"--scores {kept} to go on with it"

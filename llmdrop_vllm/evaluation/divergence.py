@@ -12,7 +12,7 @@ import torch
 from llmdrop_vllm import hf
 from llmdrop_vllm.artifacts import DataIdentity
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.tokens import TokenIds
+from llmdrop_vllm.data.tokens import Calibration, TokenIds
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -24,6 +24,12 @@ class Window:
     token_ids: TokenIds
     start: int = 0
     stop: int | None = None
+
+
+def answer_windows(answers: Calibration) -> tuple[Window, ...]:
+    """Where the tokens of a file's answers are predicted."""
+    pairs = zip(answers.sequences, answers.starts, strict=True)
+    return tuple(Window(token_ids, start, len(token_ids) - 1) for token_ids, start in pairs)
 
 
 class Reference:

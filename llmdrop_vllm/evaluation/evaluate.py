@@ -12,7 +12,7 @@ from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.answers import Answers, own_answers
-from llmdrop_vllm.evaluation.divergence import Reference, Window
+from llmdrop_vllm.evaluation.divergence import Reference, Window, answer_windows
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
@@ -52,8 +52,7 @@ class Measures:
         if self.divergence_on == "text":
             return tuple(map(Window, self.text.sequences[: max(1, self.divergence_tokens // self.context)]))
         if self.held_out is not None:
-            pairs = zip(self.held_out.sequences, self.held_out.starts, strict=True)
-            return tuple(Window(token_ids, start, len(token_ids) - 1) for token_ids, start in pairs)
+            return answer_windows(self.held_out)
         found = answers().answers
         if not found:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")

@@ -19,7 +19,6 @@ from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.healing.distill import TrainOptions, distill
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing
@@ -70,7 +69,7 @@ def healed(
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         directory = scratch or Path(temporary) / "scratch"
         run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
-        try:
+        with run.scratch.in_use():
             if announce is not None:
                 announce(run)
             layers = run.layers(progress=progress)
@@ -79,11 +78,6 @@ def healed(
                 found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
-        except OSError as error:
-            place = error.filename or directory
-            raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
-        finally:
-            run.scratch.release()
 
 
 def _record(

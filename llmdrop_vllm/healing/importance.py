@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from llmdrop_vllm import __version__, hf
 from llmdrop_vllm.artifacts import Scores, sha256
-from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.healing.refit import Refit, refit
 from llmdrop_vllm.healing.run import ATTENTION, SCRATCH_FILES
@@ -22,7 +21,7 @@ from llmdrop_vllm.healing.units import Unit
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
+from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK, precision
 from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
 
 KINDS = ("attention", "mlp")
@@ -31,30 +30,26 @@ PASSES = 1 + 2  # of a layer, and of what is left of it without either sublayer
 
 def after_healing(
     scores: Scores,
-    masked: MaskedCheckpoint,
+    checkpoint: Checkpoint,
     data: Calibration,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: str | None = None,
+    dtype: str | None = None,
     scratch: Path | None = None,
     progress: bool = False,
 ) -> Scores:
-    """The scores with another importance of attention and MLPs, each measured with nothing else gone: the squared error
-    of the layer's output that is left on held-out sequences when the sublayer is gone and the other one refitted, as a
-    share of the output. That of blocks stays 1 - cosine similarity.
+    """A checkpoint's scores with another importance of attention and MLPs, each measured with nothing else gone: the
+    squared error of the layer's output that is left on held-out sequences when the sublayer is gone and the other one
+    refitted, as a share of the output. That of blocks stays 1 - cosine similarity.
 
     With `scratch`, an interrupted run goes on at the layer that it reached.
     """
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-        directory = scratch or Path(temporary) / "scratch"
-        run = _Run(masked, data, device, dtype, directory)
-        try:
+        masked, directory = checkpoint.under(scores.dropped), scratch or Path(temporary) / "scratch"
+        run = _Run(masked, data, *precision(checkpoint, device, dtype), directory)
+        with run.scratch.in_use():
             shares = run.layers(progress=progress)
             run.scratch.remove()
-        except OSError as error:
-            raise OutputError(f"{error.filename or directory} cannot be used: {error.strerror or error}") from error
-        finally:
-            run.scratch.release()
     left = {kind: tuple(None if each[kind] is None else 1 - min(each[kind], 2.0) for each in shares) for kind in KINDS}
     similarity = scores.similarity.model_copy(update=left)
     return scores.model_copy(update={"similarity": similarity, "importance": "left after healing"})
@@ -66,15 +61,13 @@ class _Run:
     ) -> None:
         self.mask, self.family = masked.mask, masked.checkpoint.family
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=ATTENTION)
-        self.hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
+        hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
         self.batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
         held_out = held_out_sequences(data)
-        self.streams = Streams(
-            self.stream, self.stream, self.hidden, self.hidden, self.batches, held_out, weighting="relative"
-        )
+        self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
         asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]
         gone = [*map(sorted, self.mask.dropped)]
-        needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes
+        needed_bytes = 2 * self.batches.tokens * hidden.token_bytes
         self.scratch = Scratch(directory, sha256(["after healing", *asked, gone]), needed_bytes, SCRATCH_FILES)
 
     def layers(self, *, progress: bool) -> tuple[dict[str, Any], ...]:
@@ -83,11 +76,7 @@ class _Run:
         total, chunks = depth * PASSES * len(self.batches.chunks), self.batches.chunks
         with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
             bar.update(done * PASSES * len(chunks))
-            with self.stream.embedding() as begin:
-                for chunk in chunks:
-                    hidden = begin(self.batches.token_ids(chunk))
-                    if not done:
-                        self.hidden.write(0, chunk, hidden)
+            self.stream.embed(self.batches, None if done else self.streams.truth)
             for index in range(done, depth):
                 bar.set_description(f"layer {index} of {depth}, after healing")
                 self.scratch.save(self._layer(index, bar))
@@ -95,10 +84,7 @@ class _Run:
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         with self.stream.layer(index) as layer:
-            for chunk in self.batches.chunks:
-                hidden = self.streams.after(self.stream, layer, index, chunk, index)
-                self.hidden.write(index + 1, chunk, hidden)
-                bar.update()
+            self.streams.teach(layer, index, bar.update)
             return {kind: self._without(kind, index, layer, bar) for kind in KINDS}
 
     def _without(self, kind: str, index: int, layer: nn.Module, bar: "tqdm[Any]") -> float | None:

@@ -123,7 +123,8 @@ class Run:
         with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
             bar.update(sum(step.passes for step in self.steps[:done]) * chunks)
             bar.set_description("embedding")
-            self._embed(write=done == 0)
+            self.streams.teacher.embed(self.streams.batches, None if done else self.streams.truth)
+            self.streams.student.embed(self.streams.batches, None)
             for step in self.steps[done:]:
                 bar.set_description(f"layer {step.layer} of {len(self.streams.student.layers)}")
                 self.scratch.save(step.do(bar))
@@ -167,17 +168,6 @@ class Run:
         mended, own = self.tensors(), self.streams.student.tensors
         own.update({name: mended[each.name] for name, each in own.items() if each.name in changed})
 
-    def _embed(self, *, write: bool) -> None:
-        """The first layer's input; a run that goes on only needs what the layers get beside it."""
-        for stream in (self.streams.teacher, self.streams.student):
-            writes = write and stream is self.streams.teacher
-            with stream.embedding() as begin:
-                for chunk in self.chunks:
-                    if writes or chunk.shape not in stream.calls:
-                        hidden = begin(self.streams.batches.token_ids(chunk))
-                        if writes:
-                            self.streams.truth.write(0, chunk, hidden)
-
     def _part(self, place: int, depth: int, _: "tqdm[Any]") -> dict[str, Any]:
         """The student's stream begins as the teacher's."""
         for chunk in self.chunks:
@@ -186,11 +176,8 @@ class Run:
 
     def _teach(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         """Take the teacher's stream through a layer."""
-        streams = self.streams
-        with streams.teacher.layer(index) as layer:
-            for chunk in self.chunks:
-                streams.truth.write(index + 1, chunk, streams.after(streams.teacher, layer, index, chunk, index))
-                bar.update()
+        with self.streams.teacher.layer(index) as layer:
+            self.streams.teach(layer, index, bar.update)
         return {}
 
     def _mend(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:

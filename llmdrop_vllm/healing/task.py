@@ -1,5 +1,6 @@
 """One layer of the student, and by what it differs from the teacher at the same depth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,12 @@ class Streams:
         dtype = next((each.dtype for each in layer.parameters()), stream.dtype)
         hidden = states.read(at, chunk).to(self.device, dtype)
         return stream.through(layer, index, hidden)
+
+    def teach(self, layer: nn.Module, index: int, on_chunk: Callable[[], object]) -> None:
+        """Take the teacher's stream through one of its layers."""
+        for chunk in self.batches.chunks:
+            self.truth.write(index + 1, chunk, self.after(self.teacher, layer, index, chunk, index))
+            on_chunk()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from llmdrop_vllm.checkpoints.hf_weights import (
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
+from llmdrop_vllm.scoring.batches import Batches
+from llmdrop_vllm.scoring.scratch import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ class LayerStream:
         finally:
             self.decoder.to("meta")
             self.buffers.clear()
+
+    def embed(self, batches: Batches, into: HiddenStates | None) -> None:
+        """Write the first layer's input; without a place for it, as in a run that goes on, learn only what the layers
+        get beside it.
+        """
+        with self.embedding() as begin:
+            for chunk in batches.chunks:
+                if into is not None or chunk.shape not in self.calls:
+                    hidden = begin(batches.token_ids(chunk))
+                    if into is not None:
+                        into.write(0, chunk, hidden)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

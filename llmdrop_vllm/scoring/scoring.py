@@ -31,7 +31,7 @@ from llmdrop_vllm.artifacts import (
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
+from llmdrop_vllm.errors import CheckpointError, InputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.scoring.batches import Batches
@@ -68,14 +68,9 @@ def score(
     where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         run = _Run(masked, calibration, where, what, scratch or Path(temporary) / "scratch")
-        try:
+        with run.scratch.in_use():
             scores = _scores(run.layers(progress), run)
             run.scratch.remove()
-        except OSError as error:
-            place = error.filename or run.scratch.directory
-            raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
-        finally:
-            run.scratch.release()
     return scores
 
 
@@ -121,20 +116,11 @@ class _Run:
             torch.inference_mode(),
         ):
             bar.set_description("embedding")
-            self._embed(write=done == 0)
+            self.stream.embed(self.batches, None if done else self.hidden)
             for index in range(done, num_layers):
                 bar.set_description(f"layer {index} of {num_layers}")
                 self.scratch.save(self._layer(index, bar))
         return list(self.scratch.progress.layers)
-
-    def _embed(self, *, write: bool) -> None:
-        """The first layer's input; a run that goes on only needs what the layers get beside it."""
-        with self.stream.embedding() as begin:
-            for chunk in self.chunks:
-                if write or chunk.shape not in self.stream.calls:
-                    hidden = begin(self.batches.token_ids(chunk))
-                    if write:
-                        self.hidden.write(0, chunk, hidden)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1

@@ -7,7 +7,7 @@ system's page cache holds the files as far as memory is free.
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -147,6 +147,17 @@ class Scratch:
             self._empty()
             self.directory.rmdir()
         self.release()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Released in the end; within this context, what the system refuses is an OutputError that names the place."""
+        try:
+            yield
+        except OSError as error:
+            place = error.filename or self.directory
+            raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let another process, or a later run of this one, have the directory."""

@@ -246,6 +246,8 @@ def test_sweep_refuses_a_place_for_its_results_that_is_a_file_before_it_scores(t
 def test_sweep_does_not_go_on_with_scores_of_other_text_than_it_is_told(swept, capsys):
     assert main(sweeping(swept, "--samples", "8")) == 1
     assert "scores.json was measured otherwise: sequences was 4 and is 8" in error_of(capsys)
+    assert main(sweeping(swept, "--after-healing")) == 1
+    assert "scores.json was measured otherwise: after_healing was False and is True" in error_of(capsys)
 
 
 def test_scores_that_a_sweep_refuses_do_not_take_the_place_of_its_own(swept, tmp_path, capsys):

@@ -18,6 +18,7 @@ from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.healing.units import units
 from tests.architectures.cases import CASES
+from tests.healing.interruptions import interrupted_once
 from tests.healing.test_families import data
 
 LLAMA = CASES["LlamaForCausalLM"]
@@ -53,15 +54,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(checkpoint, tmp_path, monkeyp
 
     with healed(checkpoint.under(MASK), checkpoint.under(FULL), data()) as found:
         expected = tensors(found), found.record.layers
-    teach, taught = running.Run._teach, []
-
-    def interrupted(self, index, bar):
-        taught.append(index)
-        if index == 3 and taught.count(3) == 1:
-            raise KeyboardInterrupt
-        return teach(self, index, bar)
-
-    monkeypatch.setattr(running.Run, "_teach", interrupted)
+    taught = interrupted_once(monkeypatch, running.Run, "_teach", at=3)
     arguments = (checkpoint.under(MASK), checkpoint.under(FULL), data())
     with pytest.raises(KeyboardInterrupt), healed(*arguments, scratch=tmp_path / "scratch"):
         pass

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import Scores
@@ -13,15 +12,17 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.healing import importance
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.importance import after_healing
+from llmdrop_vllm.scoring import scoring
 from tests.architectures.cases import CASES, LAYERS
+from tests.healing.interruptions import interrupted_once
 from tests.healing.test_families import data
 
 FULL = DropMask(LAYERS)
-PRECISION = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def measured(checkpoint, mask=FULL, **options):
-    return after_healing(Scores.unmeasured(checkpoint), checkpoint.under(mask), data(), **PRECISION, **options)
+    scores = Scores.unmeasured(checkpoint).model_copy(update={"dropped": mask})
+    return after_healing(scores, checkpoint, data(), dtype="float32", **options)
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM", "Gemma2ForCausalLM"])
@@ -48,20 +49,20 @@ def test_what_is_gone_already_has_none_and_leaves_its_neighbour_unmended(tmp_pat
 
 def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(CASES["LlamaForCausalLM"].write(tmp_path / "model"))
-    expected, layer, begun = measured(checkpoint), importance._Run._layer, []
-
-    def interrupted(self, index, bar):
-        begun.append(index)
-        if index == 3 and begun.count(3) == 1:
-            raise KeyboardInterrupt
-        return layer(self, index, bar)
-
-    monkeypatch.setattr(importance._Run, "_layer", interrupted)
+    expected = measured(checkpoint)
+    begun = interrupted_once(monkeypatch, importance._Run, "_layer", at=3)
     with pytest.raises(KeyboardInterrupt):
         measured(checkpoint, scratch=tmp_path / "scratch")
     assert measured(checkpoint, scratch=tmp_path / "scratch").similarity == expected.similarity
     assert begun == [0, 1, 2, 3, 3, 4]
     assert not (tmp_path / "scratch").exists()
+
+
+def test_one_text_is_refused_before_anything_is_scored(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("it was scored"))
+    text = ("--samples", "1", "--seq-len", "64", "--after-healing")
+    assert main(["score", str(MODEL), "--out", str(tmp_path / "scores.json"), *text]) == 1
+    assert "1 prompt or text; healing needs one to learn, one to judge" in capsys.readouterr().err
 
 
 def test_masks_are_chosen_by_it(tmp_path, capsys):
