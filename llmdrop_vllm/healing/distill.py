@@ -78,16 +78,20 @@ class Student(nn.Module):
 
 
 @dataclass(frozen=True)
-class Rows(torch.utils.data.Dataset[int]):
-    """Sequences by their number among all; the collator knows the rest."""
+class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Sequences by their number among all, and by their tokens, which Trainer groups by length; the collator knows the
+    rest.
+    """
 
     numbers: tuple[int, ...]
+    batches: Batches
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> int:
-        return self.numbers[place]
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        number = self.numbers[place]
+        return {"number": number, "input_ids": self.batches.sequences[number]}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Collator:
     batches: Batches
     targets: Targets
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        numbers = [row["number"] for row in rows]
         sequences = [torch.from_numpy(self.batches.sequences[number]) for number in numbers]
         counted = torch.zeros(len(numbers), max(map(len, sequences)), dtype=torch.bool)
         for row, number in enumerate(numbers):
@@ -155,8 +160,8 @@ def distill(
         Student(model),
         _arguments(options, directory, per_step, steps_per_epoch, log_directory, progress),
         data_collator=Collator(batches, targets),
-        train_dataset=Rows(learnt),
-        eval_dataset=Rows(judged),
+        train_dataset=Rows(learnt, batches),
+        eval_dataset=Rows(judged, batches),
         callbacks=[EarlyStoppingCallback(options.patience)],
     )
     before = trainer.evaluate()["eval_loss"]
@@ -228,6 +233,7 @@ def _arguments(
         bf16=gpu or torch.cpu.get_capabilities().get("amx_bf16", False),  # products only; sums and weights are float32
         use_cpu=not gpu,
         seed=options.seed,
+        train_sampling_strategy="group_by_length",  # with answers of all lengths a third of a batch is padding
         eval_strategy="steps",
         eval_steps=check,
         save_strategy="steps",

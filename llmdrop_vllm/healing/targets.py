@@ -17,6 +17,7 @@ from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.scoring.batches import Batches
 
 TOP_K = 64
+LOGITS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,38 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
 def divergence(logits: torch.Tensor, token_ids: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) per position, in nats: logits [positions, vocabulary], the others [positions, k]."""
+    found: torch.Tensor = _Divergence.apply(logits, token_ids, log_probabilities)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """With its gradient taken at once and some positions at a time: nothing as large as the logits is made in float32,
+    which of a large vocabulary costs more time than the layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, *said: torch.Tensor) -> torch.Tensor:
+        learns = ctx.needs_input_grad[0]
+        gradients = torch.empty_like(logits) if learns else None
+        values = []
+        at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        for start in range(0, len(logits), at_once):
+            rows = slice(start, start + at_once)
+            with torch.set_grad_enabled(learns):
+                part = logits[rows].detach().requires_grad_(learns)
+                values.append(_divergence(part, *(each[rows] for each in said)))
+                if gradients is not None:
+                    (gradients[rows],) = torch.autograd.grad(values[-1].sum(), part)
+        ctx.save_for_backward(*([gradients] if learns else []))
+        return torch.cat([each.detach() for each in values])
+
+    @staticmethod
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * above[:, None].to(gradients.dtype), None, None
+
+
+def _divergence(logits: torch.Tensor, token_ids: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
     student = logits.float().log_softmax(-1).gather(-1, token_ids)
     mass = log_probabilities.exp()
     rest, its_rest = ((1 - each.sum(-1)).clamp_min(1e-6) for each in (mass, student.exp()))
