@@ -187,8 +187,33 @@ class Scores(Record):
         return self
 
 
+class Compared(Record):
+    """A mask that a search compared: KL to the full model, in nats per token, on the answers that masks were chosen by
+    and on held-out ones. Intervals are 95%, by bootstrap over prompts; `difference` is to the first mask compared.
+    """
+
+    name: str
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    kl: float
+    held_out_kl: float
+    held_out_interval: tuple[float, float]
+    difference: tuple[float, float]
+
+
+class Evidence(Record):
+    """Why a search took its mask: of the `judged` masks that were `compared` on held-out answers it loses least."""
+
+    judged: int
+    tokens: int
+    held_out_prompts: int
+    held_out_tokens: int
+    heal_aware: bool
+    compared: tuple[Compared, ...]
+
+
 class MaskFile(Record):
-    """What `llmdrop select` writes: a mask, how it was chosen and the scores' provenance."""
+    """What `llmdrop select` and `llmdrop search` write: a mask, how it was chosen and where that comes from."""
 
     num_hidden_layers: int
     attention: tuple[int, ...] = ()
@@ -196,11 +221,14 @@ class MaskFile(Record):
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
+    evidence: Evidence | None = None
 
     @classmethod
-    def of(cls, mask: DropMask, method: str, provenance: Provenance | None = None) -> Self:
+    def of(
+        cls, mask: DropMask, method: str, provenance: Provenance | None = None, evidence: Evidence | None = None
+    ) -> Self:
         """The file's content for a mask."""
-        return cls(**asdict(mask), method=method, provenance=provenance)
+        return cls(**asdict(mask), method=method, provenance=provenance, evidence=evidence)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

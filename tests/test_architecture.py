@@ -20,13 +20,14 @@ FLOORS = (
     ("data", "selection", "writing"),
     ("scoring", "fetching"),
     ("healing",),
+    ("search",),
     ("evaluation",),
     ("report",),
     ("cli",),
 )
 FLOOR_OF = {f"llmdrop_vllm.{room}": floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The server takes what is asked for from where it stands; it measures nothing and draws nothing.
-SERVER, NOT_FOR_THE_SERVER = "llmdrop_server", ("evaluation", "report", "writing", "scoring", "cli")
+SERVER, NOT_FOR_THE_SERVER = "llmdrop_server", ("evaluation", "report", "writing", "scoring", "search", "cli")
 # What runs inside vLLM, and what everything else is made without.
 NOT_FOR_TOOLS = "llmdrop_vllm.serving"
 # Files outside any room: what everybody uses and what users import.

@@ -10,7 +10,7 @@ from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
-HEALING = "llmdrop_vllm.cli.healing_commands"
+HEALING, SEARCHING = "llmdrop_vllm.cli.healing_commands", "llmdrop_vllm.cli.search_commands"
 Add = Callable[..., options.Parser]
 
 
@@ -58,6 +58,20 @@ def _add_choosing(add: Add) -> None:
     options.add_selection(select)
     select.add_argument("--model", help="for --iterative: the scored model, if it has moved")
     select.add_argument("--device", help="for --iterative: cpu or cuda; default a GPU where there is one")
+
+    example = "llmdrop search MODEL --answers answers.jsonl --attention 8 --out mask.json"
+    search = add("search", "find a mask by what it does to the model's answers", example, SEARCHING)
+    options.add_model(search)
+    options.add_file(search, "the mask")
+    search.add_argument("--answers", type=Path, required=True, metavar="FILE", help="what `llmdrop answers` wrote")
+    search.add_argument("--attention", type=int, default=0, metavar="N", help="attention sublayers to drop")
+    search.add_argument("--mlp", type=int, default=0, metavar="N", help="MLP sublayers to drop")
+    search.add_argument(
+        "--protect", type=values.layers, default=(), metavar="0,1,31", help="layers that keep everything"
+    )
+    search.add_argument("--seed", type=int, default=0, help="of the evolution")
+    options.add_search(search)
+    options.add_precision(search)
 
 
 def _add_writing(add: Add) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.artifacts import Compared, MaskFile, Scores
 from llmdrop_vllm.data.answers import Answer
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
@@ -56,6 +56,28 @@ def show_selection(chosen: Selection) -> None:
     print(f"rank order: attention {list(chosen.mask.attention)}, MLP {list(chosen.mask.mlp)}")
     for note in chosen.notes:
         print(f"note: {note}")
+
+
+def show_search(found: MaskFile) -> None:
+    """What was compared, and what was taken."""
+    evidence = found.evidence
+    assert evidence is not None, "a search gives evidence"
+    print(
+        f"{evidence.judged:,} masks judged on {evidence.tokens:,} tokens of answers; compared on "
+        f"{evidence.held_out_tokens:,} held-out tokens of {evidence.held_out_prompts:,} answers:"
+    )
+    for each in evidence.compared:
+        low, high = each.difference
+        print(
+            f"  {each.name:34} KL {each.held_out_kl:.4f}, {low:+.4f} to {high:+.4f} of {evidence.compared[0].name}'s; "
+            f"without {_layers(each)}"
+        )
+    print(f"{found.method}: {found.mask.summary()}")
+
+
+def _layers(each: Compared) -> str:
+    kinds = (("attention", each.attention), ("MLP", each.mlp))
+    return ", ".join(f"{name} {','.join(map(str, sorted(layers)))}" for name, layers in kinds if layers)
 
 
 def show_answers(found: Sequence[Answer], max_tokens: int) -> None:

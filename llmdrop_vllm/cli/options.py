@@ -102,6 +102,27 @@ def add_selection(command: Parser) -> None:
     group.add_argument("--allow-padding", action="store_true", help="never trade importance against KV cache padding")
 
 
+def add_search(command: Parser) -> None:
+    """How a mask is searched for."""
+    group = command.add_argument_group("search")
+    group.add_argument("--masks", type=count, default=300, metavar="N", help="to judge at most (300)")
+    group.add_argument("--minutes", type=factor, metavar="N", help="to judge them in at most (without an end)")
+    group.add_argument("--tokens", type=count, default=2048, metavar="N", help="of answers, to choose by (2048)")
+    group.add_argument(
+        "--held-out-tokens", type=count, default=4096, metavar="N", help="of held-out answers, to decide by (4096)"
+    )
+    group.add_argument("--beam", type=count, default=2, metavar="N", help="masks that each greedy step keeps (2)")
+    group.add_argument(
+        "--heal-aware",
+        nargs="?",
+        type=count,
+        const=10_000,
+        metavar="TOKENS",
+        help="heal after each greedy step, on so many tokens of answers (10000), and judge the next one on that",
+    )
+    group.add_argument("--scores", type=Path, metavar="FILE", help="what cosine drops; default: scored on the answers")
+
+
 def add_output(command: Parser) -> None:
     """How a checkpoint is written."""
     group = command.add_argument_group("output")

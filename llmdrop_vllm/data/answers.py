@@ -3,27 +3,25 @@
 The first line is the header, each other one an answer. Prompts that are held out are for judging only.
 """
 
-import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, JsonValue, ValidationError
 
-from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record, sha256
+from llmdrop_vllm.artifacts import DataIdentity, Record, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.growing import Header
 from llmdrop_vllm.data.tokens import Calibration, vocab_size
-from llmdrop_vllm.errors import DataError, OutputError
+from llmdrop_vllm.errors import DataError
 
 KIND: Literal["llmdrop-answers"] = "llmdrop-answers"
 R = TypeVar("R", bound=Record)
 
 
-class AnswersHeader(Record):
+class AnswersHeader(Header):
     """Where the answers come from. `prompts` names their source, `num_prompts` how many there are in it;
     `prompts_sha256` is over what was asked: of each prompt its number and token ids, in the order of the file.
 
@@ -41,12 +39,6 @@ class AnswersHeader(Record):
     seed: int
     held_out: float
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
-    provenance: Provenance
-
-    def asks_the_same(self, other: Self) -> bool:
-        """Whether answers to the one are answers to the other, however the commands were written."""
-        provenance = self.provenance.model_copy(update={"command": other.provenance.command})
-        return self.model_copy(update={"provenance": provenance}) == other
 
 
 class Answer(Record):
@@ -141,85 +133,3 @@ def _check(answer: Answer, path: Path, size: int, context: int | None) -> None:
         raise DataError(
             f"{path}: prompt {which} and its answer have {len(ids)} tokens; the model's context is {context}"
         )
-
-
-class GrowingAnswers:
-    """Answers on their way into a file: what is appended stays, whatever ends the process. `count` are there."""
-
-    def __init__(self, file: BinaryIO, header: AnswersHeader) -> None:
-        self.file = file
-        self.count = self._continue(header)
-
-    def append(self, answers: Iterable[Answer]) -> None:
-        """Put them on the disk at once. Raises OutputError where it does not take them."""
-        lines = [each.model_dump_json() + "\n" for each in answers]
-        self._write("".join(lines))
-        self.count += len(lines)
-
-    def _continue(self, header: AnswersHeader) -> int:
-        """Cut off what cannot be gone on with: a torn last line, or the answers to another request."""
-        self.file.seek(0)
-        count, end = -1, 0
-        for line in self.file:
-            try:
-                if count >= 0:
-                    Answer.model_validate_json(line)
-                elif not AnswersHeader.model_validate_json(line).asks_the_same(header):
-                    break
-            except ValidationError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            count, end = count + 1, end + len(line)
-        self.file.truncate(end)
-        if count < 0:
-            self._write(header.model_dump_json() + "\n")
-        return max(count, 0)
-
-    def _write(self, lines: str) -> None:
-        left = memoryview(lines.encode())
-        with _written(self.file.name):
-            # Not through a buffer: where the disk is full it would be tried again, and fail again, on closing.
-            while left:
-                left = left[os.write(self.file.fileno(), left) :]
-            os.fsync(self.file.fileno())
-
-
-@contextmanager
-def growing(out: Path, header: AnswersHeader) -> Iterator[GrowingAnswers]:
-    """What an earlier run with this header left in a hidden file beside `out`, to be appended to; it becomes `out` when
-    the context ends. Raises OutputError where that cannot be written, or while another process does the same.
-    """
-    partial = out.absolute().with_name(f".{out.name}.llmdrop-partial")
-    with _written(out):
-        file = partial.open("a+b")
-    with file:
-        _hold(file, partial)
-        answers = GrowingAnswers(file, header)
-        try:
-            yield answers
-            with _written(out):
-                partial.replace(out)
-        finally:
-            if not answers.count:
-                partial.unlink(missing_ok=True)
-
-
-def _hold(file: BinaryIO, partial: Path) -> None:
-    """Keep other processes out while the file is open."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # It may have been finished after it was opened here, and is another process's result now.
-        held = partial.exists() and os.path.samestat(partial.stat(), os.fstat(file.fileno()))
-    except BlockingIOError:
-        held = False
-    if not held:
-        raise OutputError(f"{partial} is in use: another process is answering into it")
-
-
-@contextmanager
-def _written(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; the same command goes on") from None

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.answers import Answer, AnswersHeader, growing
+from llmdrop_vllm.data.answers import Answer, AnswersHeader
+from llmdrop_vllm.data.growing import growing
 from llmdrop_vllm.data.prompts import PROMPTS, Prompt, read_prompts
 from llmdrop_vllm.data.tokens import load_tokenizer, vocab_size
 from llmdrop_vllm.errors import DataError
@@ -132,7 +133,7 @@ def sample_answers(plan: AnswersPlan, out: Path, *, progress: bool = False) -> N
     did not come to its end are kept. Raises OutputError for a place that cannot be written to.
     """
     checkpoint, questions = plan.checkpoint, plan.questions
-    with growing(out, plan.header) as answers:
+    with growing(out, plan.header, Answer) as answers:
         if answers.count == len(questions):
             return
         with (

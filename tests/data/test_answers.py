@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.answers import growing, is_answers, load_answers, read_answers
+from llmdrop_vllm.data.answers import Answer, is_answers, load_answers, read_answers
 from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.growing import growing
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import DataError, OutputError
 from tests.data.files import ANSWERS, answer, header, write_answers
@@ -82,7 +83,7 @@ def test_what_a_model_cannot_take_is_named(answers, asked, message, tmp_path):
 @pytest.mark.parametrize(
     ("line", "content", "message"),
     [
-        (1, b'{"text": "hello"}', "line 1: prompts: Field required; expected what `llmdrop answers` writes"),
+        (1, b'{"text": "hello"}', "line 1: provenance: Field required; expected what `llmdrop answers` writes"),
         (3, b'{"prompt_number": 1, "prompt": [1]}', "line 3: answer: Field required"),
         (3, b'{"prompt_number": 1, "prompt": [1], "answer": [1], "txt": ""}', "line 3: txt: Extra inputs"),
         (4, b'{"prompt_number": 1, "pro', "line 4: Invalid JSON"),
@@ -108,14 +109,14 @@ def partial(out):
 
 
 def grow(out, answers, **changes):
-    with growing(out, header(**changes)) as found:
+    with growing(out, header(**changes), Answer) as found:
         before = found.count
         found.append(answers)
     return before
 
 
 def grow_twice(out, between):
-    with growing(out, header()) as found:
+    with growing(out, header(), Answer) as found:
         found.append(ANSWERS[:2])
         between()
         found.append(ANSWERS[2:])
@@ -136,7 +137,7 @@ def test_a_file_is_there_when_it_is_whole(tmp_path):
 
 def killed(out, torn):
     """In a process of its own: two answers, a part of a third, and then kill -9."""
-    with growing(out, header()) as found:
+    with growing(out, header(), Answer) as found:
         found.append(ANSWERS[:2])
         os.write(found.file.fileno(), torn)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -166,15 +167,15 @@ def test_answers_to_another_request_are_not_gone_on_with(change, tmp_path):
 
 
 def test_what_ends_before_the_first_answer_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), growing(tmp_path / "answers.jsonl", header()):
+    with pytest.raises(ZeroDivisionError), growing(tmp_path / "answers.jsonl", header(), Answer):
         raise ZeroDivisionError
     assert [*tmp_path.iterdir()] == []
 
 
 def test_two_processes_do_not_grow_one_file(tmp_path):
     out = tmp_path / "answers.jsonl"
-    with growing(out, header()) as found:
-        with pytest.raises(OutputError, match="is in use"), growing(out, header()):
+    with growing(out, header(), Answer) as found:
+        with pytest.raises(OutputError, match="is in use"), growing(out, header(), Answer):
             pytest.fail("grown twice")
         found.append(ANSWERS)
     assert read_answers(out)[1] == ANSWERS

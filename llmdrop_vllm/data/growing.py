@@ -1,0 +1,134 @@
+"""A JSONL file that grows record by record under a header, and that an interrupted run goes on with."""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Generic, Self, TypeVar
+
+from pydantic import ValidationError
+
+from llmdrop_vllm.artifacts import Provenance, Record
+from llmdrop_vllm.errors import OutputError
+
+
+class Header(Record):
+    """A file's first line: what was asked for."""
+
+    provenance: Provenance
+
+    def asks_the_same(self, other: Self) -> bool:
+        """Whether what answers the one answers the other, however the commands were written."""
+        provenance = self.provenance.model_copy(update={"command": other.provenance.command})
+        return self.model_copy(update={"provenance": provenance}) == other
+
+
+H = TypeVar("H", bound=Header)
+R = TypeVar("R", bound=Record)
+
+
+class Growing(Generic[H, R]):
+    """Records on their way into a file: what is appended stays, whatever ends the process. `count` are there, `found`
+    are those of an earlier run.
+    """
+
+    def __init__(self, file: BinaryIO, header: H, kind: type[R], *, refuse: bool = False) -> None:
+        self.file, self.kind = file, kind
+        self.found: list[R] = []
+        self._continue(header, refuse)
+        self.count = len(self.found)
+
+    def append(self, records: Iterable[R]) -> None:
+        """Put them on the disk at once. Raises OutputError where it does not take them."""
+        lines = [each.model_dump_json() + "\n" for each in records]
+        self._write("".join(lines))
+        self.count += len(lines)
+
+    def _continue(self, header: H, refuse: bool) -> None:
+        """Cut off what cannot be gone on with: a torn last line, or what answers another request."""
+        self.file.seek(0)
+        end = 0
+        for number, line in enumerate(self.file):
+            try:
+                if number:
+                    self.found.append(self.kind.model_validate_json(line))
+                elif not type(header).model_validate_json(line).asks_the_same(header):
+                    if refuse:
+                        raise OutputError(
+                            f"{self.file.name} is of a run with other options; go on with those, or remove it"
+                        )
+                    break
+            except ValidationError:
+                break
+            if not line.endswith(b"\n"):
+                self.found = self.found[: number - 1] if number else []
+                break
+            end += len(line)
+        self.file.truncate(end)
+        if not end:
+            self._write(header.model_dump_json() + "\n")
+
+    def _write(self, lines: str) -> None:
+        left = memoryview(lines.encode())
+        with _written(self.file.name):
+            # Not through a buffer: where the disk is full it would be tried again, and fail again, on closing.
+            while left:
+                left = left[os.write(self.file.fileno(), left) :]
+            os.fsync(self.file.fileno())
+
+
+@contextmanager
+def growing(out: Path, header: H, kind: type[R]) -> Iterator[Growing[H, R]]:
+    """What an earlier run with this header left in a hidden file beside `out`, to be appended to; it becomes `out` when
+    the context ends. Raises OutputError where that cannot be written, or while another process does the same.
+    """
+    partial = out.absolute().with_name(f".{out.name}.llmdrop-partial")
+    with _open(partial, out) as file:
+        records = Growing(file, header, kind)
+        try:
+            yield records
+            with _written(out):
+                partial.replace(out)
+        finally:
+            if not records.count:
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def appended(path: Path, header: H, kind: type[R]) -> Iterator[Growing[H, R]]:
+    """A file as it is, for more records with its header. Raises OutputError for one with another header, which stays as
+    it is, and where it cannot be written, or while another process does the same.
+    """
+    with _open(path, path) as file:
+        yield Growing(file, header, kind, refuse=True)
+
+
+@contextmanager
+def _open(path: Path, named: Path) -> Iterator[BinaryIO]:
+    """And held; errors name another file, which it is to become."""
+    with _written(named):
+        file = path.open("a+b")
+    with file:
+        _hold(file, path)
+        yield file
+
+
+def _hold(file: BinaryIO, path: Path) -> None:
+    """Keep other processes out while the file is open."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been finished after it was opened here, and is another process's result now.
+        held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+        held = False
+    if not held:
+        raise OutputError(f"{path} is in use: another process is writing into it")
+
+
+@contextmanager
+def _written(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; the same command goes on") from None

@@ -1,0 +1,1 @@
+"""A mask is searched for by what it does to the model's answers."""

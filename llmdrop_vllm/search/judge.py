@@ -1,0 +1,142 @@
+"""Masks judged by the answers: KL of the next tokens to the full model's, with what masks have in common computed once.
+
+The model is in memory without anything gone; a mask is put on for one pass. Layers before the first one in which two
+masks differ give both the same: their output is kept for one mask, the base, and the others begin with it.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmdrop_vllm import hf
+from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.healing.targets import divergence, teach
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.scoring.batches import Batches
+from llmdrop_vllm.scoring.scratch import Chunk
+
+TOKENS_PER_CHUNK = 1024
+
+
+class Weights:
+    """The model that judges put masks on, loaded when it is first needed; it may be changed to one that was healed."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.change(load)
+
+    def change(self, load: Callable[[], Any]) -> None:
+        """To another one. Judges begin anew with `rebase`."""
+        self._load: Callable[[], Any] = load
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """In memory, without gradients."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+
+class Judge:
+    """A full model's answers, and any mask's divergence from them. `mask` is what even the full model goes without."""
+
+    def __init__(self, weights: Weights, family: Family, mask: DropMask, answers: Calibration, directory: Path) -> None:
+        self.weights, self.family = weights, family
+        self.batches = Batches.of(answers, TOKENS_PER_CHUNK)
+        self.targets = teach(lambda: weights.model, self.batches, directory)
+        self.tokens = np.array(
+            [len(each) - start - 1 for each, start in zip(self.batches.sequences, self.batches.starts, strict=True)]
+        )
+        self.base, self.states = mask, dict[int, list[torch.Tensor]]()
+
+    def rebase(self, mask: DropMask) -> None:
+        """Let the masks that are judged from here on begin with this one's states, as far as they are alike."""
+        self.base, self.states = mask, {}
+
+    def divergences(self, mask: DropMask, chunks: Collection[int] | None = None) -> dict[int, float]:
+        """By sequence, the mean KL of its answer's tokens under a mask, in nats; of all chunks or of these.
+
+        Raises CheckpointError for logits that are not finite.
+        """
+        found: dict[int, float] = {}
+        with torch.inference_mode():
+            for number, chunk in enumerate(self.batches.chunks):
+                if chunks is None or number in chunks:
+                    found |= self._divergences(mask, number, chunk)
+        return found
+
+    @property
+    def _layers(self) -> torch.nn.ModuleList:
+        return hf.decoder_layers(self.weights.model, self.base.num_hidden_layers)
+
+    def _divergences(self, mask: DropMask, number: int, chunk: Chunk) -> dict[int, float]:
+        logits = self._logits(mask, number, chunk)
+        found = {}
+        for row, span in enumerate(self.batches.spans(chunk)):
+            sequence = chunk.first_sequence + row
+            # What follows the last token is nobody's answer.
+            said = self.targets.of(sequence, int(self.tokens[sequence]))
+            kl = divergence(logits[row, span][:-1], *(each.to(logits.device) for each in said)).mean().item()
+            if not np.isfinite(kl):
+                raise CheckpointError(f"{mask.summary()}: logits are not finite")
+            found[sequence] = kl
+        return found
+
+    def _logits(self, mask: DropMask, number: int, chunk: Chunk) -> torch.Tensor:
+        """[batch, tokens, vocabulary]."""
+        model = self.weights.model
+        token_ids = self.batches.token_ids(chunk).to(model.device)
+        first = _first_difference(self.base, mask)
+        if first and number not in self.states:
+            self._keep(number, token_ids)
+        begun = self._beginning(first, self.states[number][first]) if first else nullcontext()
+        with hf.dropped(model, self.family, mask), begun:
+            logits: torch.Tensor = model(token_ids, use_cache=False).logits
+        return logits
+
+    def _keep(self, number: int, token_ids: torch.Tensor) -> None:
+        """What goes into every layer under the base."""
+        states: list[torch.Tensor] = []
+        hooks = [layer.register_forward_pre_hook(_recorder(states), with_kwargs=True) for layer in self._layers]
+        try:
+            with hf.dropped(self.weights.model, self.family, self.base):
+                self.weights.model(token_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.states[number] = states
+
+    @contextmanager
+    def _beginning(self, first: int, state: torch.Tensor) -> Iterator[None]:
+        """Within this context, layers before the `first` are not computed, and that one is given the state."""
+
+        def passing(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+            return (state, None) if self.family.transformers_layer_tuple else state
+
+        skipped = list(self._layers)[:first]
+        for layer in skipped:
+            layer.forward = passing
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                layer.__dict__.pop("forward", None)
+
+
+def _first_difference(one: DropMask, other: DropMask) -> int:
+    """The first layer that two masks leave different things of; 0 where they are the same, for nothing is saved."""
+    pairs = zip(one.dropped, other.dropped, strict=True)
+    return min((layer for ours, theirs in pairs for layer in ours ^ theirs), default=0)
+
+
+def _recorder(states: list[torch.Tensor]) -> Callable[..., None]:
+    def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    return record

@@ -1,0 +1,82 @@
+"""Ways to look for a mask. Each gives what it stands at as it goes on, so that what is found is there at any time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.search.trials import Loss, Trials
+
+# Of the evolution: masks in a generation, and the share of the answers and of the masks of its first rounds.
+OFFSPRING = 16
+ROUNDS = ((8, 4), (2, 2))  # one chunk in so many judges; so many are left
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mask and its loss on the answers that it was looked for with."""
+
+    mask: DropMask
+    loss: Loss
+
+
+def forward(
+    space: Space, trials: Trials, *, beam: int = 1, accepted: Callable[[DropMask], object] = lambda _: None
+) -> Iterator[Found]:
+    """Greedily one sublayer more, `beam` masks kept at each step: with more than one, a second best now may be the best
+    a step later. `accepted` is told of each step's best.
+    """
+    masks = [space.start]
+    while candidates := _extended(space, trials, masks):
+        best = sorted(candidates, key=lambda each: each.loss.mean)[:beam]
+        masks = [each.mask for each in best]
+        accepted(masks[0])
+        yield best[0]
+
+
+def backward(space: Space, trials: Trials, start: DropMask) -> Iterator[Found]:
+    """From more than was asked for, one sublayer back at a time: the one without which least is lost."""
+    mask = start
+    while candidates := list(_judged(trials, mask, space.reduced(mask))):
+        best = min(candidates, key=lambda each: each.loss.mean)
+        mask = best.mask
+        yield best
+
+
+def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> Iterator[Found]:
+    """From one mask to a better one by swaps at random, without an end (EvoPress, arXiv 2410.14649): many are judged on
+    few answers, few on all.
+    """
+    rng = np.random.default_rng(seed)
+    best = Found(parent, trials.on_answers(parent))
+    while True:
+        masks = list(
+            {each.dropped: each for each in (space.swapped(best.mask, rng) for _ in range(OFFSPRING))}.values()
+        )
+        trials.judge.rebase(best.mask)
+        for every, left in ROUNDS:
+            losses = [trials.on_answers(each, every).mean for each in masks]
+            masks = [masks[place] for place in np.argsort(losses, kind="stable")[:left]]
+        for mask in masks:
+            loss = trials.on_answers(mask)
+            if loss.mean < best.loss.mean:
+                best = Found(mask, loss)
+        yield best
+
+
+def _extended(space: Space, trials: Trials, masks: Sequence[DropMask]) -> list[Found]:
+    """Each of them by one sublayer, the same mask once."""
+    seen: dict[object, Found] = {}
+    for mask in masks:
+        fresh = (each for each in space.extended(mask) if each.dropped not in seen)
+        for found in _judged(trials, mask, fresh):
+            seen[found.mask.dropped] = found
+    return list(seen.values())
+
+
+def _judged(trials: Trials, base: DropMask, masks: Iterator[DropMask]) -> Iterator[Found]:
+    trials.judge.rebase(base)
+    for mask in masks:
+        yield Found(mask, trials.on_answers(mask))

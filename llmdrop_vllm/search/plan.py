@@ -1,0 +1,103 @@
+"""What a search is asked for, checked before anything slow."""
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.scoring.scoring import precision
+from llmdrop_vllm.search.space import KINDS, Space
+from llmdrop_vllm.search.trials import SearchHeader
+from llmdrop_vllm.selection.candidates import Candidates, Kind
+from llmdrop_vllm.selection.orders import LeastImportant
+from llmdrop_vllm.selection.selection import Ranked, select
+
+COUNTED: tuple[Kind, ...] = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """`most` masks are judged at most, in at most `seconds`; `beam` masks are kept by the greedy way at each step, and
+    the other one begins with `extra` sublayers more than are to go. Raises DataError for what cannot be.
+    """
+
+    most: int = 300
+    seconds: float = inf
+    beam: int = 2
+    extra: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"masks to judge": self.most, "masks kept at each step": self.beam, "seconds": self.seconds}
+        for name, value in least.items():
+            if not value >= 1:
+                raise DataError(f"{name}: {value:g} asked; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """`by_cosine` is the mask that scores choose, `ranking` what they would drop first. Masks are chosen by `answers`,
+    and `held_out` decides. With `to_heal`, what was lost is healed on that in closed form after each greedy step.
+    """
+
+    checkpoint: Checkpoint
+    space: Space
+    by_cosine: DropMask
+    ranking: tuple[tuple[str, int], ...]
+    answers: Calibration
+    held_out: Calibration
+    to_heal: Calibration | None
+    options: SearchOptions
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """As options have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def header(self) -> SearchHeader:
+        """What a file of trials must have been made with for this search to go on in it."""
+        identity = ModelIdentity.of(self.checkpoint)
+        return SearchHeader(
+            answers=self.answers.identity,
+            held_out=self.held_out.identity,
+            to_heal=None if self.to_heal is None else self.to_heal.identity,
+            start=self.space.start,
+            provenance=Provenance(model=identity, dtype=self.dtype_name, device=str(self.device)),
+        )
+
+    @property
+    def next_by_cosine(self) -> DropMask:
+        """With `extra` sublayers of each kind more than are to go."""
+        gone = {(kind, layer) for kind in KINDS for layer in getattr(self.by_cosine, kind)}
+        ranking = [each for each in self.ranking if each not in gone]
+        return self.space.more(self.by_cosine, ranking, self.options.extra)
+
+
+def plan_search(
+    scores: Scores,
+    checkpoint: Checkpoint,
+    space: Space,
+    answers: Calibration,
+    held_out: Calibration,
+    options: SearchOptions,
+    *,
+    to_heal: Calibration | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> SearchPlan:
+    """With the masks that scores of the same weights give."""
+    methods = [Ranked(kind, count) for kind in COUNTED if (count := getattr(space, kind))]
+    by_cosine = select(scores, *methods, protect=space.protect).mask
+    candidates = Candidates(scores, space.start, space.protect)
+    units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
+    ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
+    where, what = precision(checkpoint, device, dtype)
+    return SearchPlan(checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what)

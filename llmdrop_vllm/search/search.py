@@ -1,0 +1,152 @@
+"""The whole search: cosine's mask, greedy ways and evolution, and of what they find the best on held-out answers."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llmdrop_vllm import hf
+from llmdrop_vllm.artifacts import Compared, Evidence, MaskFile, Provenance
+from llmdrop_vllm.data.growing import appended
+from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.mended import load_mended
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.search.judge import Judge, Weights
+from llmdrop_vllm.search.methods import Found, backward, evolve, forward
+from llmdrop_vllm.search.plan import SearchPlan
+from llmdrop_vllm.search.trials import EnoughError, Loss, Trial, Trials
+
+# Generations without a mask that is better on held-out answers before an evolution ends.
+PATIENCE = 4
+BY_COSINE = "cosine"
+
+
+def search(plan: SearchPlan, trials_file: Path, *, progress: bool = False) -> MaskFile:
+    """The mask with the lowest KL on held-out answers among what was found, with its evidence.
+
+    Every mask that was judged is kept in the trials file; a search that is asked again, after an interruption or for
+    more masks, goes on with it. Raises OutputError for a file of another search.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary,
+        appended(trials_file, plan.header, Trial) as file,
+        tqdm(total=plan.options.most, unit="mask", disable=not progress) as bar,
+    ):
+        masked = plan.checkpoint.under(plan.space.start)
+        weights = Weights(lambda: hf.load(masked, dtype=plan.dtype).to(plan.device).eval())
+        judges = []
+        for name, answers in (("answers", plan.answers), ("held-out", plan.held_out)):
+            directory = Path(temporary) / name
+            directory.mkdir()
+            judges.append(Judge(weights, plan.checkpoint.family, plan.space.start, answers, directory))
+        trials = Trials(judges[0], judges[1], file, plan.options.most, plan.options.seconds, bar.update)
+        run = _Run(plan, trials, bar)
+        with suppress(EnoughError):
+            run.go()
+        return run.chosen()
+
+
+class _Run:
+    """The ways one after another; `finalists` by name are what held-out answers decide between."""
+
+    def __init__(self, plan: SearchPlan, trials: Trials, bar: "tqdm[Any]") -> None:
+        self.plan, self.trials, self.bar = plan, trials, bar
+        self.finalists: dict[str, DropMask] = {BY_COSINE: plan.by_cosine}
+
+    def go(self) -> None:
+        """Both greedy ways, then an evolution of the better one's mask; or the first alone where it is healed."""
+        plan, trials = self.plan, self.trials
+        best = Found(plan.by_cosine, trials.on_answers(plan.by_cosine))
+        if plan.to_heal is not None:
+            self._last("greedy forward, healed at each step", forward(plan.space, trials, accepted=self._heal))
+            return
+        ways = {
+            "greedy forward": forward(plan.space, trials, beam=plan.options.beam),
+            "greedy backward": backward(plan.space, trials, plan.next_by_cosine),
+        }
+        for name, way in ways.items():
+            best = min(best, self._last(name, way), key=lambda each: each.loss.mean)
+        self._evolve(best.mask)
+
+    def chosen(self) -> MaskFile:
+        """The best of the finalists."""
+        losses = {name: self._judged(mask) for name, mask in self.finalists.items()}
+        _, by_cosine = losses[BY_COSINE]
+        compared = tuple(
+            Compared(
+                name=name,
+                attention=mask.attention,
+                mlp=mask.mlp,
+                kl=losses[name][0].mean,
+                held_out_kl=losses[name][1].mean,
+                held_out_interval=losses[name][1].interval(),
+                difference=losses[name][1].interval(by_cosine),
+            )
+            for name, mask in self.finalists.items()
+        )
+        best = min(compared, key=lambda each: each.held_out_kl)
+        plan, trials = self.plan, self.trials
+        evidence = Evidence(
+            judged=len(trials.asked),
+            tokens=int(trials.judge.tokens.sum()),
+            held_out_prompts=len(trials.held_out.tokens),
+            held_out_tokens=int(trials.held_out.tokens.sum()),
+            heal_aware=plan.to_heal is not None,
+            compared=compared,
+        )
+        provenance = Provenance(
+            model=plan.header.provenance.model,
+            data=plan.answers.identity,
+            dtype=plan.dtype_name,
+            device=str(plan.device),
+        )
+        return MaskFile.of(self.finalists[best.name], f"search by KL on answers: {best.name}", provenance, evidence)
+
+    def _judged(self, mask: DropMask) -> tuple[Loss, Loss]:
+        """On both kinds of answers, once it is healed where that is asked."""
+        if self.plan.to_heal is not None:
+            self._heal(mask)
+        return self.trials.on_answers(mask, anyway=True), self.trials.on_held_out(mask)
+
+    def _last(self, name: str, way: Iterator[Found]) -> Found:
+        """A way to its end, which is a finalist."""
+        self.bar.set_description(name)
+        found = None
+        for found in way:
+            self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", gone=len(found.mask.attention) + len(found.mask.mlp))
+        assert found is not None, f"{name} found nothing to drop, which Space refuses"
+        self.finalists[name] = found.mask
+        return found
+
+    def _evolve(self, parent: DropMask) -> None:
+        """As long as held-out answers see it become better now and then."""
+        self.bar.set_description("evolution")
+        trials, idle = self.trials, 0
+        least = min(trials.on_held_out(each).mean for each in self.finalists.values())
+        for found in evolve(self.plan.space, trials, parent, seed=self.plan.options.seed):
+            idle += 1
+            if (now := trials.on_held_out(found.mask).mean) < least:
+                least, idle = now, 0
+                self.finalists["evolution"] = found.mask
+            self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", held_out=f"{least:.4f}")
+            if idle == PATIENCE:
+                break
+
+    def _heal(self, mask: DropMask) -> None:
+        """Let the judges go on with what a mask leaves, healed; that is done when they need it."""
+        plan, data = self.plan, self.plan.to_heal
+        assert data is not None
+
+        def load() -> Any:
+            checkpoint = plan.checkpoint
+            student, teacher = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
+            with healed(student, teacher, data, device=str(plan.device), dtype=plan.dtype_name) as found:
+                return load_mended(student, found.tensors, dtype=plan.dtype)
+
+        self.trials.judge.weights.change(load)
+        self.trials.mended = len(mask.attention) + len(mask.mlp)
+        for judge in (self.trials.judge, self.trials.held_out):
+            judge.rebase(mask)

@@ -1,0 +1,85 @@
+"""Which masks a search may look at: how they begin, how they grow, and which of them are what was asked for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.masks.dialects import check_indices
+from llmdrop_vllm.masks.mask import DropMask
+
+KINDS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`.
+
+    Raises MaskError where too few may go.
+    """
+
+    start: DropMask
+    attention: int = 0
+    mlp: int = 0
+    protect: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        depth = self.start.num_hidden_layers
+        check_indices("protect", tuple(self.protect), depth)
+        if not (self.attention or self.mlp):
+            raise MaskError("nothing was asked for; expected a number of attention or MLP sublayers")
+        for kind in KINDS:
+            asked, free = getattr(self, kind), len(self.free(self.start, kind))
+            if kind == "attention":
+                free = min(free, depth - len(self.start.attention) - 1)  # vLLM needs one
+            if not 0 <= asked <= free:
+                already = self.start.summary() if self.start else f"{depth} layers"
+                protected = f"; protected: {', '.join(map(str, sorted(self.protect)))}" if self.protect else ""
+                raise MaskError(f"{asked} {kind} sublayers asked; {free} can go ({already}{protected})")
+
+    def free(self, mask: DropMask, kind: str) -> list[int]:
+        """Layers whose sublayer of a kind a mask leaves, and that may go."""
+        gone = {*getattr(mask, kind), *self.protect}
+        return [layer for layer in range(mask.num_hidden_layers) if layer not in gone]
+
+    def extended(self, mask: DropMask) -> Iterator[DropMask]:
+        """By one sublayer, of a kind of which more is to go."""
+        for kind in KINDS:
+            gone = getattr(mask, kind)
+            if len(gone) - len(getattr(self.start, kind)) < getattr(self, kind):
+                for layer in self.free(mask, kind):
+                    yield _with(mask, kind, (*gone, layer))
+
+    def reduced(self, mask: DropMask) -> Iterator[DropMask]:
+        """By one sublayer that the start has, of a kind of which too much is gone."""
+        for kind in KINDS:
+            gone, kept = getattr(mask, kind), getattr(self.start, kind)
+            if len(gone) - len(kept) > getattr(self, kind):
+                for layer in gone[len(kept) :]:
+                    yield _with(mask, kind, tuple(each for each in gone if each != layer))
+
+    def more(self, mask: DropMask, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
+        """With so many more of each kind that is asked for, the first of the ranking that may go."""
+        for kind in KINDS:
+            if getattr(self, kind):
+                gone = getattr(mask, kind)
+                free = [layer for other, layer in ranking if other == kind and layer in self.free(mask, kind)]
+                room = mask.num_hidden_layers - len(gone) - 1 if kind == "attention" else len(free)
+                mask = _with(mask, kind, (*gone, *free[: min(extra, room)]))
+        return mask
+
+    def swapped(self, mask: DropMask, rng: np.random.Generator) -> DropMask:
+        """With one to three sublayers back and as many others of their kind gone, at random."""
+        kinds = [kind for kind in KINDS if getattr(self, kind) and self.free(mask, kind)]
+        for _ in range(int(rng.integers(1, 4, size=2).min())):
+            kind = kinds[int(rng.integers(len(kinds)))]
+            gone, kept = list(getattr(mask, kind)), len(getattr(self.start, kind))
+            place = int(rng.integers(kept, len(gone)))
+            gone[place] = int(rng.choice(self.free(mask, kind)))
+            mask = _with(mask, kind, tuple(gone))
+        return mask
+
+
+def _with(mask: DropMask, kind: str, layers: tuple[int, ...]) -> DropMask:
+    return replace(mask, attention=layers) if kind == "attention" else replace(mask, mlp=layers)

@@ -1,0 +1,117 @@
+"""Masks that were judged, each once, and kept in a file, so that a search that is asked again takes the way it took."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmdrop_vllm.artifacts import DataIdentity, Record
+from llmdrop_vllm.data.growing import Growing, Header
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.search.judge import Judge
+
+RESAMPLES = 2000
+
+
+class SearchHeader(Header):
+    """What masks are judged by. Trials are kept for any number of sublayers and any seed."""
+
+    kind: str = "llmdrop-search"
+    answers: DataIdentity
+    held_out: DataIdentity
+    to_heal: DataIdentity | None
+    start: DropMask
+
+
+class Trial(Record):
+    """A mask that was judged: by sequence, the mean KL of its answer's tokens to the full model's, in nats. `mended`:
+    how many sublayers' loss had been healed before.
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    mended: int = 0
+    held_out: bool = False
+    kl: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """KL by sequence and the tokens of each, [sequences]."""
+
+    kl: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Per token."""
+        return float(self.kl @ self.tokens / self.tokens.sum())
+
+    def interval(self, other: "Loss | None" = None) -> tuple[float, float]:
+        """95% of the mean, or of its difference to another's on the same sequences, by bootstrap over these."""
+        kl = self.kl if other is None else self.kl - other.kl
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(len(kl), size=(RESAMPLES, len(kl)))
+        means = (kl * self.tokens)[drawn].sum(1) / self.tokens[drawn].sum(1)
+        low, high = np.quantile(means, (0.025, 0.975))
+        return float(low), float(high)
+
+
+class EnoughError(Exception):
+    """As many masks were judged, or as much time has passed, as a search was given."""
+
+
+@dataclass
+class Trials:
+    """What two judges say, one of them on held-out answers; nothing that the file has is computed again.
+
+    Raises EnoughError for another mask when `most` were judged, or one that is not in the file after `seconds`.
+    """
+
+    judge: Judge
+    held_out: Judge
+    file: Growing[SearchHeader, Trial]
+    most: int
+    seconds: float = math.inf
+    on_trial: Callable[[], object] = lambda: None
+    mended: int = 0
+    asked: set[tuple[object, ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.end = time.monotonic() + self.seconds
+        self.known: dict[tuple[object, ...], dict[int, float]] = {}
+        for each in self.file.found:
+            self.known.setdefault(_key(each), {}).update(each.kl)
+
+    def on_answers(self, mask: DropMask, every: int = 1, *, anyway: bool = False) -> Loss:
+        """By the answers to learn from, or by one chunk of them in so many; `anyway`: though there were enough."""
+        return self._loss(self.judge, mask, every, held_out=False, anyway=anyway)
+
+    def on_held_out(self, mask: DropMask) -> Loss:
+        """By the answers that nothing is learnt from."""
+        return self._loss(self.held_out, mask, 1, held_out=True, anyway=True)
+
+    def _loss(self, judge: Judge, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
+        trial = Trial(attention=mask.attention, mlp=mask.mlp, mended=self.mended, held_out=held_out, kl={})
+        key, chunks = _key(trial), judge.batches.chunks
+        kl = self.known.setdefault(key, {})
+        numbers = range(0, len(chunks), every)
+        missing = [number for number in numbers if chunks[number].first_sequence not in kl]
+        if not anyway and key not in self.asked:
+            if len(self.asked) == self.most or (missing and time.monotonic() > self.end):
+                raise EnoughError
+            self.asked.add(key)
+            self.on_trial()
+        if missing:
+            found = judge.divergences(mask, missing)
+            kl.update(found)
+            self.file.append([trial.model_copy(update={"kl": found})])
+        sequences = [chunks[number].first_sequence + row for number in numbers for row in range(chunks[number].batch)]
+        return Loss(np.array([kl[each] for each in sequences]), judge.tokens[sequences])
+
+
+def _key(trial: Trial) -> tuple[object, ...]:
+    """Masks that drop the same in another order are one."""
+    return trial.held_out, trial.mended, frozenset(trial.attention), frozenset(trial.mlp)
