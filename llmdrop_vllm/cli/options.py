@@ -111,7 +111,7 @@ def add_search(command: Parser) -> None:
     group.add_argument(
         "--held-out-tokens", type=count, default=4096, metavar="N", help="of held-out answers, to decide by (4096)"
     )
-    group.add_argument("--beam", type=count, default=2, metavar="N", help="masks that each greedy step keeps (2)")
+    group.add_argument("--beam", type=count, default=1, metavar="N", help="masks that each greedy step keeps (1)")
     group.add_argument(
         "--heal-aware",
         nargs="?",

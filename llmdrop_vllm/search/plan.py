@@ -28,7 +28,7 @@ class SearchOptions:
 
     most: int = 300
     seconds: float = inf
-    beam: int = 2
+    beam: int = 1
     extra: int = 3
     seed: int = 0
 

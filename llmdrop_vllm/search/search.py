@@ -64,8 +64,8 @@ class _Run:
             self._last("greedy forward, healed at each step", forward(plan.space, trials, accepted=self._heal))
             return
         ways = {
-            "greedy forward": forward(plan.space, trials, beam=plan.options.beam),
             "greedy backward": backward(plan.space, trials, plan.next_by_cosine),
+            "greedy forward": forward(plan.space, trials, beam=plan.options.beam),
         }
         for name, way in ways.items():
             best = min(best, self._last(name, way), key=lambda each: each.loss.mean)

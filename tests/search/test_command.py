@@ -1,0 +1,130 @@
+"""`llmdrop search` from one end to the other, on the embedded model."""
+
+import numpy as np
+import pytest
+
+from llmdrop_vllm.artifacts import MaskFile, ModelIdentity, Provenance, Scores, read_record
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.cli import main
+from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.search.judge import Judge
+from tests.data.files import answer, write_answers
+
+SMALL = ("--tokens", "300", "--held-out-tokens", "200", "--masks", "60")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the embedded model might have said: its tokens in any order."""
+    rng = np.random.default_rng(0)
+    found = [
+        answer(number, rng.integers(5, 500, 6).tolist(), rng.integers(5, 500, 26).tolist(), held_out=number % 4 == 0)
+        for number in range(24)
+    ]
+    provenance = Provenance(model=ModelIdentity.of(Checkpoint.open(MODEL)))
+    return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl", found, provenance=provenance)
+
+
+@pytest.fixture
+def command(answers, tmp_path):
+    return ["search", str(MODEL), "--answers", str(answers), "--out", str(tmp_path / "mask.json"), *SMALL]
+
+
+def found(tmp_path):
+    return read_record(MaskFile, tmp_path / "mask.json")
+
+
+def test_a_mask_is_found_that_every_command_takes_and_cosines_is_never_better(command, tmp_path, capsys):
+    assert main([*command, "--attention", "3", "--mlp", "1", "--masks", "150"]) == 0
+    printed = capsys.readouterr().out
+    file = found(tmp_path)
+    by_name = {each.name: each for each in file.evidence.compared}
+    assert (len(file.attention), len(file.mlp)) == (3, 1)
+    assert next(iter(by_name)) == "cosine"
+    assert {"greedy forward", "greedy backward"} <= by_name.keys()
+    best = min(by_name.values(), key=lambda each: each.held_out_kl)
+    assert (best.attention, best.mlp) == (file.attention, file.mlp)
+    assert best.held_out_interval[0] < best.held_out_kl < best.held_out_interval[1]
+    assert f"KL {by_name['cosine'].held_out_kl:.4f}" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.json", "mask.trials.jsonl"]
+
+    assert main(["apply", str(MODEL), str(tmp_path / "out"), "--mask", str(tmp_path / "mask.json")]) == 0
+    assert Checkpoint.open(tmp_path / "out").mask == file.mask
+
+
+def test_an_interrupted_search_goes_on_and_finds_the_same(command, tmp_path, monkeypatch):
+    whole = [*command, "--attention", "2"]
+    whole[whole.index("--out") + 1] = str(tmp_path / "whole.json")
+    assert main(whole) == 0
+
+    judge, calls, killed = Judge.divergences, [], []
+
+    def interrupted(self, mask, chunks=None):
+        calls.append(mask.dropped)
+        if len(calls) == 20 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return judge(self, mask, chunks)
+
+    monkeypatch.setattr(Judge, "divergences", interrupted)
+    assert main([*command, "--attention", "2"]) == 130
+    before = len(calls)
+    assert main([*command, "--attention", "2"]) == 0
+    expected = read_record(MaskFile, tmp_path / "whole.json")
+    assert (found(tmp_path).mask, found(tmp_path).evidence) == (expected.mask, expected.evidence)
+    trials = (tmp_path / "whole.trials.jsonl").read_text().splitlines()
+    assert len(calls) - before == len(trials) - before  # of the second run, what the first had not judged
+
+    # And for another number of sublayers: what is known of smaller masks is not asked again.
+    del calls[:]
+    assert main([*command, "--attention", "3", "--overwrite"]) == 0
+    assert all(len(attention) != 1 for attention, _ in calls)
+
+
+def test_each_step_can_be_judged_on_what_healing_mended(command, tmp_path, capsys):
+    assert main([*command, "--attention", "2", "--heal-aware", "200"]) == 0
+    file = found(tmp_path)
+    assert file.evidence.heal_aware
+    assert [each.name for each in file.evidence.compared] == ["cosine", "greedy forward, healed at each step"]
+    trials = (tmp_path / "mask.trials.jsonl").read_text()
+    assert '"mended":1' in trials
+    assert '"mended":2' in trials
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--attention", "12"), "12 attention sublayers asked; 11 can go"),
+        (("--attention", "4", "--protect", "0,1,2,3,4,5,6,7,8"), "4 attention sublayers asked; 3 can go"),
+        ((), "nothing was asked for"),
+        (("--attention", "2", "--answers", __file__), "does not hold answers"),
+        (("--attention", "2", "--scores", "none.json"), "none.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_refused_at_once(asked, message, command, tmp_path, capsys):
+    assert main([*command, *asked]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_and_scores_of_other_weights_are_refused(answers, tmp_path, capsys):
+    other = write_answers(tmp_path / "other.jsonl")
+    command = ["search", str(MODEL), "--attention", "2", "--out", str(tmp_path / "mask.json")]
+    assert main([*command, "--answers", str(other)]) == 1
+    assert "holds answers of /models/tiny (weights f00d)" in capsys.readouterr().err
+    scores = Scores.unmeasured(Checkpoint.open(MODEL))
+    model = scores.provenance.model.model_copy(update={"fingerprint": "beef"})
+    provenance = scores.provenance.model_copy(update={"model": model})
+    path = tmp_path / "scores.json"
+    path.write_text(scores.model_copy(update={"provenance": provenance}).model_dump_json())
+    assert main([*command, "--answers", str(answers), "--scores", str(path)]) == 1
+    assert "the scores are of beef" in capsys.readouterr().err
+
+
+def test_trials_of_a_search_on_other_answers_are_not_gone_on_with(command, tmp_path, capsys):
+    assert main([*command, "--attention", "1"]) == 0
+    before = (tmp_path / "mask.trials.jsonl").read_bytes()
+    assert main([*command, "--attention", "1", "--overwrite", "--tokens", "100"]) == 1
+    assert "is of a run with other options" in capsys.readouterr().err
+    assert (tmp_path / "mask.trials.jsonl").read_bytes() == before
+    assert found(tmp_path).evidence is not None
