@@ -4,7 +4,6 @@ prints.
 
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import MaskFile, Provenance, Scores, make_directory, read_record, write_record
@@ -97,7 +96,6 @@ def sweep(args: Namespace) -> None:
         workload = SpeedWorkload(
             requests=args.requests, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens
         )
-    settings = replace(settings, engines=1 if workload is None else 2)  # the full model's runs beside the others
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
     show_sweep(found)

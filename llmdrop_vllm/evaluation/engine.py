@@ -20,12 +20,18 @@ from llmdrop_vllm.masks.mask import DropMask
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
 # Nothing is sent anywhere, vLLM's usage statistics among it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SWITCHING = {"enforce_eager": True, "worker_extension_cls": "llmdrop_vllm.serving.switching.MaskSwitch"}
+# With "enforce_eager", vLLM's worker for CPUs leaves out the warm-up that pipeline stages need.
+SWITCHING_IN_STAGES = SWITCHING | {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "NONE"},
+}
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """`dtype` of weights and KV cache; `engines` at once share a GPU; `options` are vLLM's own arguments, and win;
-    `seeded` is for requests that bring a seed each.
+    `seeded` is for requests that bring a seed each, `switching` for an engine in which masks are put on and off.
 
     Raises InputError for an option that vLLM does not have.
     """
@@ -35,6 +41,7 @@ class EngineSettings:
     engines: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     seeded: bool = False
+    switching: bool = False
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -47,6 +54,9 @@ class EngineSettings:
     def _whole_prompts(self) -> dict[str, Any]:
         """vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot."""
         return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
+
+    def _switching(self) -> dict[str, Any]:
+        return SWITCHING_IN_STAGES if self.options.get("pipeline_parallel_size", 1) > 1 else SWITCHING
 
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
@@ -69,6 +79,7 @@ class EngineSettings:
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
             "log_level": "ERROR",
             **(self._whole_prompts() if self.seeded and not gpu else {}),
+            **(self._switching() if self.switching else {}),
             **self.options,
             # Beside the user's own overrides, or the full model would be measured as the dropped one.
             "hf_overrides": {**self.options.get("hf_overrides", {}), **override},
@@ -112,6 +123,18 @@ class Engine:
 
             self.llm = LLM(str(checkpoint.directory), **arguments)
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+
+    def can_switch(self) -> bool:
+        """Whether `put_on` works here: not in a compiled model, nor where vLLM takes Transformers' own layers."""
+        return not any(self.llm.collective_rpc("llmdrop_refuses"))
+
+    def put_on(self, mask: DropMask) -> None:
+        """Answer as under a mask from here on, in an engine for switching that was started with nothing gone or less.
+
+        KV cache stays allocated for all layers, so that only what is computed is as in an engine of that mask.
+        """
+        self.llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
+        self.llm.reset_prefix_cache()
 
     def negative_log_likelihoods(self, windows: Sequence[TokenIds]) -> list[float]:
         """Per window, the mean over its tokens after the first, in nats."""
@@ -181,6 +204,24 @@ class Engine:
         return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Masked:
+    """An engine for switching, under one of its masks whenever it is timed."""
+
+    engine: Engine
+    mask: DropMask
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self.engine.vocab_size
+
+    def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
+        """As `Engine.seconds`."""
+        self.engine.put_on(self.mask)
+        return self.engine.seconds(prompts, workload)
+
+
 _running: list[Engine] = []
 
 
@@ -211,7 +252,7 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
             cleanup_dist_env_and_memory()
 
 
-def speeds_in_turns(engines: Sequence[Engine], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:
+def speeds_in_turns(engines: Sequence[Engine | Masked], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:
     """The same prompts to each engine in turn, in an order that changes, after a round that warms them up.
 
     Machines drift by more in a minute than many masks gain, so only what was measured within seconds is compared.

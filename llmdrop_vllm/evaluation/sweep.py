@@ -1,8 +1,8 @@
-"""Quality and speed against the number of sublayers dropped: one engine per mask, every finished point kept at once."""
+"""Quality and speed against the number of sublayers dropped, every finished point kept at once."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference
-from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running, speeds_in_turns
+from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
+from llmdrop_vllm.evaluation.masked_engines import Engines, Plan, one_for_all, one_for_each
 from llmdrop_vllm.evaluation.records import (
     Divergence,
     Point,
@@ -31,7 +32,8 @@ from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 
 SWEEP_FILE, SCORES_FILE, ANSWERS_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "answers.json", "lm-eval"
-NUM_ROUNDS = 3
+# The second for what the first cannot tell.
+WAYS: tuple[Callable[[Plan], AbstractContextManager[Engines | None]], ...] = (one_for_all, one_for_each)
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,17 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
     try:
         keeper = _Keeper(plan, directory)
         missing = [mask for mask in keeper.masks.values() if keeper.lacks(mask)]
-        divergences = keeper.divergences([mask for mask in missing if mask_id(mask) not in keeper.found.points])
-        with ExitStack() as stack:
-            full = stack.enter_context(keeper.running(plan.checkpoint.mask)) if missing and plan.workload else None
-            bar = stack.enter_context(tqdm(total=len(missing), unit="point", disable=not progress))
-            for mask in missing:
-                bar.set_description(mask_title(mask))
-                keeper.measure(mask, divergences.get(mask_id(mask)), full)
-                bar.update()
+        divergences = keeper.divergences([mask for mask in missing if keeper.lacks_quality(mask)])
+        with tqdm(total=len(missing), unit="point", disable=not progress) as bar:
+            for way in WAYS:
+                if left := [mask for mask in missing if keeper.lacks(mask)]:
+                    with way(keeper.engines_for(left)) as engines:
+                        if engines is None:
+                            continue
+                        for mask in left:
+                            bar.set_description(mask_title(mask))
+                            keeper.measure(mask, divergences.get(mask_id(mask)), engines)
+                            bar.update(not keeper.lacks(mask))
         return keeper.keep()
     finally:
         os.close(lock)
@@ -129,6 +134,10 @@ class _Keeper:
         point = self.found.points.get(mask_id(mask))
         return point is None or (self.plan.workload is not None and point.speed is None)
 
+    def lacks_quality(self, mask: DropMask) -> bool:
+        """Whether nothing of a mask was measured yet."""
+        return mask_id(mask) not in self.found.points
+
     def divergences(self, masks: Sequence[DropMask]) -> dict[str, Divergence]:
         """By mask id, before the first engine of a mask needs the memory: the full model is loaded once for it."""
         plan, measures = self.plan, self.plan.measures
@@ -144,19 +153,24 @@ class _Keeper:
         """The full model's, the same ones for all points: kept for a sweep that goes on."""
         path = self.directory / ANSWERS_FILE
         if not path.exists():
-            with self.running(self.plan.checkpoint.mask) as engine:
+            base, settings = self.plan.checkpoint, self.plan.settings
+            with running(base, base.mask, settings, harness=False) as engine:
                 write_record(own_answers(engine, self.plan.measures.divergence_tokens), path)
         return read_record(Answers, path)
 
-    def measure(self, mask: DropMask, divergence: Divergence | None, full: Engine | None) -> None:
+    def engines_for(self, masks: Sequence[DropMask]) -> Plan:
+        """What is left to measure of them."""
+        plan, quality = self.plan, any(map(self.lacks_quality, masks))
+        harness = quality and bool(plan.measures.harness.tasks)
+        return Plan(plan.checkpoint, plan.settings, plan.workload, quality=quality, harness=harness)
+
+    def measure(self, mask: DropMask, divergence: Divergence | None, engines: Engines) -> None:
         """One point, or its speed alone where its quality is there already."""
-        plan, point = self.plan, self.found.points.get(mask_id(mask))
-        with self.running(mask, harness=point is None and bool(plan.measures.harness.tasks)) as engine:
-            if point is None:
+        with engines.under(mask) as engine:
+            if (point := self.found.points.get(mask_id(mask))) is None:
                 point = self._point(engine, mask, divergence)
-            if plan.workload is not None and full is not None:
-                own, whole = speeds_in_turns((engine, full), plan.workload, num_rounds=NUM_ROUNDS)
-                point = point.model_copy(update={"speed": own, "full_speed": whole})
+            if (speeds := engines.speeds(engine, mask)) is not None:
+                point = point.model_copy(update=dict(zip(("speed", "full_speed"), speeds, strict=True)))
         self.keep(points={**self.found.points, mask_id(mask): point})
 
     def _point(self, engine: Engine, mask: DropMask, divergence: Divergence | None) -> Point:
@@ -173,10 +187,6 @@ class _Keeper:
         self.found = self.found.model_copy(update=changes)
         write_record(self.found, self.directory / SWEEP_FILE)
         return self.found
-
-    def running(self, mask: DropMask, *, harness: bool = False) -> AbstractContextManager[Engine]:
-        """An engine for a mask."""
-        return running(self.plan.checkpoint, mask, self.plan.settings, harness=harness)
 
 
 def _united(kept: Series, asked: Series) -> Series:

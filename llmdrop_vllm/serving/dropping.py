@@ -62,7 +62,7 @@ class Dropping:
             return None
         self.replaced.add((self.layer_index[parent], name))
         self.forget(module)
-        return _standing_in(substitute(), module)
+        return standing_in(substitute(), module)
 
     def _substitute(self, layer: nn.Module, sublayer: Sublayer) -> None:
         """Note what stands in for the sublayer's parts, and put it where the layer has assigned one already."""
@@ -151,7 +151,7 @@ def dropping(hook: Dropping) -> Iterator[Dropping]:
         handle.remove()
 
 
-def _standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
+def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
     """With the plain attributes and empty parts of what it stands for.
 
     Constructors look into sublayers: Ernie's into each attention for its rotary embedding, those of mixtures of experts

@@ -11,8 +11,9 @@ from llmdrop_vllm.artifacts import Scores, hold, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.evaluation import masked_engines
 from llmdrop_vllm.evaluation import sweep as sweep_module
-from llmdrop_vllm.evaluation.engine import EngineSettings
+from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures, load_text
 from llmdrop_vllm.evaluation.records import SpeedWorkload, Sweep, mask_id
 from llmdrop_vllm.evaluation.series import make_series
@@ -38,6 +39,30 @@ def plan():
 def measured(plan, tmp_path_factory):
     directory = tmp_path_factory.mktemp("sweep")
     return directory, measure_sweep(plan, directory)
+
+
+def no_engine(monkeypatch):
+    for module in (sweep_module, masked_engines):
+        monkeypatch.setattr(module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+
+
+def test_an_engine_for_each_mask_gives_what_one_for_all_gives(plan, measured, tmp_path, monkeypatch):
+    started = []
+
+    def counted(checkpoint, mask, settings, **more):
+        started.append((mask.dropped, settings.switching))
+        return running(checkpoint, mask, settings, **more)
+
+    monkeypatch.setattr(masked_engines, "running", counted)
+    monkeypatch.setattr(Engine, "can_switch", lambda self: False)  # as where the model is compiled
+    found = measure_sweep(plan, tmp_path)
+    full = DropMask(12).dropped
+    assert started[:2] == [(full, True), (full, False)]
+    assert [mask for mask, _ in started[2:]] == [full, *(mask.dropped for mask in plan.masks.values())]
+    assert all(found.speedup(point) for point in found.points.values())
+    for name, point in measured[1].points.items():
+        expected = point.quality.perplexity.value
+        assert found.points[name].quality.perplexity.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_mask_is_measured_once_and_the_full_model_too(plan, measured):
@@ -86,7 +111,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(plan, measured, tmp_path, 
 
 
 def test_a_finished_sweep_measures_nothing_again(plan, measured, monkeypatch):
-    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    no_engine(monkeypatch)
     assert measure_sweep(plan, measured[0]) == measured[1]
 
 
@@ -104,13 +129,13 @@ def test_two_sweeps_do_not_share_a_directory(plan, tmp_path):
 
 
 def test_more_series_go_into_the_same_file(plan, measured, monkeypatch):
-    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    no_engine(monkeypatch)
     fewer = replace(plan, series=plan.series[:1], masks={name: plan.masks[name] for name in plan.series[0].masks})
     assert [each.name for each in measure_sweep(fewer, measured[0]).series] == ["attention", "joint"]
 
 
 def test_other_counts_of_a_series_leave_the_earlier_ones_in_its_curve(plan, measured, monkeypatch):
-    monkeypatch.setattr(sweep_module, "running", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    no_engine(monkeypatch)
     last = tuple(each.model_copy(update={"counts": each.counts[1:], "masks": each.masks[1:]}) for each in plan.series)
     assert measure_sweep(replace(plan, series=last), measured[0]).series == plan.series
 

@@ -1,0 +1,89 @@
+"""Masks switched in a running engine, for evaluation: one engine judges many masks.
+
+The model is built with nothing gone; a mask is put on by the same stand-ins that a model under that mask is built with,
+and taken off again. KV cache stays allocated for every layer. The engine runs each forward pass as it is written: of
+a compiled one, vLLM would go on with what was compiled.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from vllm.config import CompilationMode, CUDAGraphMode
+
+from llmdrop_vllm.architectures.family import Sublayer
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, standing_in
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class MaskSwitch:
+    """vLLM mixes this into its worker, of which every rank has one (`worker_extension_cls`)."""
+
+    vllm_config: "VllmConfig"
+    llmdrop_switching: "Switching | None" = None
+
+    def llmdrop_refuses(self) -> str:
+        """Why masks cannot be switched here; empty where they can."""
+        model: nn.Module = self.get_model()  # type: ignore[attr-defined]
+        compilation = self.vllm_config.compilation_config
+        if compilation.mode != CompilationMode.NONE or compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            return "the model is compiled"
+        kind: type[Dropping] | None = getattr(model, "dropping_class", None)
+        if kind is None:
+            return f"{type(model).__name__} has no row in the family table"
+        self.llmdrop_switching = Switching(model, self.vllm_config, kind)
+        return ""
+
+    def llmdrop_put_on(self, attention: list[int], mlp: list[int]) -> None:
+        """Go without these layers' sublayers from the next pass on; what was gone before comes back.
+
+        Raises SubstitutionError where the model cannot, or was not built as its row of the family table says.
+        """
+        if self.llmdrop_switching is None and (refusal := self.llmdrop_refuses()):
+            raise SubstitutionError(f"masks cannot be switched: {refusal}")
+        assert self.llmdrop_switching is not None, "made by llmdrop_refuses"
+        self.llmdrop_switching.put_on(tuple(attention), tuple(mlp))
+
+
+class Switching:
+    """A model whose sublayers can go and come back."""
+
+    def __init__(self, model: nn.Module, vllm_config: "VllmConfig", dropping_class: type[Dropping]) -> None:
+        self.own = Decoder.of(vllm_config.model_config.hf_config, model.architecture)
+        self.dropping = dropping_class(self.own, vllm_config)
+        self.before: list[tuple[nn.Module, str, nn.Module]] = []
+        depth = self.own.mask.num_hidden_layers
+        lists = (each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
+        self.layers = next(each for each in lists if self._has_sublayers(each))
+
+    def _has_sublayers(self, layers: nn.ModuleList) -> bool:
+        """A mixture may have as many experts as there are layers."""
+        names = {name for sublayer in self._gone(self.own.mask) for name in self.dropping.substitutes_of(sublayer)}
+        return any(hasattr(layer, name) for layer in layers for name in names)
+
+    def put_on(self, attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
+        """A mask that goes without what the model was built without, and perhaps more."""
+        for layer, name, module in self.before:
+            setattr(layer, name, module)
+        self.before = []
+        stage, own = self.dropping.stage_layers(), self._gone(self.own.mask)
+        for sublayer, dropped in self._gone(DropMask(self.own.mask.num_hidden_layers, attention, mlp)).items():
+            for index in dropped - own[sublayer]:
+                if index in stage:
+                    self._substitute(index, sublayer)
+
+    def _gone(self, mask: DropMask) -> dict[Sublayer, set[int]]:
+        return {sublayer: {*dropped} for sublayer, dropped in self.dropping.family.sublayers(mask)}
+
+    def _substitute(self, index: int, sublayer: Sublayer) -> None:
+        layer = self.layers[index]
+        for name, substitute in self.dropping.substitutes_of(sublayer).items():
+            if (module := getattr(layer, name, None)) is not None:
+                setattr(layer, name, standing_in(substitute(), module))
+                self.before.append((layer, name, module))
+            elif name not in sublayer.optional:
+                row = self.dropping.family.name
+                raise SubstitutionError(f"layer {index} has no {name}; the family table's row {row!r} does not fit")
