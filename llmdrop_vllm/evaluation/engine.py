@@ -21,11 +21,6 @@ from llmdrop_vllm.masks.mask import DropMask
 # Nothing is sent anywhere, vLLM's usage statistics among it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 SWITCHING = {"enforce_eager": True, "worker_extension_cls": "llmdrop_vllm.serving.switching.MaskSwitch"}
-# With "enforce_eager", vLLM's worker for CPUs leaves out the warm-up that pipeline stages need.
-SWITCHING_IN_STAGES = SWITCHING | {
-    "enforce_eager": False,
-    "compilation_config": {"mode": 0, "cudagraph_mode": "NONE"},
-}
 
 
 @dataclass(frozen=True)
@@ -55,9 +50,6 @@ class EngineSettings:
         """vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot."""
         return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
 
-    def _switching(self) -> dict[str, Any]:
-        return SWITCHING_IN_STAGES if self.options.get("pipeline_parallel_size", 1) > 1 else SWITCHING
-
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
         import torch
@@ -79,7 +71,7 @@ class EngineSettings:
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
             "log_level": "ERROR",
             **(self._whole_prompts() if self.seeded and not gpu else {}),
-            **(self._switching() if self.switching else {}),
+            **(SWITCHING if self.switching else {}),
             **self.options,
             # Beside the user's own overrides, or the full model would be measured as the dropped one.
             "hf_overrides": {**self.options.get("hf_overrides", {}), **override},

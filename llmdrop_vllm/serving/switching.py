@@ -5,10 +5,11 @@ and taken off again. KV cache stays allocated for every layer. The engine runs e
 a compiled one, vLLM would go on with what was compiled.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed.parallel_state import get_pp_group
 
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
@@ -23,10 +24,11 @@ class MaskSwitch:
     """vLLM mixes this into its worker, of which every rank has one (`worker_extension_cls`)."""
 
     vllm_config: "VllmConfig"
+    model_runner: Any
     llmdrop_switching: "Switching | None" = None
 
     def llmdrop_refuses(self) -> str:
-        """Why masks cannot be switched here; empty where they can."""
+        """Why masks cannot be switched here; empty where they can. To be asked before anything else is."""
         model: nn.Module = self.get_model()  # type: ignore[attr-defined]
         compilation = self.vllm_config.compilation_config
         if compilation.mode != CompilationMode.NONE or compilation.cudagraph_mode != CUDAGraphMode.NONE:
@@ -35,6 +37,10 @@ class MaskSwitch:
         if kind is None:
             return f"{type(model).__name__} has no row in the family table"
         self.llmdrop_switching = Switching(model, self.vllm_config, kind)
+        runner = self.model_runner
+        if get_pp_group().world_size > 1 and runner.intermediate_tensors is None:
+            # What stages hand on is allocated by a warm-up, which vLLM's worker for CPUs leaves out in eager mode.
+            runner.profile_run()
         return ""
 
     def llmdrop_put_on(self, attention: list[int], mlp: list[int]) -> None:

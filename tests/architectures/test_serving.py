@@ -6,17 +6,21 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomGelu
+from vllm import LLM
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.evaluation.engine import SWITCHING
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.reference import skipping
 from tests.engines import engine, greedy
@@ -26,9 +30,9 @@ MASKS = {
     "attention": DropMask(LAYERS, attention=(3, 1)),
     "MLP": DropMask(LAYERS, mlp=(0, 2)),
     "blocks, first and last layer": DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 0, 2)),
-    "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(1,)),
+    "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(3,)),
 }
-STRIPPED = ("blocks, first and last layer", "all attention but one")
+BUILT = ("blocks, first and last layer", "all attention but one")
 KV_CACHE_BYTES = 1 << 26
 # On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
 FLOAT32 = {"attention_backend": "CPU_MLA"}
@@ -55,16 +59,16 @@ def undecorated(cls: type) -> Iterator[None]:
                 setattr(cls, name, value)
 
 
-def write(architecture: str, mask: DropMask, directory: Path, *, strip: bool) -> Path:
+def write(architecture: str, mask: DropMask, directory: Path) -> Path:
+    """Without the weights that the mask drops."""
     CASES[architecture].save(model_of(architecture), directory)
     path, weights = directory / "config.json", directory / "model.safetensors"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | mask.to_config()))
-    if strip:
-        family = CASES[architecture].family
-        tensors = load_file(weights)
-        kept = {name: each for name, each in tensors.items() if not in_dropped_sublayer(name, family, mask)}
-        assert len(kept) < len(tensors)
-        save_file(kept, weights, metadata={"format": "pt"})
+    family = CASES[architecture].family
+    tensors = load_file(weights)
+    kept = {name: each for name, each in tensors.items() if not in_dropped_sublayer(name, family, mask)}
+    assert len(kept) < len(tensors)
+    save_file(kept, weights, metadata={"format": "pt"})
     return directory
 
 
@@ -92,18 +96,43 @@ def reference(architecture: str, mask: DropMask) -> list[float]:
     return logprobs[range(len(PROMPT) - 1), PROMPT[1:]].tolist()
 
 
-def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
+@contextmanager
+def running(directory: Path, architecture: str, **options: Any) -> Iterator[LLM]:
     decoder = type(model_of(architecture).get_decoder())
-    with undecorated(decoder), engine(directory, kv_cache_memory_bytes=KV_CACHE_BYTES, **FLOAT32) as llm:
+    options = {"kv_cache_memory_bytes": KV_CACHE_BYTES} | FLOAT32 | options
+    with undecorated(decoder), engine(directory, **options) as llm:
+        yield llm
+
+
+def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
+    with running(directory, architecture) as llm:
         _, _, logprobs = greedy(llm, PROMPT, tokens=2)
         cache = llm.llm_engine.vllm_config.cache_config
         return logprobs, (cache.num_gpu_blocks, cache.block_size)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("architecture", CASES)
+def test_under_masks_that_are_switched_it_computes_what_transformers_does_without_the_sublayers(architecture, tmp_path):
+    directory = CASES[architecture].save(model_of(architecture), tmp_path)
+    masks = (*MASKS.values(), DropMask(LAYERS), DropMask(LAYERS, mlp=(4,)))
+    expected = [reference(architecture, mask) for mask in masks]
+    with running(directory, architecture, **SWITCHING) as llm:
+        found = [switched(llm, mask) for mask in masks]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert all(one != pytest.approx(other, abs=1e-2) for one, other in combinations(expected, 2))
+
+
+def switched(llm: LLM, mask: DropMask) -> list[float]:
+    llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
+    llm.reset_prefix_cache()
+    return greedy(llm, PROMPT, tokens=2)[2]
+
+
+@pytest.mark.parametrize("mask", BUILT)
 @pytest.mark.parametrize("architecture", CASES)
 def test_served_with_a_mask_it_computes_what_transformers_does_without_the_sublayers(architecture, mask, tmp_path):
-    directory = write(architecture, MASKS[mask], tmp_path, strip=mask in STRIPPED)
+    directory = write(architecture, MASKS[mask], tmp_path)
     logprobs, (blocks, block_tokens) = served(directory, architecture)
     expected = reference(architecture, MASKS[mask])
     assert logprobs == pytest.approx(expected, abs=1e-4)

@@ -19,7 +19,8 @@ MARK = "RESULT "
 
 
 def run_job(env: dict[str, str] | None = None, timeout_s: float = 240, **job: Any) -> dict[str, Any]:
-    """Generate in a child process: `model`, `prompt`, `tokens` and LLM options. Returns the result and the child's log.
+    """Generate in a child process: `model`, `prompt`, `tokens` and LLM options; again with a mask to `put_on`. Returns
+    the result and the child's log.
 
     vLLM engines of several processes may hang at exit, so the whole process group is ended once the result is there.
     """
@@ -73,13 +74,15 @@ def main() -> None:
 
     job = json.loads(sys.argv[1])
     model, prompt, tokens = job.pop("model"), job.pop("prompt"), job.pop("tokens", 12)
-    tell_class = job.pop("tell_class", False)
+    tell_class, mask = job.pop("tell_class", False), job.pop("put_on", None)
     llm = LLM(
         model,
         **(
             {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 256, "gpu_memory_utilization": 0.3} | job
         ),
     )
+    if mask:
+        assert not any(llm.collective_rpc("llmdrop_refuses"))
     sampling = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
     )
@@ -90,6 +93,11 @@ def main() -> None:
     entries = [*filter(None, request.prompt_logprobs), *output.logprobs]
     result["peak_bytes"] = memory.peak_bytes
     result["logprobs"] = [[value.logprob for value in entry.values()] for entry in entries]
+    if mask:
+        llm.collective_rpc("llmdrop_put_on", args=tuple(mask))
+        llm.reset_prefix_cache()
+        (request,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        result["switched"] = list(request.outputs[0].token_ids)
     if tell_class:
         result["model_class"] = llm.apply_model(lambda model: str(type(model)))[0]
     print(MARK + json.dumps(result), flush=True)

@@ -1,43 +1,75 @@
-"""Masks switched in a running engine give what an engine built with that mask gives."""
+"""Masks switched in a running engine: where they cannot be, and over several processes.
+
+That each architecture then computes what it should stands in tests/architectures/test_serving.py.
+"""
+
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
+from vllm.config import CompilationMode, CUDAGraphMode
 
+from llmdrop_vllm import DropMask
 from llmdrop_vllm.evaluation.engine import SWITCHING
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.serving.dropping import SubstitutionError
+from llmdrop_vllm.serving.switching import MaskSwitch
 from tests.architectures.cases import CASES, LAYERS
 from tests.engines import engine, greedy
+from tests.serving.engine_process import run_job
+from tests.serving.test_parallel import TWO_WORKERS
 
 PROMPT = [5, 9, 200, 31, 77, 8, 120, 64]
-# One of each way in which layers add what sublayers return, mixtures of experts among them.
-STYLES = tuple(CASES)
+MASK = DropMask(LAYERS, attention=(3, 1), mlp=(2,))
 
 
-# Whose kernels for CPUs take no float32.
-BFLOAT16 = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", "AXK1ForCausalLM")
+def worker(mode=CompilationMode.NONE, graphs=CUDAGraphMode.NONE):
+    """As vLLM has it, with a model that is none of ours."""
+    found = MaskSwitch()
+    found.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(mode=mode, cudagraph_mode=graphs))
+    found.get_model = lambda: nn.Linear(1, 1)
+    return found
 
 
-def put_on(llm, attention=(), mlp=()):
-    llm.collective_rpc("llmdrop_put_on", args=(list(attention), list(mlp)))
-    llm.reset_prefix_cache()
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        (worker(mode=CompilationMode.VLLM_COMPILE), "compiled"),
+        (worker(graphs=CUDAGraphMode.PIECEWISE), "compiled"),
+        (worker(), "Linear has no row in the family table"),
+    ],
+)
+def test_where_a_mask_would_not_be_seen_it_is_refused(worker, message):
+    assert message in worker.llmdrop_refuses()
+    with pytest.raises(SubstitutionError, match=message):
+        worker.llmdrop_put_on([1], [])
 
 
-@pytest.mark.parametrize("name", STYLES)
-def test_a_switched_mask_gives_what_a_built_one_gives(name, tmp_path):
-    case = CASES[name]
-    path = case.save(case.model(), tmp_path / "full")
-    mask = DropMask(LAYERS, attention=(0, 2), mlp=(1, 2))
-    with engine(path, hf_overrides=mask.to_config("runtime")) as llm:
-        built = greedy(llm, PROMPT)
-    with engine(path, **SWITCHING) as llm:
-        full = greedy(llm, PROMPT)
-        put_on(llm, attention=(LAYERS - 1,), mlp=(0,))
-        other = greedy(llm, PROMPT)
-        put_on(llm, mask.attention, mask.mlp)
-        switched = greedy(llm, PROMPT)
-        put_on(llm)
-        assert greedy(llm, PROMPT) == full
-    assert switched[0] == built[0]
-    for ours, theirs in zip(switched[1:], built[1:], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
-    assert full[2] != pytest.approx(built[2], abs=1e-3)
-    assert other[2] != pytest.approx(built[2], abs=1e-3)
+def test_what_the_checkpoint_lacks_stays_away(tmp_path):
+    """A mask is put on beside the checkpoint's own."""
+    path = CASES["LlamaForCausalLM"].write(tmp_path)
+    own, more = DropMask(LAYERS, attention=(3,)), DropMask(LAYERS, attention=(3, 1), mlp=(2,))
+    with engine(path, hf_overrides=more.to_config("runtime")) as llm:
+        expected = greedy(llm, PROMPT)
+    with engine(path, hf_overrides=own.to_config("runtime"), **SWITCHING) as llm:
+        before = greedy(llm, PROMPT)
+        llm.collective_rpc("llmdrop_put_on", args=([3, 1], [2]))
+        llm.reset_prefix_cache()
+        assert greedy(llm, PROMPT) == expected
+        llm.collective_rpc("llmdrop_put_on", args=([3], []))
+        llm.reset_prefix_cache()
+        assert greedy(llm, PROMPT) == before
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_every_rank_switches(ranks, tmp_path):
+    path = CASES["LlamaForCausalLM"].write(tmp_path)
+    with engine(path, hf_overrides=MASK.to_config("runtime")) as llm:
+        tokens, *_ = greedy(llm, PROMPT)
+    with engine(path) as llm:
+        full, *_ = greedy(llm, PROMPT)
+    assert tokens != full
+    result = run_job(
+        TWO_WORKERS, model=path, prompt=PROMPT, put_on=[MASK.attention, MASK.mlp], **{ranks: 2}, **SWITCHING
+    )
+    assert (result["tokens"], result["switched"]) == (full, tokens)
