@@ -12,8 +12,9 @@ from benchmarks.contenders import Settings
 from benchmarks.record import add_out
 from benchmarks.shapes import Shape
 from llmdrop_vllm import DropMask, InputError, MaskError
-from llmdrop_vllm.artifacts import MaskFile, read_record
+from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.cli.values import count
+from llmdrop_vllm.mask_file import MaskFile
 
 KINDS = ("attention", "mlp", "block")
 

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -185,60 +184,6 @@ class Scores(Record):
         if self.dropped.num_hidden_layers != num_layers:
             raise ValueError(f"dropped is for {self.dropped.num_hidden_layers} layers, the scores for {num_layers}")
         return self
-
-
-class Compared(Record):
-    """A mask that a search compared: KL to the full model, in nats per token, on the answers that masks were chosen by
-    and on held-out ones. Intervals are 95%, by bootstrap over prompts; `difference` is to the first mask compared.
-    """
-
-    name: str
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-    kl: float
-    held_out_kl: float
-    held_out_interval: tuple[float, float]
-    difference: tuple[float, float]
-
-
-class Evidence(Record):
-    """Why a search took its mask: of the `judged` masks that were `compared` on held-out answers it loses least."""
-
-    judged: int
-    tokens: int
-    held_out_prompts: int
-    held_out_tokens: int
-    heal_aware: bool
-    compared: tuple[Compared, ...]
-
-
-class MaskFile(Record):
-    """What `llmdrop select` and `llmdrop search` write: a mask, how it was chosen and where that comes from."""
-
-    num_hidden_layers: int
-    attention: tuple[int, ...] = ()
-    mlp: tuple[int, ...] = ()
-    kind: Literal["llmdrop-mask"] = "llmdrop-mask"
-    method: str
-    provenance: Provenance | None = None
-    evidence: Evidence | None = None
-
-    @classmethod
-    def of(
-        cls, mask: DropMask, method: str, provenance: Provenance | None = None, evidence: Evidence | None = None
-    ) -> Self:
-        """The file's content for a mask."""
-        return cls(**asdict(mask), method=method, provenance=provenance, evidence=evidence)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.mask  # noqa: B018 - reading it checks it
-        return self
-
-    @property
-    def mask(self) -> DropMask:
-        """The value. Raises MaskError for indices that the depth does not allow."""
-        return DropMask(self.num_hidden_layers, self.attention, self.mlp)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ FLOORS = (
     ("architectures", "kv_cache"),
     ("checkpoints",),
     ("hf", "artifacts", "serving"),
-    ("data", "selection", "writing"),
+    ("data", "selection", "writing", "mask_file"),
     ("scoring", "fetching"),
     ("healing",),
     ("search",),

@@ -39,6 +39,7 @@ def parser() -> options.Parser:
     fetch.add_argument("out", type=Path, nargs="?", metavar="DIR", help="where to (without: the cache, LLMDROP_CACHE)")
     fetch.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a checkpoint")
     _add_choosing(add)
+    _add_dropping(add)
     _add_writing(add)
     _add_measuring(add)
     return top
@@ -70,17 +71,13 @@ def _add_choosing(add: Add) -> None:
         "--protect", type=values.layers, default=(), metavar="0,1,31", help="layers that keep everything"
     )
     search.add_argument("--seed", type=int, default=0, help="of the evolution")
+    what = "what `llmdrop score` wrote, for cosine's mask; default: scored on the answers"
+    search.add_argument("--scores", type=Path, metavar="FILE", help=what)
     options.add_search(search)
     options.add_precision(search)
 
 
-def _add_writing(add: Add) -> None:
-    apply = add("apply", "write the checkpoint that a mask leaves", "llmdrop apply MODEL OUT --mask mask.json")
-    options.add_model(apply)
-    options.add_directory(apply)
-    options.add_mask(apply)
-    options.add_output(apply)
-
+def _add_dropping(add: Add) -> None:
     drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8 --heal", HEALING)
     options.add_model(drop)
     options.add_directory(drop)
@@ -97,6 +94,17 @@ def _add_writing(add: Add) -> None:
         help="heal what remains, on the full model's own answers to our prompts, or on DATA as for `llmdrop heal`",
     )
     options.add_healing(drop)
+    what = "choose attention and MLPs by KL on answers: those of --heal, or the full model's to our prompts"
+    drop.add_argument("--search", action="store_true", help=what)
+    options.add_search(drop)
+
+
+def _add_writing(add: Add) -> None:
+    apply = add("apply", "write the checkpoint that a mask leaves", "llmdrop apply MODEL OUT --mask mask.json")
+    options.add_model(apply)
+    options.add_directory(apply)
+    options.add_mask(apply)
+    options.add_output(apply)
 
     example = "llmdrop heal DROPPED OUT --teacher MODEL --data answers.jsonl"
     heal = add("heal", "refit what remains of a dropped model to the full one's work", example, HEALING)

@@ -10,21 +10,13 @@ from types import MappingProxyType
 
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import (
-    MASK_FILE,
-    MaskFile,
-    ModelIdentity,
-    Provenance,
-    Record,
-    Scores,
-    read_record,
-    write_record,
-)
+from llmdrop_vllm.artifacts import MASK_FILE, ModelIdentity, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
-from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
@@ -108,7 +100,9 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     """The tokens that the arguments ask to score with."""
-    return load_calibration(checkpoint, args.data, samples=args.samples, seq_len=args.seq_len, seed=args.seed)
+    return load_calibration(
+        checkpoint, args.data or EMBEDDED, samples=args.samples, seq_len=args.seq_len, seed=args.seed
+    )
 
 
 def run_scoring(

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from llmdrop_vllm.artifacts import Compared, MaskFile, Scores
+from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
+from llmdrop_vllm.mask_file import Compared, MaskFile
 from llmdrop_vllm.selection.selection import Selection
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import MaskFile, Provenance, Scores, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
@@ -21,6 +21,7 @@ from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
+from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.report import write_report
 
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer

@@ -21,14 +21,17 @@ from llmdrop_vllm.cli.commands import (
     selection_of,
     write_plan,
 )
-from llmdrop_vllm.cli.console import show_selection
-from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.cli.console import show_search, show_selection
+from llmdrop_vllm.cli.search_commands import check_answers, searched
+from llmdrop_vllm.data.answers import is_answers
+from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.healing.parents import check_parent, check_plain
 from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.selection.selection import select as select_mask
 from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.write import check_destination
@@ -53,28 +56,54 @@ def drop(args: Namespace) -> None:
         if args.config_only:
             raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
         check_plain(checkpoint)
+    space = _space(checkpoint, args) if args.search else None
+    answers = _answers(checkpoint, args)
+    if answers is not None and args.data is args.samples is args.seq_len is None:
+        args.data = str(answers)  # what healing mends shows there
     calibration = calibration_of(checkpoint, args)
     scores = scored_or_kept("scores", checkpoint, calibration, args)
-    chosen = selection_of(scores, args, checkpoint, calibration)
-    show_selection(chosen)
-    plan = plan_of(args, checkpoint, chosen.mask)
-    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: chosen_file(chosen, scores)}
+    if space is None:
+        chosen = selection_of(scores, args, checkpoint, calibration)
+        show_selection(chosen)
+        file = chosen_file(chosen, scores)
+    else:
+        assert answers is not None, "asked for by --search"
+        file = searched(checkpoint, space, answers, scores, args, beside(args.out, "trials.jsonl"))
+        show_search(file)
+    plan = plan_of(args, checkpoint, file.mask)
+    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}
     if args.heal is None:
         write_plan(plan, args, records)
     else:
-        _write_healed(plan, args, records)
+        _write_healed(plan, args, records, str(answers or args.heal))
     forget(args.out)
 
 
-def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record]) -> None:
-    """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
-    checkpoint, source = plan.masked.checkpoint, args.heal
-    if source == OWN_ANSWERS:
-        from llmdrop_vllm.cli.evaluation_commands import ask
+def _space(checkpoint: Checkpoint, args: Namespace) -> Space:
+    """What --search looks among."""
+    asked = [name for name in ("blocks", "consecutive", "joint", "last", "random", "least", "kv_budget", "iterative")]
+    if others := [f"--{name.replace('_', '-')}" for name in asked if getattr(args, name)]:
+        raise MaskError(f"--search chooses --attention and --mlp; {', '.join(others)} cannot be searched for")
+    return Space(checkpoint.mask, args.attention or 0, args.mlp or 0, frozenset(args.protect))
 
-        path = beside(args.out, "answers.jsonl")
-        ask(checkpoint, path, args)
-        source = str(path)
+
+def _answers(checkpoint: Checkpoint, args: Namespace) -> Path | None:
+    """The file of answers that healing or search takes, asked for where none is named; None where neither does."""
+    if args.heal not in (None, OWN_ANSWERS) and is_answers(Path(args.heal)):
+        check_answers(checkpoint, Path(args.heal))
+        return Path(args.heal)
+    if args.heal != OWN_ANSWERS and not args.search:
+        return None
+    from llmdrop_vllm.cli.evaluation_commands import ask
+
+    path = beside(args.out, "answers.jsonl")
+    ask(checkpoint, path, args)
+    return path
+
+
+def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record], source: str) -> None:
+    """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
+    checkpoint = plan.masked.checkpoint
     args.samples = args.seq_len = None  # of the scores' data
     data = healing_data(checkpoint, source, args)
     if args.heal == OWN_ANSWERS:  # the file is gone when this has come to its end
@@ -92,7 +121,7 @@ def heal(args: Namespace) -> None:
     dialect = next((name for name in ON_DISK if name in spoken), ON_DISK[0])
     plan = plan_surgery(dropped, dialect=dialect, keep_dropped=True)
     check_destination(plan, args.out, overwrite=args.overwrite)
-    data = healing_data(dropped, args.data, args)
+    data = healing_data(dropped, args.data or EMBEDDED, args)
     with healing(dropped.under(dropped.mask), teacher.under(teacher.mask), data, args) as found:
         write_plan(plan.healed(found.tensors), args, {HEAL_FILE: found.record})
     print(found.record.summary())
@@ -100,8 +129,6 @@ def heal(args: Namespace) -> None:
 
 def healing_data(checkpoint: Checkpoint, source: str, args: Namespace) -> Calibration:
     """Answers as they are, or windows of text."""
-    from llmdrop_vllm.data.answers import is_answers
-
     if is_answers(Path(source)):
         return load_calibration(checkpoint, source, samples=args.samples)
     samples, seq_len = args.samples or TEXT_SAMPLES, args.seq_len or TEXT_TOKENS

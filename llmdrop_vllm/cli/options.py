@@ -49,7 +49,6 @@ def add_calibration(command: Parser) -> None:
     group = command.add_argument_group("calibration")
     group.add_argument(
         "--data",
-        default="embedded",
         help="'embedded' text (default), a .txt, a .jsonl with a text field or of `llmdrop answers`, a .json list of "
         "token-id lists, or a `datasets` name, NAME[:CONFIG[:SPLIT]]",
     )
@@ -120,7 +119,6 @@ def add_search(command: Parser) -> None:
         metavar="TOKENS",
         help="heal after each greedy step, on so many tokens of answers (10000), and judge the next one on that",
     )
-    group.add_argument("--scores", type=Path, metavar="FILE", help="what cosine drops; default: scored on the answers")
 
 
 def add_output(command: Parser) -> None:

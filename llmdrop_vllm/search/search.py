@@ -9,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import Compared, Evidence, MaskFile, Provenance
+from llmdrop_vllm.artifacts import Provenance
 from llmdrop_vllm.data.growing import appended
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.mended import load_mended
+from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge, Weights
 from llmdrop_vllm.search.methods import Found, backward, evolve, forward

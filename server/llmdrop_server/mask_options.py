@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import MaskFile, Scores, read_record
+from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 
 LAYERS = re.compile(r"\d+(,\d+)*,?")

@@ -7,11 +7,12 @@ import pytest
 
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import MaskFile, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.answers import read_answers
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
+from llmdrop_vllm.mask_file import MaskFile
 from tests.evaluation.sweeps import point, sweep
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -129,7 +130,7 @@ def test_evaluate_compares_next_tokens_on_a_files_held_out_answers(answered, tmp
     ("options", "message"),
     [
         (["--divergence-on", "anwsers"], "anwsers cannot be read: No such file"),
-        (["--divergence-on", "{answered}/requests.jsonl"], "line 1: prompts: Field required"),
+        (["--divergence-on", "{answered}/requests.jsonl"], "line 1: provenance: Field required"),
         (["--text", "{answered}/answers.jsonl"], "holds answers; expected text"),
     ],
 )

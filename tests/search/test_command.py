@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from llmdrop_vllm.artifacts import MaskFile, ModelIdentity, Provenance, Scores, read_record
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.search.judge import Judge
 from tests.data.files import answer, write_answers
 
@@ -128,3 +129,24 @@ def test_trials_of_a_search_on_other_answers_are_not_gone_on_with(command, tmp_p
     assert "is of a run with other options" in capsys.readouterr().err
     assert (tmp_path / "mask.trials.jsonl").read_bytes() == before
     assert found(tmp_path).evidence is not None
+
+
+def test_dropping_can_search_and_heal_at_once(answers, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["drop", str(MODEL), str(out), "--attention", "2", "--search", "--heal", str(answers), *SMALL]
+    assert main(command) == 0
+    assert "masks judged on" in capsys.readouterr().out
+    file, scores = read_record(MaskFile, out / "llmdrop_mask.json"), read_record(Scores, out / "llmdrop_scores.json")
+    assert file.evidence.judged > 20
+    assert Checkpoint.open(out).mask == file.mask
+    assert (out / "llmdrop_heal.json").exists()
+    # Sublayers are compared on what healing mends, unless other data is named.
+    assert scores.provenance.data.source == str(answers)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_search_does_not_choose_is_refused(tmp_path, capsys):
+    command = ["drop", str(MODEL), str(tmp_path / "out"), "--search", "--attention", "2", "--consecutive", "2"]
+    assert main(command) == 1
+    assert "--consecutive cannot be searched for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ import pytest
 from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.launch import main, parser, plugins, vllm_arguments
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.artifacts import MaskFile, write_record
+from llmdrop_vllm.artifacts import write_record
 from llmdrop_vllm.cli import main as cli_main
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.mask_file import MaskFile
 from tests.selection.scores import make_scores
 
 

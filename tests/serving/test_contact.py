@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from vllm.config import CompilationConfig, ModelConfig, VllmConfig
+from vllm import LLM
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.attention import Attention
@@ -16,6 +17,8 @@ from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, is_pp_missing_parameter
 from vllm.plugins import load_general_plugins
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
 from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
@@ -128,3 +131,16 @@ def test_lora_loading_asks_the_models_mapper_for_every_name():
     assert isinstance(mapper, Mapper)
     parse_fine_tuned_lora_name("base_model.model.model.layers.1.mlp.up_proj.lora_A.weight", mapper)
     assert asked == ["model.layers.1.mlp.up_proj.lora_A.weight"]
+
+
+def test_a_worker_takes_an_extension_that_finds_the_model_and_can_warm_up():
+    assert "worker_extension_cls" in inspect.getsource(WorkerWrapperBase.init_worker)
+    assert callable(WorkerBase.get_model)
+    assert callable(GPUModelRunner.profile_run)
+    assert "self.intermediate_tensors:" in inspect.getsource(GPUModelRunner.__init__)
+    assert {"args", "method"} <= inspect.signature(LLM.collective_rpc).parameters.keys()
+
+
+def test_a_compiled_model_is_told_from_one_that_is_not():
+    eager = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE)
+    assert (eager.mode, eager.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.NONE)

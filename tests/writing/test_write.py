@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import MaskFile, read_record
+from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import ON_DISK, plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
