@@ -13,6 +13,10 @@ from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.search.space import Space
 
+# More prompts tell masks apart better than longer answers do.
+TOKENS_OF_EACH = 64
+SCORED_TOKENS = 32_768
+
 
 def search(args: Namespace) -> None:
     """`llmdrop search`."""
@@ -37,7 +41,7 @@ def searched(
     seconds = inf if args.minutes is None else 60 * args.minutes
     options = SearchOptions(most=args.masks, seconds=seconds, beam=args.beam, seed=args.seed)
     learnt, held_out = (
-        load_answers(checkpoint, answers, held_out=judging, tokens=tokens)
+        load_answers(checkpoint, answers, held_out=judging, tokens=tokens, tokens_each=TOKENS_OF_EACH)
         for judging, tokens in ((False, args.tokens), (True, args.held_out_tokens))
     )
     to_heal = load_answers(checkpoint, answers, held_out=False, tokens=args.heal_aware) if args.heal_aware else None
@@ -55,7 +59,7 @@ def _scores(checkpoint: Checkpoint, args: Namespace) -> Scores:
     """As given, or on the answers that masks are chosen by."""
     if args.scores is None:
         args.after_healing = False
-        learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=args.tokens)
+        learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
         return scored_or_kept("scores", checkpoint, learnt, args)
     scores = read_record(Scores, args.scores)
     check_scored(scores, checkpoint)

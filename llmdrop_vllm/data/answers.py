@@ -91,10 +91,16 @@ def _record(kind: type[R], line: bytes, path: Path, number: int) -> R:
 
 
 def load_answers(
-    checkpoint: Checkpoint, path: Path, *, held_out: bool, samples: int | None = None, tokens: int | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    held_out: bool,
+    samples: int | None = None,
+    tokens: int | None = None,
+    tokens_each: int | None = None,
 ) -> Calibration:
     """The answers for a model's use, longest first: those held out, or the others, or the first `samples` of them, or
-    the first that have `tokens` together.
+    the first that have `tokens` together. Of each answer all is taken, or its first `tokens_each`.
 
     Raises DataError where there are none, and for token ids or lengths that the model does not take.
     """
@@ -103,6 +109,8 @@ def load_answers(
     if len(chosen) < (samples or 1):
         what = "held-out answers" if held_out else "answers to learn from"
         raise DataError(f"{path} holds {len(chosen)} {what} that are not empty; {samples or 'at least 1'} asked")
+    if tokens_each is not None:
+        chosen = [each.model_copy(update={"answer": each.answer[:tokens_each]}) for each in chosen]
     if tokens is not None:
         before = accumulate((len(each.answer) for each in chosen[:-1]), initial=0)
         chosen = [each for each, count in zip(chosen, before, strict=True) if count < tokens]

@@ -19,8 +19,10 @@ class Header(Record):
     provenance: Provenance
 
     def asks_the_same(self, other: Self) -> bool:
-        """Whether what answers the one answers the other, however the commands were written."""
-        provenance = self.provenance.model_copy(update={"command": other.provenance.command})
+        """Whether what answers the one answers the other, however it was written and wherever the model is."""
+        theirs = other.provenance
+        model = self.provenance.model.model_copy(update={"path": theirs.model.path})
+        provenance = self.provenance.model_copy(update={"command": theirs.command, "model": model})
         return self.model_copy(update={"provenance": provenance}) == other
 
 
