@@ -174,3 +174,5 @@ def _add_measuring(add: Add) -> None:
         "healed": "what `llmdrop evaluate` wrote of a point of the sweep once it was healed (repeatable)",
     }.items():
         report.add_argument(f"--{name}", type=Path, action="append", default=[], metavar="FILE", help=what)
+    what = "the trials of `llmdrop search`, to draw what it judged"
+    report.add_argument("--search", type=Path, metavar="FILE", help=what)

@@ -23,6 +23,7 @@ from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.report import write_report
+from llmdrop_vllm.search.trials import Searched
 
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
@@ -128,7 +129,8 @@ def report(args: Namespace) -> None:
     found = _sweep_of(args)
     scores = [read_record(Scores, path) for path in (directory / SCORES_FILE, *args.scores)]
     evaluations = [read_record(Evaluation, path) for path in args.healed]
-    written = write_report(found, scores, directory, evaluations)
+    searched = None if args.search is None else Searched.read(args.search)
+    written = write_report(found, scores, directory, evaluations, searched)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 

@@ -6,19 +6,18 @@ The first line is the header, each other one an answer. Prompts that are held ou
 import os
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 
 from llmdrop_vllm.artifacts import DataIdentity, Record, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.data.growing import Header
+from llmdrop_vllm.data.growing import Header, read_grown
 from llmdrop_vllm.data.tokens import Calibration, vocab_size
 from llmdrop_vllm.errors import DataError
 
 KIND: Literal["llmdrop-answers"] = "llmdrop-answers"
-R = TypeVar("R", bound=Record)
 
 
 class AnswersHeader(Header):
@@ -70,24 +69,7 @@ def is_answers(path: Path) -> bool:
 
 def read_answers(path: Path) -> tuple[AnswersHeader, tuple[Answer, ...]]:
     """All of a file. Raises DataError naming the line that cannot be used."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if not lines:
-        raise DataError(f"{path} is empty; expected what `llmdrop answers` writes")
-    header = _record(AnswersHeader, lines[0], path, 1)
-    return header, tuple(_record(Answer, line, path, number) for number, line in enumerate(lines[1:], start=2))
-
-
-def _record(kind: type[R], line: bytes, path: Path, number: int) -> R:
-    try:
-        return kind.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{key}: " for key in first["loc"][:1])
-        problem = f"{where}{first['msg']}; expected what `llmdrop answers` writes"
-        raise DataError(f"{path}, line {number}: {problem}") from None
+    return read_grown(path, AnswersHeader, Answer, "llmdrop answers")
 
 
 def load_answers(

@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Generic, Self, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 from pydantic import ValidationError
 
 from llmdrop_vllm.artifacts import Provenance, Record
-from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.errors import DataError, OutputError
 
 
 class Header(Record):
@@ -114,6 +114,27 @@ def _open(path: Path, named: Path) -> Iterator[BinaryIO]:
     with file:
         _hold(file, path)
         yield file
+
+
+def read_grown(path: Path, header: type[H], kind: type[R], command: str) -> tuple[H, tuple[R, ...]]:
+    """All of a file that a command wrote. Raises DataError naming the line that cannot be used."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not lines:
+        raise DataError(f"{path} is empty; expected what `{command}` writes")
+    first = _record(header, lines[0], path, 1, command)
+    return first, tuple(_record(kind, line, path, number, command) for number, line in enumerate(lines[1:], start=2))
+
+
+def _record(kind: type[Any], line: bytes, path: Path, number: int, command: str) -> Any:
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{key}: " for key in first["loc"][:1])
+        raise DataError(f"{path}, line {number}: {where}{first['msg']}; expected what `{command}` writes") from None
 
 
 def _hold(file: BinaryIO, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Self
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Series, Sweep, mask_id, scores_id
+from llmdrop_vllm.search.trials import Searched
 
 BY_IMPORTANCE = "by importance"
 
@@ -33,17 +34,25 @@ class Curve:
 @dataclass(frozen=True)
 class Findings:
     """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first;
-    `mended` are what became of its masks where the weights that are left were healed.
+    `mended` are what became of its masks where the weights that are left were healed; `searched` is what a search
+    judged.
     """
 
     sweep: Sweep
     calibrations: Mapping[str, Scores]
     mended: Sequence[Curve] = ()
+    searched: Searched | None = None
 
     @classmethod
-    def of(cls, sweep: Sweep, scores: Sequence[Scores], evaluations: Sequence[Evaluation] = ()) -> Self:
-        """Raises InputError for scores of another model, for evaluations of masks that the sweep does not have or with
-        other measures, and for a sweep without a point.
+    def of(
+        cls,
+        sweep: Sweep,
+        scores: Sequence[Scores],
+        evaluations: Sequence[Evaluation] = (),
+        searched: Searched | None = None,
+    ) -> Self:
+        """Raises InputError for scores or a search of another model, for evaluations of masks that the sweep does not
+        have or with other measures, and for a sweep without a point.
         """
         depth = sweep.full.quality.mask.num_hidden_layers
         for name, each in zip(_names(scores), scores, strict=True):
@@ -56,7 +65,15 @@ class Findings:
             if each.num_hidden_layers != depth:
                 raise InputError(f"the scores on {name} are for {each.num_hidden_layers} layers, the sweep for {depth}")
         ordered = sorted(scores, key=lambda each: scores_id(each) != sweep.request.scores_sha256)
-        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), _mended(sweep, evaluations))
+        if (
+            searched is not None
+            and (model := searched.header.provenance.model).fingerprint != sweep.request.fingerprint
+        ):
+            raise InputError(
+                f"the search is of {model.path} with the weights {model.fingerprint}; "
+                f"the sweep is of {sweep.provenance.model.path} with the weights {sweep.request.fingerprint}"
+            )
+        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), _mended(sweep, evaluations), searched)
 
     @property
     def depth(self) -> int:

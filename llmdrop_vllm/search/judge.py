@@ -22,6 +22,7 @@ from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.scratch import Chunk
 
 TOKENS_PER_CHUNK = 1024
+DECIMALS = 6  # of what is kept
 
 
 class Weights:
@@ -85,7 +86,7 @@ class Judge:
             kl = divergence(logits[row, span][:-1], *(each.to(logits.device) for each in said)).mean().item()
             if not np.isfinite(kl):
                 raise CheckpointError(f"{mask.summary()}: logits are not finite")
-            found[sequence] = kl
+            found[sequence] = round(kl, DECIMALS)
         return found
 
     def _logits(self, mask: DropMask, number: int, chunk: Chunk) -> torch.Tensor:

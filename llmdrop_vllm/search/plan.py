@@ -1,6 +1,6 @@
 """What a search is asked for, checked before anything slow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -67,11 +67,24 @@ class SearchPlan:
         identity = ModelIdentity.of(self.checkpoint)
         return SearchHeader(
             answers=self.answers.identity,
+            tokens=tuple(
+                len(each) - start - 1 for each, start in zip(self.answers.sequences, self.answers.starts, strict=True)
+            ),
             held_out=self.held_out.identity,
             to_heal=None if self.to_heal is None else self.to_heal.identity,
             start=self.space.start,
             provenance=Provenance(model=identity, dtype=self.dtype_name, device=str(self.device)),
         )
+
+    @property
+    def first_by_cosine(self) -> list[DropMask]:
+        """With one attention gone, two and so on; then with MLPs; the last is its whole mask."""
+        whole, start = self.by_cosine, self.space.start
+        found = [
+            replace(whole, attention=whole.attention[:count], mlp=start.mlp)
+            for count in range(len(start.attention) + 1, len(whole.attention) + 1)
+        ]
+        return [*found, *(replace(whole, mlp=whole.mlp[:n]) for n in range(len(start.mlp) + 1, len(whole.mlp) + 1))]
 
     @property
     def next_by_cosine(self) -> DropMask:

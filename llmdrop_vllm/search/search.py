@@ -60,7 +60,7 @@ class _Run:
     def go(self) -> None:
         """Both greedy ways, then an evolution of the better one's mask; or the first alone where it is healed."""
         plan, trials = self.plan, self.trials
-        best = Found(plan.by_cosine, trials.on_answers(plan.by_cosine))
+        best = [Found(mask, trials.on_answers(mask)) for mask in plan.first_by_cosine][-1]
         if plan.to_heal is not None:
             self._last("greedy forward, healed at each step", forward(plan.space, trials, accepted=self._heal))
             return

@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from llmdrop_vllm.artifacts import DataIdentity, Record
-from llmdrop_vllm.data.growing import Growing, Header
+from llmdrop_vllm.data.growing import Growing, Header, read_grown
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge
 
@@ -16,10 +18,11 @@ RESAMPLES = 2000
 
 
 class SearchHeader(Header):
-    """What masks are judged by. Trials are kept for any number of sublayers and any seed."""
+    """What masks are judged by, whatever is searched for and with what seed. `tokens` are those of each answer."""
 
     kind: str = "llmdrop-search"
     answers: DataIdentity
+    tokens: tuple[int, ...]
     held_out: DataIdentity
     to_heal: DataIdentity | None
     start: DropMask
@@ -57,6 +60,29 @@ class Loss:
         means = (kl * self.tokens)[drawn].sum(1) / self.tokens[drawn].sum(1)
         low, high = np.quantile(means, (0.025, 0.975))
         return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a file of trials says of the masks that were judged on all answers: mask and KL, in nats per token."""
+
+    header: SearchHeader
+    masks: tuple[tuple[DropMask, float], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises DataError naming the line that cannot be used."""
+        header, trials = read_grown(path, SearchHeader, Trial, "llmdrop search")
+        known: dict[tuple[object, ...], dict[int, float]] = {}
+        masks = {}
+        for each in trials:
+            if not (each.held_out or each.mended):
+                known.setdefault(_key(each), {}).update(each.kl)
+                masks[_key(each)] = DropMask(header.start.num_hidden_layers, each.attention, each.mlp)
+        tokens = np.array(header.tokens)
+        whole = {key: kl for key, kl in known.items() if len(kl) == len(tokens)}
+        means = {key: Loss(np.array([kl[n] for n in range(len(tokens))]), tokens).mean for key, kl in whole.items()}
+        return cls(header, tuple((masks[key], mean) for key, mean in means.items()))
 
 
 class EnoughError(Exception):

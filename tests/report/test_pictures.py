@@ -5,7 +5,7 @@ from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.pictures import LeftOut, draw
 from tests.report.sweeps import scores, sweep
 
-NAMES = ["quality", "divergence", "speedup", "kv_cache", "controls", "importance", "drop_order", "redundancy"]
+NAMES = ["quality", "divergence", "speedup", "kv_cache", "controls", "search", "importance", "drop_order", "redundancy"]
 
 
 def left_out(findings):
@@ -41,4 +41,4 @@ def test_names_from_files_are_shown_as_they_are():
     records = sweep(names=["attention", "last"], counts=(1, 2), tasks=(), divergence=False)
     renamed = tuple(each.model_copy(update={"name": f"{name} {each.name}"}) for each in records.series)
     found = draw(Findings.of(records.model_copy(update={"series": renamed}), [scores(name)]))
-    assert {each.name for each in found if isinstance(each, LeftOut)} == {"divergence"}
+    assert {each.name for each in found if isinstance(each, LeftOut)} == {"divergence", "search"}

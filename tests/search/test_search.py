@@ -38,7 +38,7 @@ class FakeJudge:
 
 def header(**changes):
     model = ModelIdentity(path="m", architecture="A", fingerprint="f")
-    kept = {"answers": DATA, "held_out": DATA, "to_heal": None, "start": DropMask(DEPTH)}
+    kept = {"answers": DATA, "held_out": DATA, "tokens": (10,) * 4, "to_heal": None, "start": DropMask(DEPTH)}
     return SearchHeader(provenance=Provenance(model=model), **kept | changes)
 
 
