@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.run import HealOptions
 
-DROPPED = "dropped"
+DROPPED, OWN_PROMPTS = "dropped", "own prompts"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Way:
 
 
 ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what healing leaves"
+BY_SEARCH = "chosen by search"
 
 
 def _chosen() -> Iterator[Way]:
-    for chosen in (ON_ANSWERS, AFTER_HEALING):
+    for chosen in (ON_ANSWERS, AFTER_HEALING, BY_SEARCH):
         yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False)
         yield Way(f"closed form, {chosen}", chosen=chosen)
 
@@ -50,7 +51,7 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             Way("closed form, 25k tokens", tokens=25_000),
             Way("closed form, text", ("text",), evaluated=True),
             Way("closed form, answers and text", ("answers", "text")),
-            Way("closed form, answers to its own prompts too", ("answers", "own prompts")),
+            Way("closed form, answers to its own prompts too", ("answers", OWN_PROMPTS)),
             Way("closed form, nothing refitted behind", options=HealOptions(later="nothing")),
             Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
             Way("closed form, streams in float32", dtype="float32"),
@@ -58,7 +59,7 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             Way("closed form, then training", train=TRAINED, evaluated=True),
             Way(
                 "closed form, then training, answers to its own prompts too",
-                ("answers", "own prompts"),
+                ("answers", OWN_PROMPTS),
                 train=replace(TRAINED, epochs=2),
                 evaluated=True,
             ),

@@ -7,8 +7,13 @@ import pytest
 from benchmarks.functions import ASKED, FUNCTIONS, functions
 from benchmarks.healing import lambdas, main, table
 from benchmarks.healing_ways import DROPPED, WAYS
+from benchmarks.own_prompts import beginning, own_prompts
 from benchmarks.record import RESULTS
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.tokens import load_tokenizer
+from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.healing import ridge
+from tests.data.files import answer, write_answers
 
 
 def test_functions_are_asked_for_in_one_of_two_ways(tmp_path):
@@ -55,3 +60,21 @@ def test_unknown_models_are_refused(monkeypatch):
 def test_the_table_stands_beside_what_was_measured():
     measured = json.loads((RESULTS / "healing.json").read_text())
     assert (RESULTS / "healing.md").read_text() == table(measured["points"])
+
+
+def test_of_prompts_that_a_model_wrote_whole_ones_are_taken_once(tmp_path):
+    said = [("What is rain?  ", "stop"), ("What is rain?", "stop"), ("Why?", "stop"), ("Tell me of the wind and", "length")]
+    answers = [answer(n, [1], [2], text=text, finish_reason=reason) for n, (text, reason) in enumerate(said)]
+    own_prompts(write_answers(tmp_path / "written.jsonl", answers), tmp_path / "prompts.jsonl")
+    assert (tmp_path / "prompts.jsonl").read_text() == '"What is rain?"\n'
+
+
+def test_a_chat_is_begun_up_to_where_the_user_speaks(tmp_path):
+    checkpoint = Checkpoint.open(MODEL)
+    options = beginning(checkpoint, tmp_path / "beginning.jsonl")
+    (line,) = (tmp_path / "beginning.jsonl").read_text().splitlines()
+    tokenizer = load_tokenizer(checkpoint, "")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert chat.startswith(begun := tokenizer.decode(json.loads(line)["prompt"]))
+    assert chat[len(begun) :].startswith("hello")
+    assert options[:2] == ["--prompts", str(tmp_path / "beginning.jsonl")]
