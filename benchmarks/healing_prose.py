@@ -3,8 +3,8 @@
     apt-get install debian-handbook
     python benchmarks/healing_prose.py
 
-A handbook's pages, every other one to heal on and the rest to measure: of their kind, and not seen. Healed on answers are
-the checkpoints that `healing.py` left in --directory.
+A handbook's pages, every other one to heal on and the rest to measure: of their kind, and not seen. Healed on answers
+are the checkpoints that `healing.py` left in --directory.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def test_the_table_stands_beside_what_was_measured():
 
 
 def test_of_prompts_that_a_model_wrote_whole_ones_are_taken_once(tmp_path):
-    said = [("What is rain?  ", "stop"), ("What is rain?", "stop"), ("Why?", "stop"), ("Tell me of the wind and", "length")]
+    said = [("What is rain?  ", "stop"), ("What is rain?", "stop"), ("Why?", "stop"), ("Tell me of the", "length")]
     answers = [answer(n, [1], [2], text=text, finish_reason=reason) for n, (text, reason) in enumerate(said)]
     own_prompts(write_answers(tmp_path / "written.jsonl", answers), tmp_path / "prompts.jsonl")
     assert (tmp_path / "prompts.jsonl").read_text() == '"What is rain?"\n'
