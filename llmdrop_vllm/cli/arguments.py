@@ -73,6 +73,7 @@ def _add_choosing(add: Add) -> None:
     search.add_argument("--seed", type=int, default=0, help="of the evolution")
     what = "what `llmdrop score` wrote, for cosine's mask; default: scored on the answers"
     search.add_argument("--scores", type=Path, metavar="FILE", help=what)
+    options.add_wanted(search)
     options.add_search(search)
     options.add_precision(search)
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmdrop_vllm.cli.values import count, factor, json_object, layers, names, share
+from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, names, share
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
@@ -99,6 +99,19 @@ def add_selection(command: Parser) -> None:
     group.add_argument("--iterative", action="store_true", help="score again after each drop")
     group.add_argument("--protect", type=layers, default=(), metavar="0,1,31", help="layers that keep everything")
     group.add_argument("--allow-padding", action="store_true", help="never trade importance against KV cache padding")
+
+
+def add_wanted(command: Parser) -> None:
+    """What an owner wants, in place of a number of attentions."""
+    group = command.add_argument_group("as many attentions as it takes, in place of --attention, for")
+    group.add_argument("--kv-budget", type=share, metavar="50%", help="a KV cache of at most this share")
+    group.add_argument("--requests", type=count, metavar="N", help="so many requests of --context in --memory")
+    group.add_argument(
+        "--decode-speedup", type=factor, metavar="1.3", help="decoding of --batch requests, by the bytes that it reads"
+    )
+    group.add_argument("--memory", type=memory, default=80 * 2**30, help="for weights and KV cache (80GiB)")
+    group.add_argument("--batch", type=count, default=8, metavar="N", help="requests that are decoded at once (8)")
+    group.add_argument("--context", type=count, metavar="N", help="tokens of a request (8192, or the model's)")
 
 
 def add_search(command: Parser) -> None:

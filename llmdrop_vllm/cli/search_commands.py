@@ -1,6 +1,7 @@
 """`llmdrop search`: makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
 from llmdrop_vllm.cli.console import show_search
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
-from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.errors import DataError, InputError
+from llmdrop_vllm.evaluation.goals import Wanted, wanted
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.selection.candidates import Candidates
+from llmdrop_vllm.selection.selection import Ranked, select
 
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
@@ -22,9 +26,23 @@ def search(args: Namespace) -> None:
     """`llmdrop search`."""
     check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
-    space = Space(checkpoint.mask, args.attention, args.mlp, frozenset(args.protect))
+    goal = wanted(
+        checkpoint,
+        kv_share=args.kv_budget,
+        requests=args.requests,
+        memory_bytes=args.memory,
+        decode_speedup=args.decode_speedup,
+        batch=args.batch,
+        context=args.context,
+    )
+    # Refused before the scores: how many go depends on these only where layers differ in size.
+    count = args.attention if goal is None else _smallest(checkpoint, Scores.unmeasured(checkpoint), goal, args)
+    space = Space(checkpoint.mask, count, args.mlp, frozenset(args.protect))
     check_answers(checkpoint, args.answers)
-    found = searched(checkpoint, space, args.answers, _scores(checkpoint, args), args, _trials(args.out))
+    scores = _scores(checkpoint, args)
+    if goal is not None:
+        space = replace(space, attention=_smallest(checkpoint, scores, goal, args), meets=goal)
+    found = searched(checkpoint, space, args.answers, scores, args, _trials(args.out))
     write_record(found, args.out)
     forget(args.out)
     show_search(found)
@@ -49,6 +67,19 @@ def searched(
         scores, checkpoint, space, learnt, held_out, options, to_heal=to_heal, device=args.device, dtype=args.dtype
     )
     return search_masks(plan, trials, progress=True)
+
+
+def _smallest(checkpoint: Checkpoint, scores: Scores, goal: Wanted, args: Namespace) -> int:
+    """How many attentions must go by importance for a goal, beside the MLPs that are asked for."""
+    if args.attention:
+        raise InputError("--attention is how many go, which --kv-budget, --requests and --decode-speedup find out")
+    mlps = [Ranked("mlp", args.mlp)] if args.mlp else []
+    candidates = Candidates(scores, scores.dropped, frozenset(args.protect))
+    most = candidates.available(candidates.units("attention"))
+    masks = [
+        select(scores, Ranked("attention", count), *mlps, protect=args.protect).mask for count in range(1, most + 1)
+    ]
+    return len(goal.smallest(masks).attention) - len(scores.dropped.attention)
 
 
 def _trials(out: Path) -> Path:

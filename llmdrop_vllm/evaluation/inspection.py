@@ -76,7 +76,7 @@ def inspect_checkpoint(
     Raises InputError for longer ones.
     """
     masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
-    context = _context(checkpoint, context)
+    context = request_context(checkpoint, context)
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
@@ -119,7 +119,10 @@ def inspect_checkpoint(
     )
 
 
-def _context(checkpoint: Checkpoint, asked: int | None) -> int:
+def request_context(checkpoint: Checkpoint, asked: int | None) -> int:
+    """How long requests are: as asked, or as long as the model takes, up to 8,192 tokens. Raises InputError for longer
+    ones.
+    """
     most = checkpoint.context
     if asked is None:
         return min(most or LONGEST_REQUEST, LONGEST_REQUEST)

@@ -52,9 +52,8 @@ def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> 
     rng = np.random.default_rng(seed)
     best = Found(parent, trials.on_answers(parent))
     while True:
-        masks = list(
-            {each.dropped: each for each in (space.swapped(best.mask, rng) for _ in range(OFFSPRING))}.values()
-        )
+        drawn = (space.swapped(best.mask, rng) for _ in range(OFFSPRING))
+        masks = list({each.dropped: each for each in drawn if space.allows(each)}.values())
         trials.judge.rebase(best.mask)
         for every, left in ROUNDS:
             losses = [trials.on_answers(each, every).mean for each in masks]

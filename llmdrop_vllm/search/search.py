@@ -69,7 +69,8 @@ class _Run:
             "greedy forward": forward(plan.space, trials, beam=plan.options.beam),
         }
         for name, way in ways.items():
-            best = min(best, self._last(name, way), key=lambda each: each.loss.mean)
+            if (found := self._last(name, way)) is not None:
+                best = min(best, found, key=lambda each: each.loss.mean)
         self._evolve(best.mask)
 
     def chosen(self) -> MaskFile:
@@ -112,13 +113,14 @@ class _Run:
             self._heal(mask)
         return self.trials.on_answers(mask, anyway=True), self.trials.on_held_out(mask)
 
-    def _last(self, name: str, way: Iterator[Found]) -> Found:
-        """A way to its end, which is a finalist."""
+    def _last(self, name: str, way: Iterator[Found]) -> Found | None:
+        """A way to its end, which is a finalist if it is what was asked for."""
         self.bar.set_description(name)
         found = None
         for found in way:
             self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", gone=len(found.mask.attention) + len(found.mask.mlp))
-        assert found is not None, f"{name} found nothing to drop, which Space refuses"
+        if found is None or not self.plan.space.is_whole(found.mask):
+            return None
         self.finalists[name] = found.mask
         return found
 

@@ -1,6 +1,6 @@
 """Which masks a search may look at: how they begin, how they grow, and which of them are what was asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,15 +14,15 @@ KINDS = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class Space:
-    """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`.
-
-    Raises MaskError where too few may go.
+    """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`; when that
+    many are gone, `meets` must accept the mask. Raises MaskError where too few may go.
     """
 
     start: DropMask
     attention: int = 0
     mlp: int = 0
     protect: frozenset[int] = frozenset()
+    meets: Callable[[DropMask], bool] = lambda _: True
 
     def __post_init__(self) -> None:
         depth = self.start.num_hidden_layers
@@ -43,13 +43,22 @@ class Space:
         gone = {*getattr(mask, kind), *self.protect}
         return [layer for layer in range(mask.num_hidden_layers) if layer not in gone]
 
+    def is_whole(self, mask: DropMask) -> bool:
+        """Whether as many are gone as are to go."""
+        return all(len(getattr(mask, kind)) - len(getattr(self.start, kind)) == getattr(self, kind) for kind in KINDS)
+
+    def allows(self, mask: DropMask) -> bool:
+        """On the way any mask is."""
+        return not self.is_whole(mask) or self.meets(mask)
+
     def extended(self, mask: DropMask) -> Iterator[DropMask]:
         """By one sublayer, of a kind of which more is to go."""
         for kind in KINDS:
             gone = getattr(mask, kind)
             if len(gone) - len(getattr(self.start, kind)) < getattr(self, kind):
                 for layer in self.free(mask, kind):
-                    yield _with(mask, kind, (*gone, layer))
+                    if self.allows(found := _with(mask, kind, (*gone, layer))):
+                        yield found
 
     def reduced(self, mask: DropMask) -> Iterator[DropMask]:
         """By one sublayer that the start has, of a kind of which too much is gone."""
@@ -57,7 +66,8 @@ class Space:
             gone, kept = getattr(mask, kind), getattr(self.start, kind)
             if len(gone) - len(kept) > getattr(self, kind):
                 for layer in gone[len(kept) :]:
-                    yield _with(mask, kind, tuple(each for each in gone if each != layer))
+                    if self.allows(found := _with(mask, kind, tuple(each for each in gone if each != layer))):
+                        yield found
 
     def more(self, mask: DropMask, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
         """With so many more of each kind that is asked for, the first of the ranking that may go."""

@@ -7,7 +7,9 @@ from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_recor
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.evaluation.goals import Sizes
 from llmdrop_vllm.mask_file import MaskFile
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge
 from tests.data.files import answer, write_answers
 
@@ -149,4 +151,63 @@ def test_what_a_search_does_not_choose_is_refused(tmp_path, capsys):
     command = ["drop", str(MODEL), str(tmp_path / "out"), "--search", "--attention", "2", "--consecutive", "2"]
     assert main(command) == 1
     assert "--consecutive cannot be searched for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dropped_checkpoint_is_searched_for_what_more_may_go(tmp_path):
+    """It is its own full model: what it lacks stays away."""
+    assert main(["apply", str(MODEL), str(tmp_path / "dropped"), "--attention", "7,11"]) == 0
+    dropped = Checkpoint.open(tmp_path / "dropped")
+    rng = np.random.default_rng(0)
+    said = [
+        answer(n, rng.integers(5, 500, 6).tolist(), rng.integers(5, 500, 26).tolist(), held_out=n < 4)
+        for n in range(12)
+    ]
+    path = write_answers(tmp_path / "answers.jsonl", said, provenance=Provenance(model=ModelIdentity.of(dropped)))
+    command = ["search", str(dropped.directory), "--answers", str(path), "--out", str(tmp_path / "mask.json"), *SMALL]
+    assert main([*command, "--attention", "1"]) == 0
+    assert found(tmp_path).attention[:2] == (7, 11)
+    assert len(found(tmp_path).attention) == 3
+    assert all(each.attention[:2] == (7, 11) for each in found(tmp_path).evidence.compared)
+
+
+@pytest.mark.parametrize(
+    ("goal", "gone"),
+    [
+        (("--kv-budget", "75%"), 3),
+        # 11 MiB of float32 weights at most, and 16 x 16 tokens x 2 x values of 12 layers for a request.
+        (("--requests", "700", "--memory", "48MiB", "--context", "64"), None),
+        (("--decode-speedup", "1.05", "--batch", "4", "--context", "256"), None),
+    ],
+)
+def test_a_goal_tells_how_many_go(goal, gone, command, tmp_path):
+    assert main([*command, *goal]) == 0
+    file, checkpoint = found(tmp_path), Checkpoint.open(MODEL)
+    sizes = Sizes(checkpoint, 64 if "--requests" in goal else 256)
+    value = {
+        "--kv-budget": lambda mask: -sizes.kv_share(mask),
+        "--requests": lambda mask: sizes.requests(mask, 48 * 2**20),
+        "--decode-speedup": lambda mask: sizes.step_bytes(checkpoint.mask, 4) / sizes.step_bytes(mask, 4),
+    }[goal[0]]
+    least = {"--kv-budget": -0.75, "--requests": 700, "--decode-speedup": 1.05}[goal[0]]
+    assert value(file.mask) >= least
+    fewer = DropMask(12, file.attention[:-1])
+    assert value(fewer) < least
+    assert gone in (None, len(file.attention))
+    assert all(len(each.attention) == len(file.attention) for each in file.evidence.compared)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--kv-budget", "1%"), "at best the KV cache is 8% of the full one, with"),
+        (("--kv-budget", "50%", "--attention", "3"), "--attention is how many go, which --kv-budget"),
+        (("--kv-budget", "50%", "--requests", "3"), "exclude each other"),
+        (("--decode-speedup", "9"), "at best decoding 8 requests of 1,024 tokens is"),
+        (("--requests", "9", "--context", "4096"), "requests of 4096 tokens asked; expected 1 to 1024"),
+    ],
+)
+def test_goals_that_cannot_be_met_are_refused_at_once(asked, message, command, tmp_path, capsys):
+    assert main([*command, *asked]) == 1
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

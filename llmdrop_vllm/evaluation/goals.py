@@ -1,0 +1,103 @@
+"""What an owner wants of a mask, told by sizes alone: KV cache, requests in a memory, bytes that decoding reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.evaluation.inspection import BLOCK_TOKENS, IN_FLIGHT_TOKENS, request_context
+from llmdrop_vllm.kv_cache.kinds import dtype_bytes
+from llmdrop_vllm.masks.mask import DropMask
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Met by masks whose `value` reaches what was asked; `text` says it of a value."""
+
+    value: Callable[[DropMask], float]
+    met: Callable[[float], bool]
+    text: str
+
+    def __call__(self, mask: DropMask) -> bool:
+        """Whether a mask meets it."""
+        return self.met(self.value(mask))
+
+    def smallest(self, masks: Sequence[DropMask]) -> DropMask:
+        """The first that meets it, of masks that grow. Raises MaskError where none does."""
+        for mask in masks:
+            if self(mask):
+                return mask
+        last = masks[-1]
+        raise MaskError(f"at best {self.text.format(self.value(last))}, with {last.summary()}; ask for less")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A checkpoint's bytes under masks; requests have `context` tokens, keys and values the weights' dtype."""
+
+    checkpoint: Checkpoint
+    context: int
+
+    def kv_share(self, mask: DropMask) -> float:
+        """Of KV cache for a token, padding included, in that of the checkpoint as it is."""
+        whole, masked = (self._under(each).layout.token_values for each in (self.checkpoint.mask, mask))
+        return float(masked / whole)
+
+    def requests(self, mask: DropMask, memory_bytes: int) -> float:
+        """How many requests fit beside the weights."""
+        masked = self._under(mask)
+        free = max(0, memory_bytes - self._weight_bytes(masked))
+        return free // self._request_bytes(masked)
+
+    def step_bytes(self, mask: DropMask, requests: int) -> float:
+        """What decoding reads for a token of each of so many requests: all weights, and their KV cache."""
+        masked = self._under(mask)
+        return self._weight_bytes(masked) + requests * self._request_bytes(masked)
+
+    def _under(self, mask: DropMask) -> MaskedCheckpoint:
+        return self.checkpoint.under(mask)
+
+    def _weight_bytes(self, masked: MaskedCheckpoint) -> int:
+        return sum(tensor.num_bytes for tensor in masked.kept.values())
+
+    def _request_bytes(self, masked: MaskedCheckpoint) -> int:
+        layout = masked.layout
+        blocks = layout.request_blocks(self.context, BLOCK_TOKENS, IN_FLIGHT_TOKENS)
+        return int(blocks * layout.block_values * BLOCK_TOKENS * dtype_bytes(self.checkpoint.dtype))
+
+
+def wanted(
+    checkpoint: Checkpoint,
+    *,
+    kv_share: float | None = None,
+    requests: int | None = None,
+    memory_bytes: int = 0,
+    decode_speedup: float | None = None,
+    batch: int = 1,
+    context: int | None = None,
+) -> Wanted | None:
+    """What the one argument that is given asks for; None where none is. `decode_speedup` counts bytes, which bound
+    decoding, of a batch of requests of `context` tokens. Raises InputError for more than one.
+    """
+    asked = [each for each in (kv_share, requests, decode_speedup) if each is not None]
+    if len(asked) > 1:
+        raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
+    sizes = Sizes(checkpoint, request_context(checkpoint, context))
+    if kv_share is not None:
+        share = kv_share
+        return Wanted(sizes.kv_share, lambda found: found <= share, "the KV cache is {:.0%} of the full one")
+    if requests is not None:
+        least = requests
+        return Wanted(
+            lambda mask: sizes.requests(mask, memory_bytes),
+            lambda found: found >= least,
+            f"{{:.0f}} requests of {sizes.context:,} tokens fit in {memory_bytes / 2**30:g} GiB",
+        )
+    if decode_speedup is not None:
+        speedup, full = decode_speedup, sizes.step_bytes(checkpoint.mask, batch)
+        return Wanted(
+            lambda mask: full / sizes.step_bytes(mask, batch),
+            lambda found: found >= speedup,
+            f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes that it reads",
+        )
+    return None
