@@ -46,12 +46,12 @@ def lambdas(values: tuple[float, ...] | None) -> Iterator[None]:
         ridge.RIDGES = before
 
 
-def heal(subject: Subject, mask: DropMask, way: Way, out: Path) -> Healing:
-    """Into a checkpoint, which is made once."""
+def heal(subject: Subject, mask: DropMask, way: Way, out: Path, *, after: Path | None = None) -> Healing:
+    """Into a checkpoint, which is made once; `after` is one that was healed before."""
     if out.exists():
         return read_record(Healing, out / HEAL_FILE)
-    checkpoint = subject.checkpoint
-    student, teacher = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
+    checkpoint = subject.checkpoint if after is None else Checkpoint.open(after)
+    student, teacher = checkpoint.under(mask), subject.checkpoint.under(subject.checkpoint.mask)
     data = subject.learnt_from(way.data, way.tokens)
     scratch = out.with_name(f".{out.name}.scratch")
     with (
@@ -79,14 +79,15 @@ def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
 
 def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     """A way's line."""
-    mask, name = subject.mask(count, way.chosen), f"{count} {way.name}".replace(",", "").replace(" ", "-")
+    mask, name = subject.mask(count, way.chosen), _directory(count, way.name)
     told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
     if not way.heals:
         told["judged"] = subject.judged(subject.checkpoint, mask)
         return told if way.chosen else told | figures(subject.point(count).quality)
     out = subject.directory / name
     begin = None if out.exists() else time.monotonic()
-    record = heal(subject, mask, way, out)
+    after = None if way.after is None else subject.directory / _directory(count, way.after)
+    record = heal(subject, mask, way, out, after=after)
     seconds = None if begin is None else round(time.monotonic() - begin)
     told |= {
         "learnt_from": list(way.data),
@@ -97,6 +98,10 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     if record.training is not None:
         told["training"] = record.training.model_dump(mode="json", exclude={"tensors", "history"})
     return told | (figures(evaluated(subject, out, name).quality) if way.evaluated else {})
+
+
+def _directory(count: int, way: str) -> str:
+    return f"{count} {way}".replace(",", "").replace(" ", "-")
 
 
 def figures(quality: Quality) -> dict[str, Any]:

@@ -13,6 +13,8 @@ DROPPED, OWN_PROMPTS = "dropped", "own prompts"
 class Way:
     """One way to heal: on what, on how many tokens of each source at most, and how. `evaluated`: measured in full.
 
+    `after` names the way whose checkpoint is trained on, without a closed form of its own.
+
     `chosen` is a way to choose the mask; None is the sweep's, cosine importance on text. `heals`: not only dropped.
     """
 
@@ -26,6 +28,7 @@ class Way:
     evaluated: bool = False
     chosen: str | None = None
     heals: bool = True
+    after: str | None = None
 
 
 ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what healing leaves"
@@ -82,6 +85,8 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
                 DATA["qwen2.5-coder-1.5b"],
                 25_000,
                 dtype="bfloat16",
+                options=HealOptions(closed_form=False),
+                after="closed form",
                 train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4),
                 evaluated=True,
             ),

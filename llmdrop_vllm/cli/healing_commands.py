@@ -146,7 +146,7 @@ def healing(
     from llmdrop_vllm.healing.run import HealOptions
 
     train = None
-    if args.train:
+    if args.train or args.train_only:
         from llmdrop_vllm.healing.distill import TrainOptions
 
         train = TrainOptions(
@@ -158,7 +158,7 @@ def healing(
         student,
         teacher,
         data,
-        HealOptions(later=args.later),
+        HealOptions(later=args.later, closed_form=not args.train_only),
         train=train,
         log_directory=args.log_dir,
         device=args.device,
@@ -172,6 +172,9 @@ def healing(
 
 def _announce(run: "Run", data: Calibration) -> None:
     """What it will take, and whether the data suffices."""
+    if not run.steps:
+        print(f"training on {data.identity.tokens:,} tokens of {data.identity.source}")
+        return
     cost, tokens = run.cost, data.identity.tokens
     minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
     print(

@@ -154,6 +154,7 @@ def add_healing(command: Parser) -> None:
         help="refit attention's outputs behind the first layer that lost something as well (default), or nothing else",
     )
     group.add_argument("--train", action="store_true", help="distil on the same data after the closed form")
+    group.add_argument("--train-only", action="store_true", help="without it, such as where it was done before")
     group.add_argument("--epochs", type=float, default=3, metavar="N", help="of the training, at most (3)")
     group.add_argument("--learning-rate", type=float, default=2e-4, metavar="RATE", help="its largest (2e-4)")
     group.add_argument("--lora", type=count, metavar="RANK", help="train adapters, merged in the end, not full weights")

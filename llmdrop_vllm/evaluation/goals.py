@@ -98,6 +98,6 @@ def wanted(
         return Wanted(
             lambda mask: full / sizes.step_bytes(mask, batch),
             lambda found: found >= speedup,
-            f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes that it reads",
+            f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes it reads",
         )
     return None

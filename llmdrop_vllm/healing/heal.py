@@ -21,7 +21,7 @@ from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.distill import TrainOptions, distill
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
-from llmdrop_vllm.healing.records import HealedLayer, Healing
+from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
 from llmdrop_vllm.scoring.scoring import precision
@@ -72,12 +72,17 @@ def healed(
         with run.scratch.in_use():
             if announce is not None:
                 announce(run)
-            layers = run.layers(progress=progress)
+            layers = run.layers(progress=progress) if options.closed_form else _healed_before(student)
             found = Healed(run.tensors(), _record(run, data, layers, identities))
             if train is not None:
                 found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
+
+
+def _healed_before(student: MaskedCheckpoint) -> tuple[HealedLayer, ...]:
+    record = healing_of(student.checkpoint.directory)
+    return () if record is None else record.layers
 
 
 def _record(

@@ -52,10 +52,13 @@ class HealOptions:
 
     `weighting` of a token's squared error: by the teacher's |T|^2, so that the first tokens, whose stream is a hundred
     times as large, count like others, or all alike.
+
+    Without the `closed_form` weights are only trained, such as those that it has mended before.
     """
 
     later: Literal["attention", "nothing"] = "attention"
     weighting: Literal["relative", "equal"] = "relative"
+    closed_form: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Run:
         )
         self.chunks = self.streams.batches.chunks
         self.units = units(teacher.mask, student.mask)
-        self.steps = self._steps(self.units)
+        self.steps = self._steps(self.units) if options.closed_form else []
         self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
         self.scratch = Scratch(directory, asked, self.disk_bytes, SCRATCH_FILES)
 
@@ -110,10 +113,10 @@ class Run:
 
     @property
     def cost(self) -> Cost:
-        """Of all steps."""
+        """Of the closed form, where there is one."""
         stream, batches = self.streams.student, self.streams.batches
         parts = [layer_cost(stream, step.layer, step.passes, batches, step.refits) for step in self.steps]
-        return reduce(operator.add, parts)
+        return reduce(operator.add, parts, Cost(0.0, 0.0, 0, 0, 0, stream.hidden_size, 0))
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""

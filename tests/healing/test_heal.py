@@ -11,12 +11,16 @@ import torch
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
+from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.records import HEAL_FILE
+from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.healing.units import units
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES
 from tests.healing.interruptions import interrupted_once
 from tests.healing.test_families import data
@@ -85,8 +89,6 @@ def test_a_killed_command_goes_on_and_ends_alike(dropped, tmp_path):
 
 def test_training_lowers_the_divergence_of_a_healed_model(tmp_path):
     checkpoint = Checkpoint.open(MODEL)
-    from llmdrop_vllm.data.calibration import load_calibration
-
     texts = load_calibration(checkpoint, samples=48, seq_len=96)
     mask = DropMask(12, attention=(7, 8, 11))
     options = TrainOptions(epochs=3, learning_rate=3e-4, step_tokens=768)
@@ -149,3 +151,21 @@ def test_weights_that_are_neither_equal_nor_healed_are_refused(dropped, tmp_path
     save_file(tensors, path, {"format": "pt"})
     assert main(["heal", str(other), str(tmp_path / "out"), "--teacher", str(MODEL), *OPTIONS]) == 1
     assert "layers.1.mlp.down_proj.weight has other values" in capsys.readouterr().err
+
+
+def test_what_was_healed_before_can_be_trained_alone(tmp_path, monkeypatch):
+    mask = DropMask(12, attention=(7, 11))
+    full = Checkpoint.open(MODEL)
+    student, teacher = full.under(mask), full.under(full.mask)
+    ids = load_calibration(full, samples=24, seq_len=64)
+    with healed(student, teacher, ids, dtype="float32") as found:
+        plan = plan_surgery(full, mask).healed(found.tensors)
+        write_checkpoint(plan, tmp_path / "healed", records={HEAL_FILE: found.record})
+    before = Checkpoint.open(tmp_path / "healed")
+    monkeypatch.setattr(running.Run, "layers", lambda *_, **__: pytest.fail("refitted again"))
+    train = TrainOptions(epochs=2, learning_rate=3e-4, step_tokens=256)
+    options = HealOptions(closed_form=False)
+    with healed(before.under(mask), teacher, ids, options, train=train, dtype="float32") as again:
+        assert again.record.layers == found.record.layers
+        assert again.record.training.kl_after < again.record.training.kl_before
+        assert set(again.record.training.tensors) == again.tensors.keys()
