@@ -68,6 +68,9 @@ def _add_choosing(add: Add) -> None:
     search.add_argument("--attention", type=int, default=0, metavar="N", help="attention sublayers to drop")
     search.add_argument("--mlp", type=int, default=0, metavar="N", help="MLP sublayers to drop")
     search.add_argument(
+        "--fixed", type=values.layers, default=(), metavar="25,26", help="attentions that go in any case"
+    )
+    search.add_argument(
         "--protect", type=values.layers, default=(), metavar="0,1,31", help="layers that keep everything"
     )
     search.add_argument("--seed", type=int, default=0, help="of the evolution")

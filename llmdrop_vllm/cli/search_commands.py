@@ -1,7 +1,6 @@
 """`llmdrop search`: makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
-from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -10,12 +9,13 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
 from llmdrop_vllm.cli.console import show_search
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
-from llmdrop_vllm.errors import DataError, InputError
+from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.goals import Wanted, wanted
 from llmdrop_vllm.mask_file import MaskFile
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.selection.candidates import Candidates
-from llmdrop_vllm.selection.selection import Ranked, select
+from llmdrop_vllm.selection.selection import Ranked
 
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
@@ -36,12 +36,10 @@ def search(args: Namespace) -> None:
         context=args.context,
     )
     # Refused before the scores: how many go depends on these only where layers differ in size.
-    count = args.attention if goal is None else _smallest(checkpoint, Scores.unmeasured(checkpoint), goal, args)
-    space = Space(checkpoint.mask, count, args.mlp, frozenset(args.protect))
+    _space(checkpoint, Scores.unmeasured(checkpoint), goal, args)
     check_answers(checkpoint, args.answers)
     scores = _scores(checkpoint, args)
-    if goal is not None:
-        space = replace(space, attention=_smallest(checkpoint, scores, goal, args), meets=goal)
+    space = _space(checkpoint, scores, goal, args)
     found = searched(checkpoint, space, args.answers, scores, args, _trials(args.out))
     write_record(found, args.out)
     forget(args.out)
@@ -69,17 +67,27 @@ def searched(
     return search_masks(plan, trials, progress=True)
 
 
-def _smallest(checkpoint: Checkpoint, scores: Scores, goal: Wanted, args: Namespace) -> int:
-    """How many attentions must go by importance for a goal, beside the MLPs that are asked for."""
+def _space(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> Space:
+    """What the arguments ask to look among: so many attentions, or as many as a goal takes by importance; those of
+    --fixed go in any case.
+    """
+    own, protect = checkpoint.mask, frozenset(args.protect)
+    if both := sorted(protect.intersection(args.fixed)):
+        raise MaskError(f"layers {both} are in --protect and in --fixed")
+    start = DropMask(own.num_hidden_layers, (*own.attention, *args.fixed), own.mlp)
+    if goal is None:
+        if args.attention < len(args.fixed):
+            raise MaskError(f"--attention is {args.attention}, and {len(args.fixed)} go in any case (--fixed)")
+        return Space(start, args.attention - len(args.fixed), args.mlp, protect)
     if args.attention:
         raise InputError("--attention is how many go, which --kv-budget, --requests and --decode-speedup find out")
-    mlps = [Ranked("mlp", args.mlp)] if args.mlp else []
-    candidates = Candidates(scores, scores.dropped, frozenset(args.protect))
+    candidates = Candidates(scores, start, protect)
+    if args.mlp:
+        candidates = candidates.without(Ranked("mlp", args.mlp).pick(candidates).units)
     most = candidates.available(candidates.units("attention"))
-    masks = [
-        select(scores, Ranked("attention", count), *mlps, protect=args.protect).mask for count in range(1, most + 1)
-    ]
-    return len(goal.smallest(masks).attention) - len(scores.dropped.attention)
+    picked = (Ranked("attention", count).pick(candidates) for count in range(1, most + 1))
+    smallest = goal.smallest([candidates.mask, *(candidates.without(each.units).mask for each in picked)])
+    return Space(start, len(smallest.attention) - len(start.attention), args.mlp, protect, meets=goal)
 
 
 def _trials(out: Path) -> Path:

@@ -15,7 +15,7 @@ from llmdrop_vllm.search.space import KINDS, Space
 from llmdrop_vllm.search.trials import SearchHeader
 from llmdrop_vllm.selection.candidates import Candidates, Kind
 from llmdrop_vllm.selection.orders import LeastImportant
-from llmdrop_vllm.selection.selection import Ranked, select
+from llmdrop_vllm.selection.selection import Ranked
 
 COUNTED: tuple[Kind, ...] = ("attention", "mlp")
 
@@ -72,7 +72,7 @@ class SearchPlan:
             ),
             held_out=self.held_out.identity,
             to_heal=None if self.to_heal is None else self.to_heal.identity,
-            start=self.space.start,
+            start=self.checkpoint.mask,
             provenance=Provenance(model=identity, dtype=self.dtype_name, device=str(self.device)),
         )
 
@@ -107,9 +107,11 @@ def plan_search(
     dtype: str | None = None,
 ) -> SearchPlan:
     """With the masks that scores of the same weights give."""
-    methods = [Ranked(kind, count) for kind in COUNTED if (count := getattr(space, kind))]
-    by_cosine = select(scores, *methods, protect=space.protect).mask
-    candidates = Candidates(scores, space.start, space.protect)
+    candidates = before = Candidates(scores, space.start, space.protect)
+    for kind in COUNTED:
+        if count := getattr(space, kind):
+            candidates = candidates.without(Ranked(kind, count).pick(candidates).units)
+    candidates, by_cosine = before, candidates.mask
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
     where, what = precision(checkpoint, device, dtype)

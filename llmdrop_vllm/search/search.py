@@ -36,13 +36,13 @@ def search(plan: SearchPlan, trials_file: Path, *, progress: bool = False) -> Ma
         appended(trials_file, plan.header, Trial) as file,
         tqdm(total=plan.options.most, unit="mask", disable=not progress) as bar,
     ):
-        masked = plan.checkpoint.under(plan.space.start)
+        masked = plan.checkpoint.under(plan.checkpoint.mask)
         weights = Weights(lambda: hf.load(masked, dtype=plan.dtype).to(plan.device).eval())
         judges = []
         for name, answers in (("answers", plan.answers), ("held-out", plan.held_out)):
             directory = Path(temporary) / name
             directory.mkdir()
-            judges.append(Judge(weights, plan.checkpoint.family, plan.space.start, answers, directory))
+            judges.append(Judge(weights, plan.checkpoint.family, masked.mask, answers, directory))
         trials = Trials(judges[0], judges[1], file, plan.options.most, plan.options.seconds, bar.update)
         run = _Run(plan, trials, bar)
         with suppress(EnoughError):

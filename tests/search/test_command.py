@@ -211,3 +211,15 @@ def test_goals_that_cannot_be_met_are_refused_at_once(asked, message, command, t
     assert main([*command, *asked]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_in_any_case_is_in_every_mask(command, tmp_path, capsys):
+    assert main([*command, "--attention", "3", "--fixed", "2,0"]) == 0
+    assert all(each.attention[:2] == (2, 0) for each in found(tmp_path).evidence.compared)
+    assert len(found(tmp_path).attention) == 3
+    # The trials are those of any search on these answers.
+    assert main([*command, "--attention", "1", "--overwrite"]) == 0
+    assert main([*command, "--attention", "1", "--fixed", "2,0", "--overwrite"]) == 1
+    assert "--attention is 1, and 2 go in any case (--fixed)" in capsys.readouterr().err
+    assert main([*command, "--attention", "3", "--fixed", "2,0", "--protect", "0", "--overwrite"]) == 1
+    assert "layers [0] are in --protect and in --fixed" in capsys.readouterr().err
