@@ -175,7 +175,7 @@ def _add_measuring(add: Add) -> None:
     options.add_results(report)
     for name, what in {
         "scores": "scores of another calibration set, to compare (repeatable)",
-        "healed": "what `llmdrop evaluate` wrote of a point of the sweep once it was healed (repeatable)",
+        "healed": "what `llmdrop evaluate` wrote of a point once it was healed, or of another mask (repeatable)",
     }.items():
         report.add_argument(f"--{name}", type=Path, action="append", default=[], metavar="FILE", help=what)
     what = "the trials of `llmdrop search`, to draw what it judged"

@@ -7,7 +7,8 @@ from typing import Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import InputError
-from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Series, Sweep, mask_id, scores_id
+from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Series, Sweep, scores_id
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.trials import Searched
 
 BY_IMPORTANCE = "by importance"
@@ -34,7 +35,7 @@ class Curve:
 @dataclass(frozen=True)
 class Findings:
     """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first;
-    `mended` are what became of its masks where the weights that are left were healed; `searched` is what a search
+    `mended` are what became of its masks by healing or search, as curves; `searched` is what a search
     judged.
     """
 
@@ -73,7 +74,12 @@ class Findings:
                 f"the search is of {model.path} with the weights {model.fingerprint}; "
                 f"the sweep is of {sweep.provenance.model.path} with the weights {sweep.request.fingerprint}"
             )
-        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), _mended(sweep, evaluations), searched)
+        mended = _mended(sweep, evaluations)
+        if any("searched" in curve.series.name for curve in mended) and any(len({*each.kinds}) > 1 for each in scores):
+            raise InputError(
+                "masks that the sweep does not have differ in KV cache where layers do; sweep them as well"
+            )
+        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), mended, searched)
 
     @property
     def depth(self) -> int:
@@ -116,18 +122,16 @@ class Findings:
 
 
 def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...]:
-    """A curve for each way of healing a series' masks. What is healed has the shape, and so the speed, of its mask."""
+    """A curve for each way of healing a series' masks, and for other masks of as many sublayers. What is healed has the
+    shape, and so the speed, of its mask; other masks have those of the series' where all layers are of one kind.
+    """
     found: dict[tuple[str, str], dict[int, Point]] = {}
     for each in evaluations:
-        mask = mask_id(each.quality.mask)
-        owner = next((series for series in sweep.series if mask in series.masks), None)
-        if owner is None or mask not in sweep.points or each.healed is None:
-            what = "is not of a healed model" if each.healed is None else "has a mask that the sweep does not"
-            raise InputError(f"the evaluation of {each.provenance.model.path} {what}; expected a healed point of it")
-        point = sweep.points[mask]
+        owner, n, own = _place(sweep, each)
+        point = sweep.points[owner.steps[n]]
         _check_alike(point, each)
-        n = owner.counts[owner.masks.index(mask)]
-        found.setdefault((owner.name, each.healed), {})[n] = point.model_copy(update={"quality": each.quality})
+        how = ", ".join(word for word in (None if own else "searched", each.healed) if word)
+        found.setdefault((owner.name, how), {})[n] = point.model_copy(update={"quality": each.quality})
     series = {each.name: each for each in sweep.series}
     return tuple(
         Curve(
@@ -136,6 +140,34 @@ def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...
         )
         for (name, how), points in found.items()
     )
+
+
+def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, bool]:
+    """The series, the number dropped, and whether its mask is the series' own. Raises InputError where none has so
+    many, and for a mask of the sweep itself that was not healed.
+    """
+    mask = evaluation.quality.mask
+    places = [
+        (series, n, sweep.points[id_].quality.mask)
+        for series in sweep.series
+        for n, id_ in series.steps.items()
+        if id_ in sweep.points
+    ]
+    same = [(series, n) for series, n, its in places if its.dropped == mask.dropped]
+    if same and evaluation.healed is not None:
+        return *same[0], True
+    alike = [(series, n) for series, n, its in places if series.order == BY_IMPORTANCE and _sizes(its) == _sizes(mask)]
+    if alike and not same:
+        return *alike[0], False
+    what = "is not of a healed model, and the sweep has its mask" if same else "drops other numbers of sublayers"
+    raise InputError(
+        f"the evaluation of {evaluation.provenance.model.path} {what}; expected a healed point of it, or another mask "
+        "of as many sublayers"
+    )
+
+
+def _sizes(mask: DropMask) -> tuple[int, int]:
+    return len(mask.attention), len(mask.mlp)
 
 
 def _check_alike(point: Point, evaluation: Evaluation) -> None:

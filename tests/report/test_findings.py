@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -75,10 +76,36 @@ def test_healed_points_are_curves_of_their_own_with_the_speed_and_size_of_their_
 
 def test_an_evaluation_that_is_no_healed_point_of_the_sweep_is_refused():
     found, larger = sweep(names=["attention"], counts=(2, 4)), sweep(names=["attention"])
-    with pytest.raises(InputError, match="/models/healed-8 has a mask that the sweep does not"):
+    with pytest.raises(InputError, match="/models/healed-8 drops other numbers of sublayers"):
         Findings.of(found, [], [healed(larger, 8)])
     with pytest.raises(InputError, match="is not of a healed model"):
         Findings.of(found, [], [healed(found, 4, None)])
+
+
+def test_another_mask_of_as_many_sublayers_is_a_curve_of_its_own():
+    found = sweep(names=["attention"])
+    before = healed(found, 4, None)
+    mask = replace(before.quality.mask, attention=(0, 1, 2, 3))
+    assert mask.dropped != before.quality.mask.dropped
+    searched = [
+        each.model_copy(update={"quality": each.quality.model_copy(update={"mask": mask})})
+        for each in (before, healed(found, 4))
+    ]
+    findings = Findings.of(found, [scores()], searched)
+    assert [each.series.name for each in findings.mended] == ["attention, searched", "attention, searched, healed"]
+    ((_, point),) = findings.mended[0].points[1:]
+    assert point.speed == dict(findings.curves[0].points)[4].speed
+    assert point.quality.mask == mask
+
+
+def test_where_layers_differ_another_mask_says_nothing_of_its_cache():
+    found, both = sweep(names=["attention"]), scores()
+    evaluation = healed(found, 4, None)
+    mask = replace(evaluation.quality.mask, attention=(0, 1, 2, 3))
+    searched = evaluation.model_copy(update={"quality": evaluation.quality.model_copy(update={"mask": mask})})
+    groups = ("sliding 128", *both.kv_groups[1:])
+    with pytest.raises(InputError, match="differ in KV cache where layers do"):
+        Findings.of(found, [both.model_copy(update={"kv_groups": groups})], [searched])
 
 
 @pytest.mark.parametrize(("other", "what"), [({"divergence": False}, "divergence"), ({"tasks": ()}, "tasks")])
