@@ -72,7 +72,7 @@ def healed(
         with run.scratch.in_use():
             if announce is not None:
                 announce(run)
-            layers = run.layers(progress=progress) if options.closed_form else _healed_before(student)
+            layers = run.layers(progress=progress) if options.closed_form else _healed_before(student, run)
             found = Healed(run.tensors(), _record(run, data, layers, identities))
             if train is not None:
                 found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
@@ -80,7 +80,9 @@ def healed(
             run.scratch.remove()
 
 
-def _healed_before(student: MaskedCheckpoint) -> tuple[HealedLayer, ...]:
+def _healed_before(student: MaskedCheckpoint, run: Run) -> tuple[HealedLayer, ...]:
+    if not run.scratch.progress.layers:
+        run.scratch.save({})  # a directory in which nothing was done would be emptied by the run that goes on
     record = healing_of(student.checkpoint.directory)
     return () if record is None else record.layers
 

@@ -13,6 +13,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.healing import heal as healing
 from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
@@ -151,6 +152,33 @@ def test_weights_that_are_neither_equal_nor_healed_are_refused(dropped, tmp_path
     save_file(tensors, path, {"format": "pt"})
     assert main(["heal", str(other), str(tmp_path / "out"), "--teacher", str(MODEL), *OPTIONS]) == 1
     assert "layers.1.mlp.down_proj.weight has other values" in capsys.readouterr().err
+
+
+def test_training_alone_goes_on_where_it_was(tmp_path, monkeypatch):
+    full, mask = Checkpoint.open(MODEL), DropMask(12, attention=(7, 11))
+    asked = (full.under(mask), full.under(full.mask), load_calibration(full, samples=16, seq_len=64))
+    options = HealOptions(closed_form=False)
+    train = TrainOptions(epochs=1, step_tokens=256)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing, "distill", interrupted)
+    with pytest.raises(KeyboardInterrupt), healed(*asked, options, train=train, scratch=tmp_path / "scratch"):
+        pytest.fail("came to its end")
+    monkeypatch.undo()
+    monkeypatch.setattr(healing, "load_mended", teacher_stays_away(healing.load_mended, full))
+    with healed(*asked, options, train=train, scratch=tmp_path / "scratch") as found:
+        assert found.record.training.tokens_seen > 0
+    assert not (tmp_path / "scratch").exists()
+
+
+def teacher_stays_away(load, full):
+    def loaded(masked, tensors, **more):
+        assert masked.mask != full.mask, "the teacher was asked again"
+        return load(masked, tensors, **more)
+
+    return loaded
 
 
 def test_what_was_healed_before_can_be_trained_alone(tmp_path, monkeypatch):
