@@ -24,7 +24,12 @@ class Compared(Record):
 
 
 class Evidence(Record):
-    """Why a search took its mask: of the `judged` masks that were `compared` on held-out answers it loses least."""
+    """Why a search took its mask: of all that it `judged` a few were `compared`, and this loses least on held-out
+    answers.
+
+    Its interval is a little too good: the best of several was taken, and an evolution looks at these answers to end.
+    With `heal_aware`, KL is of weights that were healed under the mask.
+    """
 
     judged: int
     tokens: int

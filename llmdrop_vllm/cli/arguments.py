@@ -78,6 +78,7 @@ def _add_choosing(add: Add) -> None:
     search.add_argument("--scores", type=Path, metavar="FILE", help=what)
     options.add_wanted(search)
     options.add_search(search)
+    search.set_defaults(after_healing=False)  # of the scores, which are for cosine's mask
     options.add_precision(search)
 
 

@@ -22,7 +22,7 @@ from llmdrop_vllm.cli.commands import (
     write_plan,
 )
 from llmdrop_vllm.cli.console import show_search, show_selection
-from llmdrop_vllm.cli.search_commands import check_answers, searched
+from llmdrop_vllm.cli.search_commands import SearchData, check_answers, check_search_options, searched
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
@@ -57,32 +57,37 @@ def drop(args: Namespace) -> None:
             raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
         check_plain(checkpoint)
     space = _space(checkpoint, args) if args.search else None
+    check_search_options(args, searches=args.search)
+    text = None  # that healing learns from, in place of answers
+    if args.heal not in (None, OWN_ANSWERS) and not is_answers(Path(args.heal)):
+        text = healing_data(checkpoint, args.heal, args)
     answers = _answers(checkpoint, args)
-    if answers is not None and args.data is args.samples is args.seq_len is None:
+    data = None if space is None or answers is None else SearchData.of(checkpoint, answers, args)
+    if answers is not None and text is args.data is args.samples is args.seq_len is None:
         args.data = str(answers)  # what healing mends shows there
     calibration = calibration_of(checkpoint, args)
     scores = scored_or_kept("scores", checkpoint, calibration, args)
-    if space is None:
+    if space is None or data is None:
         chosen = selection_of(scores, args, checkpoint, calibration)
         show_selection(chosen)
         file = chosen_file(chosen, scores)
     else:
-        assert answers is not None, "asked for by --search"
-        file = searched(checkpoint, space, answers, scores, args, beside(args.out, "trials.jsonl"))
+        file = searched(checkpoint, space, data, scores, args, beside(args.out, "trials.jsonl"))
         show_search(file)
     plan = plan_of(args, checkpoint, file.mask)
     records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}
     if args.heal is None:
         write_plan(plan, args, records)
     else:
-        _write_healed(plan, args, records, str(answers or args.heal))
+        args.samples = args.seq_len = None  # of the scores' data
+        _write_healed(plan, args, records, text or healing_data(checkpoint, str(answers), args))
     forget(args.out)
 
 
 def _space(checkpoint: Checkpoint, args: Namespace) -> Space:
     """What --search looks among."""
-    asked = [name for name in ("blocks", "consecutive", "joint", "last", "random", "least", "kv_budget", "iterative")]
-    if others := [f"--{name.replace('_', '-')}" for name in asked if getattr(args, name)]:
+    names = ("blocks", "consecutive", "joint", "last", "random", "least", "kv_budget", "iterative", "allow_padding")
+    if others := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
         raise MaskError(f"--search chooses --attention and --mlp; {', '.join(others)} cannot be searched for")
     return Space(checkpoint.mask, args.attention or 0, args.mlp or 0, frozenset(args.protect))
 
@@ -101,11 +106,9 @@ def _answers(checkpoint: Checkpoint, args: Namespace) -> Path | None:
     return path
 
 
-def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record], source: str) -> None:
+def _write_healed(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record], data: Calibration) -> None:
     """`llmdrop drop --heal`: what remains learns from the full model's answers, or from what the argument names."""
     checkpoint = plan.masked.checkpoint
-    args.samples = args.seq_len = None  # of the scores' data
-    data = healing_data(checkpoint, source, args)
     if args.heal == OWN_ANSWERS:  # the file is gone when this has come to its end
         data = replace(data, identity=data.identity.model_copy(update={"source": "its own answers to our prompts"}))
     with healing(plan.masked, checkpoint.under(checkpoint.mask), data, args) as found:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, names, share
+from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, minutes, names, share
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
@@ -117,13 +117,11 @@ def add_wanted(command: Parser) -> None:
 def add_search(command: Parser) -> None:
     """How a mask is searched for."""
     group = command.add_argument_group("search")
-    group.add_argument("--masks", type=count, default=300, metavar="N", help="to judge at most (300)")
-    group.add_argument("--minutes", type=factor, metavar="N", help="to judge them in at most (without an end)")
-    group.add_argument("--tokens", type=count, default=2048, metavar="N", help="of answers, to choose by (2048)")
-    group.add_argument(
-        "--held-out-tokens", type=count, default=4096, metavar="N", help="of held-out answers, to decide by (4096)"
-    )
-    group.add_argument("--beam", type=count, default=1, metavar="N", help="masks that each greedy step keeps (1)")
+    group.add_argument("--masks", type=count, metavar="N", help="to judge at most (300)")
+    group.add_argument("--minutes", type=minutes, metavar="N", help="to judge them in at most (without an end)")
+    group.add_argument("--tokens", type=count, metavar="N", help="of answers, to choose by (2048)")
+    group.add_argument("--held-out-tokens", type=count, metavar="N", help="of held-out answers, to decide by (4096)")
+    group.add_argument("--beam", type=count, metavar="N", help="masks that each greedy step keeps (1)")
     group.add_argument(
         "--heal-aware",
         nargs="?",

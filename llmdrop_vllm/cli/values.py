@@ -48,6 +48,14 @@ def factor(text: str) -> float:
     return value
 
 
+def minutes(text: str) -> float:
+    """`30`, or `0.5`."""
+    try:
+        return factor(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes such as 30") from None
+
+
 def count(text: str) -> int:
     """`8`."""
     if not text.isdecimal() or int(text) < 1:

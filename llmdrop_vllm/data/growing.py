@@ -20,10 +20,16 @@ class Header(Record):
 
     def asks_the_same(self, other: Self) -> bool:
         """Whether what answers the one answers the other, however it was written and wherever the model is."""
+        return not self.differs_in(other)
+
+    def differs_in(self, other: Self) -> str:
+        """The first entry by which they are not the same request; empty where there is none."""
         theirs = other.provenance
         model = self.provenance.model.model_copy(update={"path": theirs.model.path})
         provenance = self.provenance.model_copy(update={"command": theirs.command, "model": model})
-        return self.model_copy(update={"provenance": provenance}) == other
+        ours = self.model_copy(update={"provenance": provenance})
+        names = (name for name in type(self).model_fields if getattr(ours, name) != getattr(other, name))
+        return next(names, "")
 
 
 H = TypeVar("H", bound=Header)
@@ -48,24 +54,25 @@ class Growing(Generic[H, R]):
         self.count += len(lines)
 
     def _continue(self, header: H, refuse: bool) -> None:
-        """Cut off what cannot be gone on with: a torn last line, or what answers another request."""
+        """Cut off a torn last line; and what answers another request or cannot be read, unless that is refused."""
         self.file.seek(0)
         end = 0
         for number, line in enumerate(self.file):
+            if not line.endswith(b"\n"):
+                break
             try:
                 if number:
                     self.found.append(self.kind.model_validate_json(line))
-                elif not type(header).model_validate_json(line).asks_the_same(header):
-                    if refuse:
-                        raise OutputError(
-                            f"{self.file.name} is of a run with other options; go on with those, or remove it"
-                        )
+                elif difference := type(header).model_validate_json(line).differs_in(header):
+                    raise OutputError(
+                        f"{self.file.name} was written with another {difference}; go on with that, or remove it"
+                    )
+            except (ValidationError, OutputError) as error:
+                if not refuse:
                     break
-            except ValidationError:
-                break
-            if not line.endswith(b"\n"):
-                self.found = self.found[: number - 1] if number else []
-                break
+                if isinstance(error, OutputError):
+                    raise
+                raise OutputError(f"{self.file.name}, line {number + 1}, is not of this command; remove it") from None
             end += len(line)
         self.file.truncate(end)
         if not end:

@@ -63,8 +63,7 @@ class EngineSettings:
             # Compiling for every mask takes longer than a CPU wins back.
             "enforce_eager": not gpu,
             "gpu_memory_utilization": 0.9 / self.engines if gpu else 0.3,
-            # Examples that all questions of a task share are computed once; but speed is measured with prompts that
-            # no earlier round has left in the cache.
+            # Examples that all questions of a task share are computed once.
             "enable_prefix_caching": self.engines == 1,
             "seed": 0,
             "use_tqdm_on_load": False,
@@ -117,16 +116,17 @@ class Engine:
         self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
     def can_switch(self) -> bool:
-        """Whether `put_on` works here: not in a compiled model, nor where vLLM takes Transformers' own layers."""
+        """Whether `put_on` works here: not in a compiled model, nor in one without a row in the family table."""
         return not any(self.llm.collective_rpc("llmdrop_refuses"))
 
     def put_on(self, mask: DropMask) -> None:
         """Answer as under a mask from here on, in an engine for switching that was started with nothing gone or less.
 
-        KV cache stays allocated for all layers, so that only what is computed is as in an engine of that mask.
+        KV cache stays allocated for all layers, so that only what is computed is as in an engine of that mask. One that
+        cannot switch raises SubstitutionError, or what its executor makes of it.
         """
         self.llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
-        self.llm.reset_prefix_cache()
+        self._forget_prompts()
 
     def negative_log_likelihoods(self, windows: Sequence[TokenIds]) -> list[float]:
         """Per window, the mean over its tokens after the first, in nats."""
@@ -139,6 +139,10 @@ class Engine:
             pairs = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
             found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
         return found
+
+    def _forget_prompts(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps the KV cache of earlier prompts, which were computed under another mask")
 
     @property
     def tokenizer(self) -> Any:
@@ -191,6 +195,7 @@ class Engine:
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        self._forget_prompts()
         start = time.perf_counter()
         self.llm.generate(requests, sampling, use_tqdm=False)
         return time.perf_counter() - start

@@ -77,7 +77,9 @@ def wanted(
     context: int | None = None,
 ) -> Wanted | None:
     """What the one argument that is given asks for; None where none is. `decode_speedup` counts bytes, which bound
-    decoding, of a batch of requests of `context` tokens. Raises InputError for more than one.
+    decoding, of a batch of requests of `context` tokens.
+
+    Raises InputError for more than one, and for more tokens than the model takes.
     """
     asked = [each for each in (kv_share, requests, decode_speedup) if each is not None]
     if len(asked) > 1:

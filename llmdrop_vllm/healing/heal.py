@@ -72,19 +72,22 @@ def healed(
         with run.scratch.in_use():
             if announce is not None:
                 announce(run)
-            layers = run.layers(progress=progress) if options.closed_form else _healed_before(student, run)
-            found = Healed(run.tensors(), _record(run, data, layers, identities))
+            if options.closed_form:
+                layers = run.layers(progress=progress)
+                found = Healed(run.tensors(), _record(run, data, layers, identities))
+            else:
+                found = Healed({}, _record_before(student, run) or _record(run, data, (), identities))
             if train is not None:
-                found = _trained(found, run, student, teacher, train, log_directory, progress=progress)
+                found = _trained(found, run, student, teacher, data, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
 
 
-def _healed_before(student: MaskedCheckpoint, run: Run) -> tuple[HealedLayer, ...]:
+def _record_before(student: MaskedCheckpoint, run: Run) -> Healing | None:
+    """Of the healing that the student brings, which a training alone adds to."""
     if not run.scratch.progress.layers:
         run.scratch.save({})  # a directory in which nothing was done would be emptied by the run that goes on
-    record = healing_of(student.checkpoint.directory)
-    return () if record is None else record.layers
+    return healing_of(student.checkpoint.directory)
 
 
 def _record(
@@ -110,6 +113,7 @@ def _trained(
     run: Run,
     student: MaskedCheckpoint,
     teacher: MaskedCheckpoint,
+    data: Calibration,
     train: TrainOptions,
     log_directory: Path | None,
     *,
@@ -134,7 +138,9 @@ def _trained(
         progress=progress,
     )
     tensors = dict(closed.tensors)
+    changed = set(closed.record.training.tensors if closed.record.training else ())
     if training.kl_after < training.kl_before:
         trained = keep_mended(model, find_tensors(student.checkpoint, model), names, directory / "trained.safetensors")
-        training, tensors = training.model_copy(update={"tensors": tuple(sorted(trained))}), tensors | trained
+        tensors, changed = tensors | trained, changed | trained.keys()
+    training = training.model_copy(update={"tensors": tuple(sorted(changed)), "data": data.identity})
     return Healed(tensors, closed.record.model_copy(update={"training": training}))

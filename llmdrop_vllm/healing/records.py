@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Record, read_record
+from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record, read_record
 
 HEAL_FILE = "llmdrop_heal.json"
 
@@ -30,7 +30,8 @@ class HealedLayer(Record):
 
 
 class Training(Record):
-    """Distillation after the closed form: KL to the teacher on held-out sequences, before and after.
+    """Distillation after the closed form: KL to the teacher on held-out sequences, before and after. `data` is what it
+    learnt from, `tensors` are those that it or a training before it changed.
 
     `history` is what the loop logged: by step, the loss learnt from or the held-out one.
     """
@@ -42,6 +43,7 @@ class Training(Record):
     kl_before: float
     kl_after: float
     tensors: tuple[str, ...] = ()
+    data: DataIdentity | None = None
     history: tuple[dict[str, float], ...] = ()
 
 

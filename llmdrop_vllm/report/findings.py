@@ -131,7 +131,10 @@ def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...
         point = sweep.points[owner.steps[n]]
         _check_alike(point, each)
         how = ", ".join(word for word in (None if own else "searched", each.healed) if word)
-        found.setdefault((owner.name, how), {})[n] = point.model_copy(update={"quality": each.quality})
+        points = found.setdefault((owner.name, how), {})
+        if n in points:
+            raise InputError(f"two evaluations are of {owner.name} {n}, {how}; a report shows one of them")
+        points[n] = point.model_copy(update={"quality": each.quality})
     series = {each.name: each for each in sweep.series}
     return tuple(
         Curve(

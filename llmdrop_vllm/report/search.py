@@ -13,6 +13,8 @@ def search(findings: Findings) -> tuple[Figure, str]:
     """KL on the answers by number gone: all masks, the best of each number, and cosine's."""
     if findings.searched is None:
         raise NothingToShow("no search was given (--search)")
+    if not findings.searched.masks:
+        raise NothingToShow("the search has judged no mask on all its answers yet")
     depth, masks = findings.depth, findings.searched.masks
     judged = [(_gone(mask), kl) for mask, kl in masks]
     title = "What a search found among the masks that it judged"
@@ -24,7 +26,7 @@ def search(findings: Findings) -> tuple[Figure, str]:
     axes.plot(*zip(*by_cosine, strict=True), label="by cosine", **LOOKS[0].line)
     axes.plot(*zip(*best, strict=True), label="best of the search", **LOOKS[1].line)
     axes.set(xlabel=f"sublayers gone, of {2 * depth}", ylabel="KL to the full model on its answers, nats per token")
-    scale(axes, [kl for _, kl in judged if kl > 0])
+    scale(axes, losses)
     legend(figure)
     (n, least), cosine = best[-1], dict(by_cosine)
     beside = f", by cosine {cosine[n]:.3f}" if n in cosine else ""

@@ -38,14 +38,19 @@ class Weights:
 
     @property
     def model(self) -> Any:
-        """In memory, without gradients."""
+        """In memory."""
         if self._model is None:
-            self._model = self._load()
+            with torch.inference_mode(False):  # healing may need gradients
+                self._model = self._load()
         return self._model
 
 
 class Judge:
-    """A full model's answers, and any mask's divergence from them. `mask` is what even the full model goes without."""
+    """A full model's answers, and any mask's divergence from them. `mask` is what even the full model goes without;
+    `directory` takes what it says, and `tokens` are those of each answer, [sequences].
+
+    Raises CheckpointError for logits that are not finite.
+    """
 
     def __init__(self, weights: Weights, family: Family, mask: DropMask, answers: Calibration, directory: Path) -> None:
         self.weights, self.family = weights, family

@@ -46,12 +46,12 @@ def backward(space: Space, trials: Trials, start: DropMask) -> Iterator[Found]:
 
 
 def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> Iterator[Found]:
-    """From one mask to a better one by swaps at random, without an end (EvoPress, arXiv 2410.14649): many are judged on
-    few answers, few on all.
+    """From one mask to a better one by swaps at random, as long as there are any (EvoPress, arXiv 2410.14649): many are
+    judged on few answers, few on all.
     """
     rng = np.random.default_rng(seed)
     best = Found(parent, trials.on_answers(parent))
-    while True:
+    while space.can_swap(best.mask):
         drawn = (space.swapped(best.mask, rng) for _ in range(OFFSPRING))
         masks = list({each.dropped: each for each in drawn if space.allows(each)}.values())
         trials.judge.rebase(best.mask)

@@ -13,11 +13,9 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.search.space import KINDS, Space
 from llmdrop_vllm.search.trials import SearchHeader
-from llmdrop_vllm.selection.candidates import Candidates, Kind
+from llmdrop_vllm.selection.candidates import Candidates
 from llmdrop_vllm.selection.orders import LeastImportant
 from llmdrop_vllm.selection.selection import Ranked
-
-COUNTED: tuple[Kind, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,15 @@ def plan_search(
     device: str | None = None,
     dtype: str | None = None,
 ) -> SearchPlan:
-    """With the masks that scores of the same weights give."""
-    candidates = before = Candidates(scores, space.start, space.protect)
-    for kind in COUNTED:
+    """With the masks that scores of the same weights give.
+
+    Raises MaskError where too few sublayers may go, InputError for a device or dtype that is not there.
+    """
+    candidates = chosen = Candidates(scores, space.start, space.protect)
+    for kind in KINDS:
         if count := getattr(space, kind):
-            candidates = candidates.without(Ranked(kind, count).pick(candidates).units)
-    candidates, by_cosine = before, candidates.mask
+            chosen = chosen.without(Ranked(kind, count).pick(chosen).units)
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
     where, what = precision(checkpoint, device, dtype)
-    return SearchPlan(checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what)
+    return SearchPlan(checkpoint, space, chosen.mask, ranking, answers, held_out, to_heal, options, where, what)

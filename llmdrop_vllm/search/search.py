@@ -29,7 +29,8 @@ def search(plan: SearchPlan, trials_file: Path, *, progress: bool = False) -> Ma
     """The mask with the lowest KL on held-out answers among what was found, with its evidence.
 
     Every mask that was judged is kept in the trials file; a search that is asked again, after an interruption or for
-    more masks, goes on with it. Raises OutputError for a file of another search.
+    more masks, goes on with it. Raises OutputError for a file of another search, CheckpointError for weights that
+    cannot be computed with.
     """
     with (
         tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary,
@@ -58,7 +59,7 @@ class _Run:
         self.finalists: dict[str, DropMask] = {BY_COSINE: plan.by_cosine}
 
     def go(self) -> None:
-        """Both greedy ways, then an evolution of the better one's mask; or the first alone where it is healed."""
+        """Both greedy ways, then an evolution of the best mask so far; where each step is healed, forward alone."""
         plan, trials = self.plan, self.trials
         best = [Found(mask, trials.on_answers(mask)) for mask in plan.first_by_cosine][-1]
         if plan.to_heal is not None:
@@ -75,7 +76,7 @@ class _Run:
 
     def chosen(self) -> MaskFile:
         """The best of the finalists."""
-        losses = {name: self._judged(mask) for name, mask in self.finalists.items()}
+        losses = {name: self._losses(mask) for name, mask in self.finalists.items()}
         _, by_cosine = losses[BY_COSINE]
         compared = tuple(
             Compared(
@@ -107,7 +108,7 @@ class _Run:
         )
         return MaskFile.of(self.finalists[best.name], f"search by KL on answers: {best.name}", provenance, evidence)
 
-    def _judged(self, mask: DropMask) -> tuple[Loss, Loss]:
+    def _losses(self, mask: DropMask) -> tuple[Loss, Loss]:
         """On both kinds of answers, once it is healed where that is asked."""
         if self.plan.to_heal is not None:
             self._heal(mask)
@@ -147,9 +148,9 @@ class _Run:
             checkpoint = plan.checkpoint
             student, teacher = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
             with healed(student, teacher, data, device=str(plan.device), dtype=plan.dtype_name) as found:
-                return load_mended(student, found.tensors, dtype=plan.dtype)
+                return load_mended(student, found.tensors, dtype=plan.dtype).to(plan.device)
 
         self.trials.judge.weights.change(load)
-        self.trials.mended = len(mask.attention) + len(mask.mlp)
+        self.trials.mended = mask
         for judge in (self.trials.judge, self.trials.held_out):
             judge.rebase(mask)

@@ -8,8 +8,9 @@ import numpy as np
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.dialects import check_indices
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.selection.candidates import Kind
 
-KINDS = ("attention", "mlp")
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Space:
         depth = self.start.num_hidden_layers
         check_indices("protect", tuple(self.protect), depth)
         if not (self.attention or self.mlp):
-            raise MaskError("nothing was asked for; expected a number of attention or MLP sublayers")
+            raise MaskError(
+                "nothing is left to search; expected a number of attention or MLP sublayers, beside --fixed"
+            )
         for kind in KINDS:
             asked, free = getattr(self, kind), len(self.free(self.start, kind))
             if kind == "attention":
@@ -78,6 +81,10 @@ class Space:
                 room = mask.num_hidden_layers - len(gone) - 1 if kind == "attention" else len(free)
                 mask = _with(mask, kind, (*gone, *free[: min(extra, room)]))
         return mask
+
+    def can_swap(self, mask: DropMask) -> bool:
+        """Whether anything could go in another's place."""
+        return any(getattr(self, kind) and self.free(mask, kind) for kind in KINDS)
 
     def swapped(self, mask: DropMask, rng: np.random.Generator) -> DropMask:
         """With one to three sublayers back and as many others of their kind gone, at random."""

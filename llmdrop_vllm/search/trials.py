@@ -30,12 +30,12 @@ class SearchHeader(Header):
 
 class Trial(Record):
     """A mask that was judged: by sequence, the mean KL of its answer's tokens to the full model's, in nats. `mended`:
-    how many sublayers' loss had been healed before.
+    the mask whose loss had been healed before.
     """
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
-    mended: int = 0
+    mended: DropMask | None = None
     held_out: bool = False
     kl: dict[int, float]
 
@@ -102,7 +102,7 @@ class Trials:
     most: int
     seconds: float = math.inf
     on_trial: Callable[[], object] = lambda: None
-    mended: int = 0
+    mended: DropMask | None = None
     asked: set[tuple[object, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -140,4 +140,4 @@ class Trials:
 
 def _key(trial: Trial) -> tuple[object, ...]:
     """Masks that drop the same in another order are one."""
-    return trial.held_out, trial.mended, frozenset(trial.attention), frozenset(trial.mlp)
+    return trial.held_out, trial.mended and trial.mended.dropped, frozenset(trial.attention), frozenset(trial.mlp)

@@ -36,7 +36,8 @@ class MaskSwitch:
         kind: type[Dropping] | None = getattr(model, "dropping_class", None)
         if kind is None:
             return f"{type(model).__name__} has no row in the family table"
-        self.llmdrop_switching = Switching(model, self.vllm_config, kind)
+        if self.llmdrop_switching is None:
+            self.llmdrop_switching = Switching(model, self.vllm_config, kind)
         runner = self.model_runner
         if get_pp_group().world_size > 1 and runner.intermediate_tensors is None:
             # What stages hand on is allocated by a warm-up, which vLLM's worker for CPUs leaves out in eager mode.
@@ -63,7 +64,10 @@ class Switching:
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
         depth = self.own.mask.num_hidden_layers
         lists = (each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
-        self.layers = next(each for each in lists if self._has_sublayers(each))
+        layers = next((each for each in lists if self._has_sublayers(each)), None)
+        if layers is None:
+            raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
+        self.layers = layers
 
     def _has_sublayers(self, layers: nn.ModuleList) -> bool:
         """A mixture may have as many experts as there are layers."""

@@ -158,3 +158,21 @@ def test_token_ids_of_different_lengths_are_refused(checkpoint, tmp_path):
     (tmp_path / "ids.json").write_text("[[1, 2, 3], [1, 2]]")
     with pytest.raises(DataError, match="different lengths"):
         load_text(checkpoint, str(tmp_path / "ids.json"), context=None, windows=None)
+
+
+def test_speed_is_measured_with_prompts_that_no_cache_holds(checkpoint):
+    """The same prompts are sent twice, and longer ones than a block of the KV cache."""
+    settings, found = EngineSettings(dtype="float32", max_model_len=512, switching=True), []
+    prompts = np.random.default_rng(0).integers(5, 500, (2, 300)).tolist()
+    with running(checkpoint, DropMask(12), settings, harness=False) as engine:
+        generate = engine.llm.generate
+
+        def kept(*args, **kwargs):
+            found.extend(generate(*args, **kwargs))
+            return found
+
+        engine.llm.generate = kept
+        engine.seconds(prompts, SpeedWorkload(requests=2, prompt_tokens=300, output_tokens=2))
+        assert [each.num_cached_tokens for each in found] == [0, 0, 0, 0]
+        kept([{"prompt_token_ids": prompts[0]}])
+        assert found[-1].num_cached_tokens > 0  # the engine does cache

@@ -197,3 +197,13 @@ def test_what_was_healed_before_can_be_trained_alone(tmp_path, monkeypatch):
         assert again.record.layers == found.record.layers
         assert again.record.training.kl_after < again.record.training.kl_before
         assert set(again.record.training.tensors) == again.tensors.keys()
+        assert (again.record.tokens, again.record.provenance.data) == (found.record.tokens, ids.identity)
+        plan = plan_surgery(before, mask, keep_dropped=True).healed(again.tensors)
+        write_checkpoint(plan, tmp_path / "trained", records={HEAL_FILE: again.record})
+    # A training that gains nothing takes nothing from the record of what was changed before.
+    trained = Checkpoint.open(tmp_path / "trained")
+    worse = TrainOptions(epochs=1, learning_rate=1.0, step_tokens=256)
+    with healed(trained.under(mask), teacher, ids, options, train=worse, dtype="float32") as last:
+        assert not last.tensors
+        assert last.record.training.tensors == again.record.training.tensors
+        assert last.record.training.data == ids.identity

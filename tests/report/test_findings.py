@@ -98,6 +98,12 @@ def test_another_mask_of_as_many_sublayers_is_a_curve_of_its_own():
     assert point.quality.mask == mask
 
 
+def test_two_evaluations_of_one_point_are_refused():
+    found = sweep(names=["attention"])
+    with pytest.raises(InputError, match="two evaluations are of attention 4, healed"):
+        Findings.of(found, [], [healed(found, 4), healed(found, 4)])
+
+
 def test_where_layers_differ_another_mask_says_nothing_of_its_cache():
     found, both = sweep(names=["attention"]), scores()
     evaluation = healed(found, 4, None)

@@ -1,5 +1,7 @@
 """The picture of a search."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
@@ -21,7 +23,7 @@ TRIALS = (
     ((5,), {0: 0.2}, {}),
     ((5,), {1: 0.2}, {}),
     ((3, 5), {0: 0.3, 1: 0.6}, {}),
-    ((3, 5), {0: 0.01, 1: 0.01}, {"mended": 1}),
+    ((3, 5), {0: 0.01, 1: 0.01}, {"mended": DropMask(12, attention=(3,))}),
     ((3, 5), {0: 0.9}, {"held_out": True}),
     ((7, 5), {0: 0.01}, {}),  # on a part of the answers
 )
@@ -60,6 +62,13 @@ def test_it_shows_all_that_was_judged_alike_with_the_best_and_cosines(tmp_path):
 def test_without_a_search_there_is_nothing_to_show():
     with pytest.raises(NothingToShow, match="--search"):
         search(Findings.of(sweep(), []))
+
+
+def test_of_a_search_that_judged_nothing_there_is_nothing_to_show(tmp_path):
+    base = sweep()
+    begun = replace(searched(tmp_path, base.request.fingerprint), masks=())
+    with pytest.raises(NothingToShow, match="no mask on all its answers"):
+        search(Findings.of(base, [], searched=begun))
 
 
 def test_a_search_of_another_model_is_refused(tmp_path):

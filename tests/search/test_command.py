@@ -1,5 +1,8 @@
 """`llmdrop search` from one end to the other, on the embedded model."""
 
+import json
+from shutil import copy
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.goals import Sizes
+from llmdrop_vllm.healing.records import Healing
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge
@@ -90,8 +94,8 @@ def test_each_step_can_be_judged_on_what_healing_mended(command, tmp_path, capsy
     assert file.evidence.heal_aware
     assert [each.name for each in file.evidence.compared] == ["cosine", "greedy forward, healed at each step"]
     trials = (tmp_path / "mask.trials.jsonl").read_text()
-    assert '"mended":1' in trials
-    assert '"mended":2' in trials
+    assert '"mended":null' in trials
+    assert f'"mended":{{"num_hidden_layers":12,"attention":{json.dumps(file.attention[:1])}' in trials.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,10 @@ def test_each_step_can_be_judged_on_what_healing_mended(command, tmp_path, capsy
     [
         (("--attention", "12"), "12 attention sublayers asked; 11 can go"),
         (("--attention", "4", "--protect", "0,1,2,3,4,5,6,7,8"), "4 attention sublayers asked; 3 can go"),
-        ((), "nothing was asked for"),
+        ((), "nothing is left to search"),
+        (("--attention", "2", "--beam", "2", "--heal-aware"), "--beam and --heal-aware exclude each other"),
+        (("--attention", "2", "--seed", "-1"), "--seed is -1"),
+        (("--kv-budget", "99%", "--fixed", "1,2"), "is met by attention dropped in 2 of 12 layers"),
         (("--attention", "2", "--answers", __file__), "does not hold answers"),
         (("--attention", "2", "--scores", "none.json"), "none.json cannot be read"),
     ],
@@ -128,7 +135,7 @@ def test_trials_of_a_search_on_other_answers_are_not_gone_on_with(command, tmp_p
     assert main([*command, "--attention", "1"]) == 0
     before = (tmp_path / "mask.trials.jsonl").read_bytes()
     assert main([*command, "--attention", "1", "--overwrite", "--tokens", "100"]) == 1
-    assert "is of a run with other options" in capsys.readouterr().err
+    assert "was written with another answers" in capsys.readouterr().err
     assert (tmp_path / "mask.trials.jsonl").read_bytes() == before
     assert found(tmp_path).evidence is not None
 
@@ -145,6 +152,26 @@ def test_dropping_can_search_and_heal_at_once(answers, tmp_path, capsys):
     # Sublayers are compared on what healing mends, unless other data is named.
     assert scores.provenance.data.source == str(answers)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_healed_on_is_what_was_named(answers, tmp_path, monkeypatch):
+    """Not what masks are searched for on."""
+    monkeypatch.setattr("llmdrop_vllm.cli.evaluation_commands.ask", lambda checkpoint, path, args: copy(answers, path))
+    command = ["drop", str(MODEL), str(tmp_path / "out"), "--attention", "2", "--search", "--heal", "embedded", *SMALL]
+    assert main([*command, "--samples", "8", "--seq-len", "64"]) == 0
+    record = read_record(Healing, tmp_path / "out" / "llmdrop_heal.json")
+    assert record.provenance.data.source == "embedded"
+
+
+def test_all_that_may_go_can_go(command, tmp_path):
+    assert main([*command, "--attention", "3", "--protect", "0,1,2,3,4,5,6,7,8"]) == 0
+    assert {*found(tmp_path).attention} == {9, 10, 11}
+
+
+def test_options_of_a_search_without_one_are_refused(tmp_path, capsys):
+    command = ["drop", str(MODEL), str(tmp_path / "out"), "--attention", "2", "--heal-aware", "--masks", "9"]
+    assert main(command) == 1
+    assert "--masks, --heal-aware belong to --search" in capsys.readouterr().err
 
 
 def test_what_a_search_does_not_choose_is_refused(tmp_path, capsys):

@@ -85,7 +85,7 @@ def test_what_the_start_has_never_comes_back():
             r"5 attention sublayers asked; 4 can go \(6 layers; protected",
         ),
         ({"mlp": -1}, "-1 mlp sublayers asked; 6 can go"),
-        ({}, "nothing was asked for"),
+        ({}, "nothing is left to search"),
         ({"attention": 1, "protect": frozenset({6})}, "protect"),
     ],
 )
@@ -101,15 +101,15 @@ def test_the_greedy_way_takes_the_least_loss_at_each_step(trials):
 
 
 def test_a_beam_finds_what_one_mask_alone_would_miss(trials):
-    """Without layer 0, which is the second best first step, the free pair is not seen."""
+    """The best first step, layer 4, is not of the free pair."""
     trials.judge.loss = lambda mask: (
         pairs(replace(mask, attention=tuple(5 - layer for layer in mask.attention)))
-        - (0.95 if mask.dropped[0] == {4} else 0)
+        - (1.05 if mask.dropped[0] == {4} else 0)
     )
-    narrow = [each.mask for each in forward(Space(DropMask(DEPTH), attention=1), trials)]
-    wide = [each.mask for each in forward(Space(DropMask(DEPTH), attention=2), trials, beam=3)]
-    assert narrow[-1].dropped[0] in ({4}, {5})
-    assert wide[-1].dropped[0] == {0, 5}
+    space = Space(DropMask(DEPTH), attention=2)
+    narrow, wide = ([each.mask.dropped[0] for each in forward(space, trials, beam=beam)] for beam in (1, 3))
+    assert narrow == [{4}, {4, 5}]
+    assert wide == [{4}, {0, 5}]
 
 
 def test_the_way_back_gives_up_what_costs_most(trials):
@@ -126,6 +126,24 @@ def test_an_evolution_comes_to_the_best_mask_and_keeps_the_numbers(trials):
     assert set(masks) == {(2, 1)}
     few = [chunks for _, chunks in trials.judge.asked if len(chunks) < 4]
     assert len(few) > OFFSPRING / 2  # most are judged on a part of the answers
+
+
+def test_where_nothing_can_be_swapped_an_evolution_ends(trials):
+    space = Space(DropMask(DEPTH), attention=2, protect=frozenset({0, 1, 2, 3}))
+    assert list(evolve(space, trials, DropMask(DEPTH, attention=(4, 5)))) == []
+
+
+def test_a_line_that_is_none_of_ours_is_left_alone(trials, tmp_path):
+    trials.on_answers(DropMask(DEPTH, attention=(1,)))
+    trials.file.file.close()
+    path = tmp_path / "trials.jsonl"
+    for line in (b'{"text": "hello"}\n', b'{"attention": "all"}\n'):
+        before = path.read_bytes() + line + path.read_bytes().splitlines(keepends=True)[1]
+        other = tmp_path / "other.jsonl"
+        other.write_bytes(before)
+        with pytest.raises(OutputError, match="line 3, is not of"), appended(other, header(), Trial):
+            pytest.fail("gone on with")
+        assert other.read_bytes() == before
 
 
 def test_the_same_seed_goes_the_same_way(trials, tmp_path):
@@ -159,7 +177,7 @@ def test_trials_of_another_search_are_left_alone(trials, tmp_path):
     path = tmp_path / "trials.jsonl"
     before = path.read_bytes()
     with (
-        pytest.raises(OutputError, match="is of a run with other options"),
+        pytest.raises(OutputError, match="was written with another start"),
         appended(path, header(start=DropMask(DEPTH, attention=(3,))), Trial),
     ):
         pytest.fail("gone on with")
