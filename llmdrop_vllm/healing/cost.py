@@ -42,7 +42,7 @@ class Cost:
             max(self.layer_bytes, other.layer_bytes),
             *max((self.columns, self.outputs), (other.columns, other.outputs)),
             self.hidden_size,
-            self.tokens_at_once,
+            max(self.tokens_at_once, other.tokens_at_once),
         )
 
     @property

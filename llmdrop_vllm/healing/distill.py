@@ -131,6 +131,11 @@ def trained_names(model: Any, family: Family, mask: DropMask, options: TrainOpti
     return found
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Whether products of matrices are, in training on this machine; sums and what is trained are float32."""
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def distill(
     model: Any,
     family: Family,
@@ -195,7 +200,9 @@ def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
     if rank is not None:
         return _adapted(model, names, rank)
     for name in names:
-        model.get_parameter(name).requires_grad_(True)
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()  # steps are smaller than bfloat16 can tell
+        parameter.requires_grad_(True)
     return model
 
 
@@ -230,7 +237,7 @@ def _arguments(
         weight_decay=0.0,
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
-        bf16=gpu or torch.cpu.get_capabilities().get("amx_bf16", False),  # products only; sums and weights are float32
+        bf16=multiplies_in_bfloat16(),
         use_cpu=not gpu,
         seed=options.seed,
         train_sampling_strategy="group_by_length",  # with answers of all lengths a third of a batch is padding

@@ -19,7 +19,7 @@ from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.healing.distill import TrainOptions, distill
+from llmdrop_vllm.healing.distill import TrainOptions, distill, multiplies_in_bfloat16
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
@@ -124,7 +124,9 @@ def _trained(
     dtype = run.streams.student.dtype
     in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS)  # of which there are logits, all at once
     targets = teach(lambda: load_mended(teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
-    model = load_mended(student, closed.tensors, dtype=torch.float32)
+    # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
+    held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32
+    model = load_mended(student, closed.tensors, dtype=held)
     training, names = distill(
         model,
         student.checkpoint.family,
