@@ -7,6 +7,7 @@ import torch
 from vllm import LLM
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
@@ -21,6 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
+from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
 from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
@@ -141,6 +143,10 @@ def test_a_worker_takes_an_extension_that_finds_the_model_and_can_warm_up():
     assert {"args", "method"} <= inspect.signature(LLM.collective_rpc).parameters.keys()
 
 
-def test_a_compiled_model_is_told_from_one_that_is_not():
-    eager = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE)
-    assert (eager.mode, eager.cudagraph_mode) == (CompilationMode.NONE, CUDAGraphMode.NONE)
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_compiled_model_is_told_from_one_that_is_not(eager):
+    args = EngineArgs(model=str(MODEL), skip_tokenizer_init=True, max_model_len=256, enforce_eager=eager)
+    compilation = args.create_engine_config().compilation_config
+    assert (compilation.mode == CompilationMode.NONE) == eager
+    if eager:
+        assert compilation.cudagraph_mode == CUDAGraphMode.NONE
