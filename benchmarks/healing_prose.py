@@ -18,7 +18,7 @@ import torch
 from benchmarks.healing import Subject, heal
 from benchmarks.healing_ways import Way
 from benchmarks.options import ending
-from benchmarks.real_quality import CONTEXT, prose
+from benchmarks.real_quality import CONTEXT, loss, prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask, InputError, hf
@@ -56,12 +56,8 @@ def perplexity(checkpoint: Checkpoint, mask: DropMask, text: Path) -> float:
     """On windows of the text, in float32."""
     windows = load_calibration(checkpoint, str(text), samples=WINDOWS, seq_len=CONTEXT).sequences
     model = hf.load(checkpoint.under(mask), dtype=torch.float32).eval()
-    losses = []
-    for window in windows:
-        token_ids = torch.from_numpy(window)[None]
-        with torch.inference_mode():
-            logits = model(token_ids, use_cache=False).logits[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits, token_ids[0, 1:]).item())
+    with torch.inference_mode():
+        losses = [loss(model, torch.from_numpy(window)[None]) for window in windows]
     return math.exp(float(np.mean(losses)))
 
 

@@ -98,13 +98,14 @@ def code_perplexities(model: Path, found: Sweep, text: Path, kept: Path) -> dict
         full = hf.load(checkpoint.under(checkpoint.mask), dtype=torch.bfloat16).eval()
         for name, point in missing.items():
             with hf.dropped(full, checkpoint.family, point.quality.mask), torch.inference_mode():
-                losses = [_loss(full, torch.from_numpy(window)[None]) for window in windows]
+                losses = [loss(full, torch.from_numpy(window)[None]) for window in windows]
             done[name] = math.exp(float(np.mean(losses)))
             write_atomically(kept, json.dumps(done, indent=2) + "\n")
     return done
 
 
-def _loss(model: Any, token_ids: Any) -> float:
+def loss(model: Any, token_ids: Any) -> float:
+    """Mean negative log-likelihood of a window's tokens after the first, in nats; [1, tokens]."""
     logits = model(token_ids, use_cache=False).logits[0, :-1].float()
     return float(-logits.log_softmax(-1).gather(1, token_ids[0, 1:, None]).mean())
 

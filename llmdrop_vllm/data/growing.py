@@ -42,9 +42,9 @@ class Growing(Generic[H, R]):
     """
 
     def __init__(self, file: BinaryIO, header: H, kind: type[R], *, refuse: bool = False) -> None:
-        self.file, self.kind = file, kind
+        self.file = file
         self.found: list[R] = []
-        self._continue(header, refuse)
+        self._continue(header, kind, refuse)
         self.count = len(self.found)
 
     def append(self, records: Iterable[R]) -> None:
@@ -53,26 +53,25 @@ class Growing(Generic[H, R]):
         self._write("".join(lines))
         self.count += len(lines)
 
-    def _continue(self, header: H, refuse: bool) -> None:
+    def _continue(self, header: H, kind: type[R], refuse: bool) -> None:
         """Cut off a torn last line; and what answers another request or cannot be read, unless that is refused."""
         self.file.seek(0)
         end = 0
         for number, line in enumerate(self.file):
             if not line.endswith(b"\n"):
                 break
+            problem = ""
             try:
                 if number:
-                    self.found.append(self.kind.model_validate_json(line))
+                    self.found.append(kind.model_validate_json(line))
                 elif difference := type(header).model_validate_json(line).differs_in(header):
-                    raise OutputError(
-                        f"{self.file.name} was written with another {difference}; go on with that, or remove it"
-                    )
-            except (ValidationError, OutputError) as error:
-                if not refuse:
-                    break
-                if isinstance(error, OutputError):
-                    raise
-                raise OutputError(f"{self.file.name}, line {number + 1}, is not of this command; remove it") from None
+                    problem = f" was written with another {difference}; go on with that, or remove it"
+            except ValidationError:
+                problem = f", line {number + 1}, is not of this command; remove it"
+            if problem and refuse:
+                raise OutputError(f"{self.file.name}{problem}")
+            if problem:
+                break
             end += len(line)
         self.file.truncate(end)
         if not end:

@@ -25,6 +25,12 @@ class Calibration:
     identity: DataIdentity
     starts: tuple[int, ...] = ()
 
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """How many tokens of each sequence are predicted where it counts: those of an answer."""
+        starts = self.starts or (0,) * len(self.sequences)
+        return tuple(len(each) - start - 1 for each, start in zip(self.sequences, starts, strict=True))
+
 
 def vocab_size(checkpoint: Checkpoint) -> int:
     """Of the model. Raises CheckpointError where the config does not say."""

@@ -76,18 +76,14 @@ def healed(
                 layers = run.layers(progress=progress)
                 found = Healed(run.tensors(), _record(run, data, layers, identities))
             else:
-                found = Healed({}, _record_before(student, run) or _record(run, data, (), identities))
+                if not run.scratch.progress.layers:
+                    run.scratch.save({})  # what has done nothing is thrown away by the run that goes on
+                before = healing_of(student.checkpoint.directory)  # which a training alone adds to
+                found = Healed({}, before or _record(run, data, (), identities))
             if train is not None:
                 found = _trained(found, run, student, teacher, data, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
-
-
-def _record_before(student: MaskedCheckpoint, run: Run) -> Healing | None:
-    """Of the healing that the student brings, which a training alone adds to."""
-    if not run.scratch.progress.layers:
-        run.scratch.save({})  # a directory in which nothing was done would be emptied by the run that goes on
-    return healing_of(student.checkpoint.directory)
 
 
 def _record(

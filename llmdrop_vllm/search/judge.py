@@ -56,9 +56,7 @@ class Judge:
         self.weights, self.family = weights, family
         self.batches = Batches.of(answers, TOKENS_PER_CHUNK)
         self.targets = teach(lambda: weights.model, self.batches, directory)
-        self.tokens = np.array(
-            [len(each) - start - 1 for each, start in zip(self.batches.sequences, self.batches.starts, strict=True)]
-        )
+        self.tokens = np.array(answers.predicted)
         self.base, self.states = mask, dict[int, list[torch.Tensor]]()
 
     def rebase(self, mask: DropMask) -> None:

@@ -51,10 +51,11 @@ def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> 
     """
     rng = np.random.default_rng(seed)
     best = Found(parent, trials.on_answers(parent))
+    trials.judge.rebase(parent)
     while space.can_swap(best.mask):
         drawn = (space.swapped(best.mask, rng) for _ in range(OFFSPRING))
         masks = list({each.dropped: each for each in drawn if space.allows(each)}.values())
-        trials.judge.rebase(best.mask)
+        before = best
         for every, left in ROUNDS:
             losses = [trials.on_answers(each, every).mean for each in masks]
             masks = [masks[place] for place in np.argsort(losses, kind="stable")[:left]]
@@ -62,6 +63,8 @@ def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> 
             loss = trials.on_answers(mask)
             if loss.mean < best.loss.mean:
                 best = Found(mask, loss)
+        if best is not before:
+            trials.judge.rebase(best.mask)
         yield best
 
 

@@ -65,9 +65,7 @@ class SearchPlan:
         identity = ModelIdentity.of(self.checkpoint)
         return SearchHeader(
             answers=self.answers.identity,
-            tokens=tuple(
-                len(each) - start - 1 for each, start in zip(self.answers.sequences, self.answers.starts, strict=True)
-            ),
+            tokens=self.answers.predicted,
             held_out=self.held_out.identity,
             to_heal=None if self.to_heal is None else self.to_heal.identity,
             start=self.checkpoint.mask,
