@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.functions import functions
-from benchmarks.healing_ways import AFTER_HEALING, BY_SEARCH, DATA, OWN_PROMPTS
+from benchmarks.healing_ways import AFTER_HEALING, BY_SEARCH, DATA, OWN_PROMPTS, SEARCHED_ON
 from benchmarks.own_prompts import beginning, own_prompts
 from benchmarks.real_quality import CONTEXT
 from llmdrop_vllm import DropMask, InputError
@@ -25,6 +25,7 @@ from llmdrop_vllm.selection.selection import Ranked, select
 
 TEXT_WINDOWS, JUDGING_TOKENS = 128, 4096
 TOKENS_OF_CODE = 128
+MOST = ("--minutes", "25")  # of a search
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Subject:
         if chosen == BY_SEARCH:
             found = self.directory / f"search-{count}.json"
             if not found.exists():
-                command = ["search", str(self.checkpoint.directory), "--answers", str(self.answers("answers"))]
+                answers = self.answers(SEARCHED_ON[self.name])
+                command = ["search", str(self.checkpoint.directory), "--answers", str(answers), *MOST]
                 run([*command, "--attention", str(count), "--out", str(found), "--dtype", "bfloat16"])
             return read_record(MaskFile, found).mask
         if chosen is not None:

@@ -41,10 +41,32 @@ def _chosen() -> Iterator[Way]:
         yield Way(f"closed form, {chosen}", chosen=chosen)
 
 
+def _trained_by_search(train: TrainOptions, data: tuple[str, ...]) -> Iterator[Way]:
+    name = f"closed form, then training, answers to its own prompts too, {BY_SEARCH}"
+    yield Way(name, data, train=train, chosen=BY_SEARCH, evaluated=True)
+
+
+def _of_the_coder(chosen: str | None) -> Iterator[Way]:
+    how = f", {chosen}" if chosen else ""
+    if chosen:
+        yield Way(f"{DROPPED}{how}", chosen=chosen, heals=False)
+    before = Way(f"closed form{how}", DATA[CODER], 25_000, dtype="bfloat16", evaluated=True, chosen=chosen)
+    yield before
+    yield replace(
+        before,
+        name=f"closed form, then LoRA of rank 32{how}",
+        options=HealOptions(closed_form=False),
+        after=before.name,
+        train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4, step_tokens=1024),  # 2048 take over 20 GiB
+    )
+
+
 UNHEALED = Way(DROPPED, heals=False)
 TRAINED = TrainOptions()
-# By model, what it is healed on; by number gone, in which ways.
-DATA = {"smollm2": ("answers",), "qwen2.5-coder-1.5b": ("answers", "functions", "asked functions")}
+CODER = "qwen2.5-coder-1.5b"
+# By model, what it is healed on and what its masks are searched for by; by number gone, in which ways.
+DATA = {"smollm2": ("answers",), CODER: ("answers", "functions", "asked functions")}
+SEARCHED_ON = {"smollm2": "answers", CODER: "asked functions"}
 WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
     "smollm2": {
         8: (
@@ -68,29 +90,15 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             ),
             Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
             *_chosen(),
+            *_trained_by_search(replace(TRAINED, epochs=2), ("answers", OWN_PROMPTS)),
         ),
         4: (
             UNHEALED,
             Way("closed form", evaluated=True),
             Way("closed form, then training", train=TRAINED, evaluated=True),
             *_chosen(),
+            *_trained_by_search(replace(TRAINED, epochs=2), ("answers", OWN_PROMPTS)),
         ),
     },
-    "qwen2.5-coder-1.5b": {
-        count: (
-            UNHEALED,
-            Way("closed form", DATA["qwen2.5-coder-1.5b"], 25_000, dtype="bfloat16", evaluated=True),
-            Way(
-                "closed form, then LoRA of rank 32",
-                DATA["qwen2.5-coder-1.5b"],
-                25_000,
-                dtype="bfloat16",
-                options=HealOptions(closed_form=False),
-                after="closed form",
-                train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4, step_tokens=1024),  # 2048 take over 20 GiB
-                evaluated=True,
-            ),
-        )
-        for count in (8, 4)
-    },
+    CODER: {count: (UNHEALED, *_of_the_coder(None), *_of_the_coder(BY_SEARCH)) for count in (8, 4)},
 }

@@ -23,12 +23,31 @@ class Compared(Record):
     difference: tuple[float, float]
 
 
+class Finalist(Record):
+    """A mask that tasks were tried under, and by task its score, between 0 and 1."""
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    scores: dict[str, float]
+
+    @property
+    def dropped(self) -> tuple[frozenset[int], frozenset[int]]:
+        """As a mask tells it."""
+        return frozenset(self.attention), frozenset(self.mlp)
+
+    @property
+    def mean(self) -> float:
+        """Of the tasks."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
 class Evidence(Record):
     """Why a search took its mask: of all that it `judged` a few were `compared`, and this loses least on held-out
     answers.
 
     Its interval is a little too good: the best of several was taken, and an evolution looks at these answers to end.
-    With `heal_aware`, KL is of weights that were healed under the mask.
+    With `heal_aware`, KL is of weights that were healed under the mask. Where tasks decided, it was between these
+    `finalists`, the best by KL on the answers that masks were chosen by; the first of them is the full model.
     """
 
     judged: int
@@ -37,6 +56,7 @@ class Evidence(Record):
     held_out_tokens: int
     heal_aware: bool
     compared: tuple[Compared, ...]
+    finalists: tuple[Finalist, ...] = ()
 
 
 class MaskFile(Record):

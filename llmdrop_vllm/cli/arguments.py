@@ -66,18 +66,22 @@ def _add_choosing(add: Add) -> None:
     options.add_file(search, "the mask")
     search.add_argument("--answers", type=Path, required=True, metavar="FILE", help="what `llmdrop answers` wrote")
     search.add_argument("--attention", type=int, default=0, metavar="N", help="attention sublayers to drop")
-    search.add_argument("--mlp", type=int, default=0, metavar="N", help="MLP sublayers to drop")
+    what = "MLP sublayers to drop (0, or for a goal any number)"
+    search.add_argument("--mlp", type=int, metavar="N", help=what)
     search.add_argument(
         "--fixed", type=values.layers, default=(), metavar="25,26", help="attentions that go in any case"
     )
     search.add_argument(
         "--protect", type=values.layers, default=(), metavar="0,1,31", help="layers that keep everything"
     )
+    what = "pipeline stages that the model will be served in, each with an attention (1)"
+    search.add_argument("--pipeline-parallel-size", type=values.count, default=1, metavar="N", help=what)
     search.add_argument("--seed", type=int, default=0, help="of the evolution")
     what = "what `llmdrop score` wrote, for cosine's mask; default: scored on the answers"
     search.add_argument("--scores", type=Path, metavar="FILE", help=what)
     options.add_wanted(search)
     options.add_search(search)
+    options.add_finals(search)
     search.set_defaults(after_healing=False)  # of the scores, which are for cosine's mask
     options.add_precision(search)
 
@@ -170,6 +174,8 @@ def _add_measuring(add: Add) -> None:
     options.add_model(recommend)
     options.add_results(recommend)
     options.add_goal(recommend)
+    what = "search by the model's answers in this file of `llmdrop answers`, not among the points of a sweep"
+    recommend.add_argument("--answers", type=Path, metavar="FILE", help=what)
 
     report = add("report", "draw a sweep: one HTML file and its pictures", "llmdrop report MODEL", MEASURING)
     options.add_model(report)

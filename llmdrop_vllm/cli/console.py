@@ -10,7 +10,7 @@ from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
-from llmdrop_vllm.mask_file import Compared, MaskFile
+from llmdrop_vllm.mask_file import Compared, Finalist, MaskFile
 from llmdrop_vllm.selection.selection import Selection
 
 if TYPE_CHECKING:
@@ -76,7 +76,16 @@ def show_search(found: MaskFile) -> None:
     print(f"{found.method}: {found.mask.summary()}")
 
 
-def _layers(each: Compared) -> str:
+def show_finals(found: MaskFile) -> None:
+    """What tasks say of the best."""
+    evidence = found.evidence
+    assert evidence is not None, "a search gives evidence"
+    rows = [(_layers(each) or "nothing", *map(_score, each.scores.values())) for each in evidence.finalists]
+    print_table(("without", *evidence.finalists[0].scores), rows)
+    print(f"{found.method}: {found.mask.summary()}")
+
+
+def _layers(each: Compared | Finalist) -> str:
     kinds = (("attention", each.attention), ("MLP", each.mlp))
     return ", ".join(f"{name} {','.join(map(str, sorted(layers)))}" for name, layers in kinds if layers)
 

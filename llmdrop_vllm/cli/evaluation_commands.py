@@ -10,13 +10,15 @@ from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_reco
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len
+from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
 from llmdrop_vllm.data.prompts import PROMPTS
 from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
-from llmdrop_vllm.evaluation.harness import Harness, find_tasks, write_results
+from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
@@ -24,8 +26,6 @@ from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, me
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.report import write_report
 from llmdrop_vllm.search.trials import Searched
-
-LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
 
 def answers(args: Namespace) -> None:
@@ -46,7 +46,7 @@ def answers(args: Namespace) -> None:
         seed=args.seed,
         held_out=args.held_out,
     )
-    plan = plan_answers(checkpoint, request, dtype=args.dtype or _default_dtype(checkpoint), options=args.engine_args)
+    plan = plan_answers(checkpoint, request, dtype=args.dtype or default_dtype(checkpoint), options=args.engine_args)
     if plan.left_out:
         print(f"llmdrop: warning: {plan.left_out}", file=sys.stderr)
     sample_answers(plan, args.out, progress=True)
@@ -58,7 +58,7 @@ def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
     """The full model's answers to our prompts, for what is healed on them right away; those that are there already if
     they are to the same.
     """
-    plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or _default_dtype(checkpoint), options={})
+    plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or default_dtype(checkpoint), options={})
     if not (out.exists() and read_answers(out)[0].asks_the_same(plan.header)):
         sample_answers(plan, out, progress=True)
 
@@ -108,6 +108,9 @@ def sweep(args: Namespace) -> None:
 
 def recommend(args: Namespace) -> None:
     """`llmdrop recommend`; the exit status is 1 where no point meets the goal."""
+    if args.answers is not None:
+        search_instead(args)
+        return
     if args.out is not None:
         check_new(args.out, args.overwrite)
     goal = Goal(args.max_loss, args.kv_budget, args.speedup)
@@ -152,9 +155,7 @@ def _sweep_of(args: Namespace) -> Sweep:
 
 def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
     """What can be refused without an engine is refused here."""
-    harness = Harness()  # lm-eval is an extra
-    if args.tasks:
-        harness = find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
+    harness = harness_of(args)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)
     named: dict[str, DivergedOn] = {"answers": "own answers", "text": "text"}
     on, held_out = named.get(args.divergence_on, "held-out answers"), None
@@ -162,30 +163,9 @@ def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engine
         file = Path(args.divergence_on)
         held_out = load_answers(checkpoint, file, held_out=True, tokens=args.divergence_tokens)
     measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on, held_out)
-    dtype = args.dtype or _default_dtype(checkpoint)
-    longest = _max_model_len(checkpoint, context, args)
+    dtype = args.dtype or default_dtype(checkpoint)
+    longest = max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
-
-
-def _max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
-    """For a window of text, for the requests that speed is measured with, and for the tasks' own prompts.
-
-    Raises DataError for requests that are longer than the model's context.
-    """
-    most = checkpoint.context
-    request = 0 if getattr(args, "no_speed", True) else args.prompt_tokens + args.output_tokens
-    if most is not None and request > most:
-        raise DataError(
-            f"--prompt-tokens and --output-tokens are {request} together; the model's context is {most} tokens"
-        )
-    return max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
-
-
-def _default_dtype(checkpoint: Checkpoint) -> str:
-    """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
-    import torch
-
-    return checkpoint.dtype if torch.cuda.is_available() else "float32"
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:

@@ -27,11 +27,14 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.evaluation.goals import mixes, wanted
 from llmdrop_vllm.healing.parents import check_parent, check_plain
 from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.selection.candidates import Candidates
+from llmdrop_vllm.selection.selection import KVBudget
 from llmdrop_vllm.selection.selection import select as select_mask
 from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.write import check_destination
@@ -56,23 +59,26 @@ def drop(args: Namespace) -> None:
         if args.config_only:
             raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
         check_plain(checkpoint)
-    space = _space(checkpoint, args) if args.search else None
+    if args.search:
+        _space(checkpoint, Scores.unmeasured(checkpoint), args)
     check_search_options(args, searches=args.search)
     text = None  # that healing learns from, in place of answers
     if args.heal not in (None, OWN_ANSWERS) and not is_answers(Path(args.heal)):
         text = healing_data(checkpoint, args.heal, args)
     answers = _answers(checkpoint, args)
-    data = None if space is None or answers is None else SearchData.of(checkpoint, answers, args)
+    data = SearchData.of(checkpoint, answers, args) if args.search and answers is not None else None
     if answers is not None and text is args.data is args.samples is args.seq_len is None:
         args.data = str(answers)  # what healing mends shows there
     calibration = calibration_of(checkpoint, args)
     scores = scored_or_kept("scores", checkpoint, calibration, args)
-    if space is None or data is None:
+    if data is None:
         chosen = selection_of(scores, args, checkpoint, calibration)
         show_selection(chosen)
         file = chosen_file(chosen, scores)
     else:
-        file = searched(checkpoint, space, data, scores, args, beside(args.out, "trials.jsonl"))
+        file = searched(
+            checkpoint, [_space(checkpoint, scores, args)], data, scores, args, beside(args.out, "trials.jsonl")
+        )
         show_search(file)
     plan = plan_of(args, checkpoint, file.mask)
     records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}
@@ -84,12 +90,20 @@ def drop(args: Namespace) -> None:
     forget(args.out)
 
 
-def _space(checkpoint: Checkpoint, args: Namespace) -> Space:
+def _space(checkpoint: Checkpoint, scores: Scores, args: Namespace) -> Space:
     """What --search looks among."""
-    names = ("blocks", "consecutive", "joint", "last", "random", "least", "kv_budget", "iterative", "allow_padding")
+    names = ("blocks", "consecutive", "joint", "last", "random", "least", "iterative", "allow_padding")
     if others := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
         raise MaskError(f"--search chooses --attention and --mlp; {', '.join(others)} cannot be searched for")
-    return Space(checkpoint.mask, args.attention or 0, args.mlp or 0, frozenset(args.protect))
+    mask, attention, protect = checkpoint.mask, args.attention or 0, frozenset(args.protect)
+    if args.kv_budget:
+        if attention:
+            raise MaskError("--search takes --attention or --kv-budget, which finds out how many go; both are given")
+        goal = wanted(checkpoint, kv_share=float(KVBudget.parse(args.kv_budget).share))
+        assert goal is not None
+        smallest, *_ = mixes(Candidates(scores, mask, protect), goal, mlps=args.mlp or 0)
+        attention = len(smallest.attention) - len(mask.attention)
+    return Space(mask, attention, args.mlp or 0, protect)
 
 
 def _answers(checkpoint: Checkpoint, args: Namespace) -> Path | None:

@@ -8,6 +8,7 @@ from llmdrop_vllm.masks.dialects import ON_DISK
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
 Parser = argparse.ArgumentParser
+Group = argparse._ArgumentGroup
 
 
 def add_model(command: Parser) -> None:
@@ -103,7 +104,7 @@ def add_selection(command: Parser) -> None:
 
 def add_wanted(command: Parser) -> None:
     """What an owner wants, in place of a number of attentions."""
-    group = command.add_argument_group("as many attentions as it takes, in place of --attention, for")
+    group = command.add_argument_group("as many sublayers as it takes, in place of --attention, for")
     group.add_argument("--kv-budget", type=share, metavar="50%", help="a KV cache of at most this share")
     group.add_argument("--requests", type=count, metavar="N", help="so many requests of --context in --memory")
     group.add_argument(
@@ -130,6 +131,13 @@ def add_search(command: Parser) -> None:
         metavar="TOKENS",
         help="heal after each greedy step, on so many tokens of answers (10000), and judge the next one on that",
     )
+
+
+def add_finals(command: Parser) -> None:
+    """How a search ends where KL is not to decide."""
+    group = command.add_argument_group("tasks that decide in the end")
+    add_tasks(group, "lm-eval tasks, which the best by KL are tried on, in vLLM")
+    group.add_argument("--finalists", type=count, default=8, metavar="N", help="masks that are tried (8)")
 
 
 def add_output(command: Parser) -> None:
@@ -207,7 +215,13 @@ def add_measures(command: Parser) -> None:
         help="compare next tokens on 'answers' of the full model to our prompts (default), on the 'text', or on the "
         "held-out answers of a file of `llmdrop answers`",
     )
-    group.add_argument("--tasks", type=names, default=(), metavar="A,B", help=f"lm-eval tasks; ours: {OWN_TASKS}")
+    add_tasks(group, f"lm-eval tasks; ours: {OWN_TASKS}")
+    add_engine(command)
+
+
+def add_tasks(group: Group, what: str) -> None:
+    """What a model is to answer, and how it is asked."""
+    group.add_argument("--tasks", type=names, default=(), metavar="A,B", help=what)
     group.add_argument("--limit", type=count, metavar="N", help="rows of each task (all)")
     group.add_argument(
         "--prompting",
@@ -220,7 +234,6 @@ def add_measures(command: Parser) -> None:
         action="store_true",
         help="let tasks run the code that the model writes: in a process without network, files to write or others",
     )
-    add_engine(command)
 
 
 def add_engine(command: Parser) -> None:

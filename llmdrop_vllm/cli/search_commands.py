@@ -1,6 +1,7 @@
 """`llmdrop search`: makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -8,17 +9,20 @@ from typing import Self
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
-from llmdrop_vllm.cli.console import show_search
+from llmdrop_vllm.cli.console import show_finals, show_search
+from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
-from llmdrop_vllm.evaluation.goals import Wanted, wanted
+from llmdrop_vllm.evaluation.deciding import decide
+from llmdrop_vllm.evaluation.goals import Wanted, mixes, wanted
+from llmdrop_vllm.evaluation.masked_engines import Plan
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.search.trials import Searched
 from llmdrop_vllm.selection.candidates import Candidates
-from llmdrop_vllm.selection.selection import Ranked
 
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
@@ -29,6 +33,8 @@ def search(args: Namespace) -> None:
     """`llmdrop search`."""
     check_new(args.out, args.overwrite)
     check_search_options(args, searches=True)
+    if args.heal_aware is not None and args.tasks:
+        raise InputError("--tasks and --heal-aware exclude each other: in the engine nothing is healed")
     checkpoint = Checkpoint.open(args.model)
     goal = wanted(
         checkpoint,
@@ -40,15 +46,37 @@ def search(args: Namespace) -> None:
         context=args.context,
     )
     # Refused before the scores: how many go depends on these only where layers differ in size.
-    _space(checkpoint, Scores.unmeasured(checkpoint), goal, args)
+    _spaces(checkpoint, Scores.unmeasured(checkpoint), goal, args)
     data = SearchData.of(checkpoint, args.answers, args)
-    trials = args.out.with_suffix(".trials.jsonl")
+    trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
+    harness = harness_of(args)
     scores = _scores(checkpoint, args)
-    found = searched(checkpoint, _space(checkpoint, scores, goal, args), data, scores, args, trials)
+    spaces = _spaces(checkpoint, scores, goal, args)
+    found = searched(checkpoint, spaces, data, scores, args, trials)
+    show_search(found)
+    if harness.tasks:
+        plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
+        masks = _finalists(found, Searched.read(trials), spaces, args.finalists)
+        found = decide(found, masks, plan, harness, finals, limit=args.limit, progress=True)
+        show_finals(found)
     write_record(found, args.out)
     forget(args.out)
-    show_search(found)
     print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
+
+
+def search_instead(args: Namespace) -> None:
+    """`llmdrop recommend --answers`: no sweep is asked, and a search meets the goal."""
+    from llmdrop_vllm.cli.arguments import parser
+
+    if args.max_loss is not None:
+        raise MaskError("--max-loss is of what a sweep measures; with --answers give --kv-budget or --speedup")
+    if args.out is None:
+        raise InputError("--answers needs --out, for the mask that is searched for")
+    command = ["search", args.model, "--answers", str(args.answers), "--out", str(args.out)]
+    command += ["--overwrite"] if args.overwrite else []
+    command += [] if args.kv_budget is None else ["--kv-budget", f"{100 * args.kv_budget:.12g}%"]
+    command += [] if args.speedup is None else ["--decode-speedup", f"{args.speedup:.12g}"]
+    search(parser().parse_args(command))
 
 
 def check_search_options(args: Namespace, *, searches: bool) -> None:
@@ -86,7 +114,7 @@ class SearchData:
 
 
 def searched(
-    checkpoint: Checkpoint, space: Space, data: SearchData, scores: Scores, args: Namespace, trials: Path
+    checkpoint: Checkpoint, spaces: Sequence[Space], data: SearchData, scores: Scores, args: Namespace, trials: Path
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
     from llmdrop_vllm.search.plan import SearchOptions, plan_search
@@ -97,7 +125,7 @@ def searched(
     plan = plan_search(
         scores,
         checkpoint,
-        space,
+        spaces,
         data.learnt,
         data.held_out,
         options,
@@ -108,11 +136,11 @@ def searched(
     return search_masks(plan, trials, progress=True)
 
 
-def _space(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> Space:
-    """What the arguments ask to look among: so many attentions, or as many as a goal takes by importance; those of
-    --fixed go in any case.
+def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> list[Space]:
+    """What the arguments ask to look among: so many attentions and MLPs, or as many as a goal takes by importance;
+    attentions of --fixed go in any case.
     """
-    own, protect = checkpoint.mask, frozenset(args.protect)
+    own, protect, mlps = checkpoint.mask, frozenset(args.protect), args.mlp
     if both := sorted(protect.intersection(args.fixed)):
         raise MaskError(f"layers {both} are in --protect and in --fixed")
     start = DropMask(own.num_hidden_layers, (*own.attention, *args.fixed), own.mlp)
@@ -121,18 +149,23 @@ def _space(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Na
     if goal is None:
         if args.attention < len(args.fixed):
             raise MaskError(f"--attention is {args.attention}, and {len(args.fixed)} go in any case (--fixed)")
-        return Space(start, args.attention - len(args.fixed), args.mlp, protect)
+        return [Space(start, args.attention - len(args.fixed), mlps or 0, protect, args.pipeline_parallel_size)]
     if args.attention:
         raise InputError("--attention is how many go, which --kv-budget, --requests and --decode-speedup find out")
     candidates = Candidates(scores, start, protect)
-    if args.mlp:
-        candidates = candidates.without(Ranked("mlp", args.mlp).pick(candidates).units)
-    most = candidates.available(candidates.units("attention"))
-    picked = (Ranked("attention", count).pick(candidates) for count in range(1, most + 1))
     if goal(candidates.mask):
         raise MaskError(f"what is asked for is met by {candidates.mask.summary()}; nothing is left to search")
-    smallest = goal.smallest([candidates.mask, *(candidates.without(each.units).mask for each in picked)])
-    return Space(start, len(smallest.attention) - len(start.attention), args.mlp, protect, meets=goal)
+    masks = mixes(candidates, goal, args.pipeline_parallel_size, mlps)
+    gone = [(len(mask.attention) - len(start.attention), len(mask.mlp) - len(start.mlp)) for mask in masks]
+    return [Space(start, *counts, protect, args.pipeline_parallel_size, meets=goal) for counts in gone]
+
+
+def _finalists(found: MaskFile, searched: Searched, spaces: Sequence[Space], count: int) -> list[DropMask]:
+    """The best by KL of what was asked for, and the search's own in any case."""
+    ranked = [mask for mask, _ in sorted(searched.masks, key=lambda each: each[1])]
+    wanted = {mask.dropped: mask for mask in ranked if any(space.holds(mask) for space in spaces)}
+    best = [*wanted.values()][:count]
+    return best if found.mask.dropped in {mask.dropped for mask in best} else [*best[: count - 1], found.mask]
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace) -> Scores:

@@ -58,13 +58,14 @@ class Reference:
     def under(self, mask: DropMask) -> Divergence:
         """Of the same weights under a mask."""
         with hf.dropped(self.model, self.family, mask):
-            return self._divergence(self.model)
+            return self.by(self.model)
 
     def of(self, checkpoint: Checkpoint, mask: DropMask, *, dtype: str) -> Divergence:
         """Of another checkpoint's weights, such as a model that was trained on after dropping."""
-        return self._divergence(_load(checkpoint, mask, dtype))
+        return self.by(_load(checkpoint, mask, dtype))
 
-    def _divergence(self, model: Any) -> Divergence:
+    def by(self, model: Any) -> Divergence:
+        """Of any model that reads the same tokens."""
         kl, agreement = [], []
         for window, full in zip(self.windows, self.full, strict=True):
             masked, full = _log_probabilities(model, window), full.to(model.device)

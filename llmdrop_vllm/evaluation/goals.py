@@ -1,6 +1,6 @@
 """What an owner wants of a mask, told by sizes alone: KV cache, requests in a memory, bytes that decoding reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
@@ -8,6 +8,8 @@ from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.evaluation.inspection import BLOCK_TOKENS, IN_FLIGHT_TOKENS, request_context
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.selection.candidates import Candidates, Kind
+from llmdrop_vllm.selection.selection import Ranked
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,9 @@ class Wanted:
         """Whether a mask meets it."""
         return self.met(self.value(mask))
 
-    def smallest(self, masks: Sequence[DropMask]) -> DropMask:
-        """The first that meets it, of masks that grow. Raises MaskError where none does."""
-        for mask in masks:
-            if self(mask):
-                return mask
-        last = masks[-1]
-        raise MaskError(f"at best {self.text.format(self.value(last))}, with {last.summary()}; ask for less")
+    def unmet(self, mask: DropMask) -> MaskError:
+        """The error that not even this mask meets it."""
+        return MaskError(f"at best {self.text.format(self.value(mask))}, with {mask.summary()}; ask for less")
 
 
 @dataclass(frozen=True)
@@ -103,3 +101,28 @@ def wanted(
             f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes it reads",
         )
     return None
+
+
+def mixes(candidates: Candidates, goal: Wanted, stages: int = 1, mlps: int | None = None) -> list[DropMask]:
+    """By importance, the masks that meet a goal with as few attentions as it takes: one without any MLP gone, then one
+    for each number of MLPs that spares an attention; or that of so many `mlps`. At least `stages` attentions stay.
+
+    Raises MaskError where no mask meets it.
+    """
+    found: list[DropMask] = []
+    numbers = range(candidates.available(candidates.units("mlp")) + 1) if mlps is None else (mlps,)
+    for number in numbers:
+        begun = _picked(candidates, "mlp", number)
+        most = min(begun.available(begun.units("attention")), max(0, len(begun.mask.kept_attention) - stages))
+        if found:
+            most = min(most, len(found[-1].attention) - len(candidates.mask.attention) - 1)
+        if most >= 0 and goal(last := _picked(begun, "attention", most).mask):
+            masks = (_picked(begun, "attention", fewer).mask for fewer in range(most))
+            found.append(next((mask for mask in masks if goal(mask)), last))
+    if not found:
+        raise goal.unmet(last)
+    return found
+
+
+def _picked(candidates: Candidates, kind: Kind, count: int) -> Candidates:
+    return candidates.without(Ranked(kind, count).pick(candidates).units) if count else candidates

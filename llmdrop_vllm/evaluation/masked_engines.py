@@ -1,7 +1,7 @@
 """Engines for many masks: one in which masks are switched, or one that is built with each."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -95,6 +95,16 @@ def one_for_each(plan: Plan) -> Iterator[OneForEach]:
     plan = replace(plan, settings=replace(plan.settings, engines=2))
     with running(plan.checkpoint, plan.checkpoint.mask, plan.settings, harness=False) as full:
         yield OneForEach(plan, full)
+
+
+@contextmanager
+def any_engines(plan: Plan) -> Iterator[Engines]:
+    """The one in which masks are switched, where they can be."""
+    with ExitStack() as stack:
+        one = stack.enter_context(one_for_all(plan))
+        if one is None:
+            stack.close()  # its memory is needed
+        yield one or stack.enter_context(one_for_each(plan))
 
 
 def _gpu() -> bool:

@@ -1,5 +1,6 @@
 """What a search is asked for, checked before anything slow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -41,6 +42,8 @@ class SearchOptions:
 class SearchPlan:
     """`by_cosine` is the mask that scores choose, `ranking` what they would drop first. Masks are chosen by `answers`,
     and `held_out` decides. With `to_heal`, what was lost is healed on that in closed form after each greedy step.
+
+    `mixes` are other spaces that are as good an answer to what was asked, each with its mask by cosine.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +56,7 @@ class SearchPlan:
     options: SearchOptions
     device: torch.device
     dtype: torch.dtype
+    mixes: tuple[tuple[Space, DropMask], ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -93,7 +97,7 @@ class SearchPlan:
 def plan_search(
     scores: Scores,
     checkpoint: Checkpoint,
-    space: Space,
+    spaces: Sequence[Space],
     answers: Calibration,
     held_out: Calibration,
     options: SearchOptions,
@@ -102,15 +106,30 @@ def plan_search(
     device: str | None = None,
     dtype: str | None = None,
 ) -> SearchPlan:
-    """With the masks that scores of the same weights give.
+    """With the masks that scores of the same weights give; what is looked for may lie in any of the spaces.
 
     Raises MaskError where too few sublayers may go, InputError for a device or dtype that is not there.
     """
-    candidates = chosen = Candidates(scores, space.start, space.protect)
-    for kind in KINDS:
-        if count := getattr(space, kind):
-            chosen = chosen.without(Ranked(kind, count).pick(chosen).units)
+    candidates = Candidates(scores, spaces[0].start, spaces[0].protect)
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
     where, what = precision(checkpoint, device, dtype)
-    return SearchPlan(checkpoint, space, chosen.mask, ranking, answers, held_out, to_heal, options, where, what)
+    (space, by_cosine), *mixes = [_with_cosine(each, candidates, checkpoint) for each in spaces]
+    return SearchPlan(
+        checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what, tuple(mixes)
+    )
+
+
+def _with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) -> tuple[Space, DropMask]:
+    """And cosine's mask in it. Where layers store unlike keys and values none must store more than that one, which is
+    ranked with an eye on padding.
+    """
+    for kind in KINDS:
+        if count := getattr(space, kind):
+            candidates = candidates.without(Ranked(kind, count).pick(candidates).units)
+    by_cosine, asked = candidates.mask, space.meets
+    if len({*candidates.scores.kinds}) == 1:
+        return space, by_cosine
+    most = checkpoint.under(by_cosine).layout.token_values
+    meets = lambda mask: asked(mask) and checkpoint.under(mask).layout.token_values <= most  # noqa: E731
+    return replace(space, meets=meets), by_cosine

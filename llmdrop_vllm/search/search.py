@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class _Run:
 
     def go(self) -> None:
         """Both greedy ways, then an evolution of the best mask so far; where each step is healed, forward alone."""
-        plan, trials = self.plan, self.trials
-        best = [Found(mask, trials.on_answers(mask)) for mask in plan.first_by_cosine][-1]
+        trials = self.trials
+        best = self._best_mix([Found(mask, trials.on_answers(mask)) for mask in self.plan.first_by_cosine][-1])
+        plan = self.plan
         if plan.to_heal is not None:
             self._last("greedy forward, healed at each step", forward(plan.space, trials, accepted=self._heal))
             return
@@ -73,6 +75,15 @@ class _Run:
             if (found := self._last(name, way)) is not None:
                 best = min(best, found, key=lambda each: each.loss.mean)
         self._evolve(best.mask)
+
+    def _best_mix(self, best: Found) -> Found:
+        """Go on in the space whose mask by cosine loses least."""
+        for space, mask in self.plan.mixes:
+            found = Found(mask, self.trials.on_answers(mask))
+            self.finalists[f"{BY_COSINE}, {len(mask.attention)} attentions and {len(mask.mlp)} MLPs"] = mask
+            if found.loss.mean < best.loss.mean:
+                best, self.plan = found, replace(self.plan, space=space, by_cosine=mask)
+        return best
 
     def chosen(self) -> MaskFile:
         """The best of the finalists."""

@@ -16,13 +16,14 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp")
 @dataclass(frozen=True)
 class Space:
     """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`; when that
-    many are gone, `meets` must accept the mask. Raises MaskError where too few may go.
+    many are gone, `meets` must accept the mask; `stages` attentions stay. Raises MaskError where too few may go.
     """
 
     start: DropMask
     attention: int = 0
     mlp: int = 0
     protect: frozenset[int] = frozenset()
+    stages: int = 1  # of a pipeline: vLLM needs an attention in each
     meets: Callable[[DropMask], bool] = lambda _: True
 
     def __post_init__(self) -> None:
@@ -35,11 +36,12 @@ class Space:
         for kind in KINDS:
             asked, free = getattr(self, kind), len(self.free(self.start, kind))
             if kind == "attention":
-                free = min(free, depth - len(self.start.attention) - 1)  # vLLM needs one
+                free = min(free, depth - len(self.start.attention) - self.stages)
             if not 0 <= asked <= free:
                 already = self.start.summary() if self.start else f"{depth} layers"
                 protected = f"; protected: {', '.join(map(str, sorted(self.protect)))}" if self.protect else ""
-                raise MaskError(f"{asked} {kind} sublayers asked; {free} can go ({already}{protected})")
+                staged = f"; pipeline stages: {self.stages}" if self.stages > 1 else ""
+                raise MaskError(f"{asked} {kind} sublayers asked; {max(free, 0)} can go ({already}{protected}{staged})")
 
     def free(self, mask: DropMask, kind: str) -> list[int]:
         """Layers whose sublayer of a kind a mask leaves, and that may go."""
@@ -49,6 +51,12 @@ class Space:
     def is_whole(self, mask: DropMask) -> bool:
         """Whether as many are gone as are to go."""
         return all(len(getattr(mask, kind)) - len(getattr(self.start, kind)) == getattr(self, kind) for kind in KINDS)
+
+    def holds(self, mask: DropMask) -> bool:
+        """Whether this is one of the masks that were asked for."""
+        starts = all({*getattr(self.start, kind)} <= {*getattr(mask, kind)} for kind in KINDS)
+        spared = self.protect.isdisjoint({*mask.attention, *mask.mlp} - {*self.start.attention, *self.start.mlp})
+        return starts and spared and self.is_whole(mask) and self.meets(mask)
 
     def allows(self, mask: DropMask) -> bool:
         """On the way any mask is."""
@@ -78,7 +86,7 @@ class Space:
             if getattr(self, kind):
                 gone = getattr(mask, kind)
                 free = [layer for other, layer in ranking if other == kind and layer in self.free(mask, kind)]
-                room = mask.num_hidden_layers - len(gone) - 1 if kind == "attention" else len(free)
+                room = mask.num_hidden_layers - len(gone) - self.stages if kind == "attention" else len(free)
                 mask = _with(mask, kind, (*gone, *free[: min(extra, room)]))
         return mask
 

@@ -1,0 +1,44 @@
+"""Engines that arguments ask for, and what they are to answer."""
+
+from argparse import Namespace
+
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.evaluation.engine import EngineSettings
+from llmdrop_vllm.evaluation.harness import Harness, find_tasks
+
+LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
+
+
+def engine_for_tasks(checkpoint: Checkpoint, args: Namespace) -> EngineSettings:
+    """An engine that answers tasks and does nothing else."""
+    longest = min(checkpoint.context or LONGEST_TASK, LONGEST_TASK)
+    return EngineSettings(dtype=args.dtype or default_dtype(checkpoint), max_model_len=longest)
+
+
+def harness_of(args: Namespace) -> Harness:
+    """The tasks that the arguments name; lm-eval is an extra, and not needed where they name none."""
+    if not args.tasks:
+        return Harness()
+    return find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
+
+
+def max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
+    """For a window of text, for the requests that speed is measured with, and for the tasks' own prompts.
+
+    Raises DataError for requests that are longer than the model's context.
+    """
+    most = checkpoint.context
+    request = 0 if getattr(args, "no_speed", True) else args.prompt_tokens + args.output_tokens
+    if most is not None and request > most:
+        raise DataError(
+            f"--prompt-tokens and --output-tokens are {request} together; the model's context is {most} tokens"
+        )
+    return max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
+
+
+def default_dtype(checkpoint: Checkpoint) -> str:
+    """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
+    import torch
+
+    return checkpoint.dtype if torch.cuda.is_available() else "float32"

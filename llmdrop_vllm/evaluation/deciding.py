@@ -1,0 +1,64 @@
+"""Which of a search's best masks does best at tasks: KL likes some that take what mathematics needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance
+from llmdrop_vllm.data.growing import Header, appended
+from llmdrop_vllm.evaluation.harness import Harness
+from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
+from llmdrop_vllm.evaluation.records import Prompting
+from llmdrop_vllm.mask_file import Finalist, MaskFile
+from llmdrop_vllm.masks.mask import DropMask
+
+
+class FinalsHeader(Header):
+    """What finalists answer, whichever they are."""
+
+    kind: str = "llmdrop-finals"
+    tasks: tuple[str, ...]
+    limit: int | None
+    prompting: Prompting | str
+
+
+def decide(
+    file: MaskFile,
+    masks: Sequence[DropMask],
+    plan: Plan,
+    harness: Harness,
+    finals: Path,
+    *,
+    limit: int | None = None,
+    progress: bool = False,
+) -> MaskFile:
+    """The file with that of these masks that has the best mean score, of equals the first; beside them the full model.
+
+    Each is asked through one engine in which masks are switched, and kept in the file of `finals` at once.
+    """
+    assert file.evidence is not None, "a search gives evidence"
+    base, identity = plan.checkpoint.mask, ModelIdentity.of(plan.checkpoint)
+    provenance = Provenance(model=identity, dtype=plan.settings.dtype)
+    header = FinalsHeader(tasks=harness.tasks, limit=limit, prompting=harness.prompting, provenance=provenance)
+    with appended(finals, header, Finalist) as kept:
+        known = {each.dropped: each for each in kept.found}
+        missing = [mask for mask in (base, *masks) if mask.dropped not in known]
+        if missing:
+            with any_engines(plan) as engines:
+                for mask in tqdm(missing, unit="mask", disable=not progress):
+                    with engines.under(mask) as engine:
+                        scores, _ = harness.run(engine.harness, limit=limit, bars=False)
+                    by_task = {each.task: each.value for each in scores}
+                    known[mask.dropped] = Finalist(attention=mask.attention, mlp=mask.mlp, scores=by_task)
+                    kept.append([known[mask.dropped]])
+    full, *finalists = (known[mask.dropped] for mask in (base, *masks))
+    best = max(finalists, key=lambda each: each.mean)
+    return file.model_copy(
+        update={
+            "attention": best.attention,
+            "mlp": best.mlp,
+            "method": f"search by KL on answers, and {' and '.join(harness.tasks)} between its {len(masks)} best",
+            "evidence": file.evidence.model_copy(update={"finalists": (full, *finalists)}),
+        }
+    )
