@@ -40,6 +40,7 @@ def score(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, args.out)
     write_record(scores, args.out)
+    forget(args.out)
     show_scores(scores)
     print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
 
@@ -115,24 +116,24 @@ def run_scoring(
 
     if args.after_healing:
         held_out_sequences(calibration)  # refused before the scores, which may take hours
-    scores = score_checkpoint(
+        plain = Namespace(**{**vars(args), "after_healing": False})
+        scores = scored_or_kept("before-healing", checkpoint, calibration, plain, out, mask)
+        return after_healing(
+            scores,
+            checkpoint,
+            calibration,
+            device=args.device,
+            dtype=args.dtype,
+            scratch=beside(out, "healing-scores"),
+            progress=True,
+        )
+    return score_checkpoint(
         checkpoint,
         calibration,
         mask=mask,
         device=args.device,
         dtype=args.dtype,
         scratch=beside(out, "scratch"),
-        progress=True,
-    )
-    if not args.after_healing:
-        return scores
-    return after_healing(
-        scores,
-        checkpoint,
-        calibration,
-        device=args.device,
-        dtype=args.dtype,
-        scratch=beside(out, "healing-scores"),
         progress=True,
     )
 
@@ -149,13 +150,18 @@ def forget(out: Path) -> None:
 
 
 def scored_or_kept(
-    name: str, checkpoint: Checkpoint, calibration: Calibration, args: Namespace, mask: DropMask | None = None
+    name: str,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    args: Namespace,
+    out: Path,
+    mask: DropMask | None = None,
 ) -> Scores:
-    """The scores that an earlier run of the same command left beside OUT, or new ones, which are left there."""
-    path = beside(args.out, f"{name}.json")
+    """The scores that an earlier run of the same command left beside `out`, or new ones, which are left there."""
+    path = beside(out, f"{name}.json")
     scores = _kept_scores(path, checkpoint, calibration, args, mask)
     if scores is None:
-        scores = run_scoring(checkpoint, calibration, args, args.out, mask)
+        scores = run_scoring(checkpoint, calibration, args, out, mask)
         write_record(scores, path)
     return scores
 
@@ -222,7 +228,7 @@ def selection_of(
 
     def rescore(mask: DropMask) -> Scores:
         gone = len(mask.attention) + len(mask.mlp)
-        return scored_or_kept(f"without-{gone}", checkpoint, calibration, args, mask)
+        return scored_or_kept(f"without-{gone}", checkpoint, calibration, args, args.out, mask)
 
     return iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, given_mask, run_scoring
+from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len
 from llmdrop_vllm.cli.search_commands import search_instead
@@ -174,6 +174,7 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
         make_directory(kept.parent)
         scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, kept)
         write_record(scores, kept)
+        forget(kept)
         return scores
     scores = read_record(Scores, args.scores or kept)
     check_scored(scores, checkpoint)

@@ -40,6 +40,7 @@ from llmdrop_vllm.writing.plan import SurgeryPlan, plan_surgery
 from llmdrop_vllm.writing.write import check_destination
 
 if TYPE_CHECKING:
+    from llmdrop_vllm.healing.distill import TrainOptions
     from llmdrop_vllm.healing.heal import Healed
     from llmdrop_vllm.healing.run import Run
 
@@ -70,7 +71,7 @@ def drop(args: Namespace) -> None:
     if answers is not None and text is args.data is args.samples is args.seq_len is None:
         args.data = str(answers)  # what healing mends shows there
     calibration = calibration_of(checkpoint, args)
-    scores = scored_or_kept("scores", checkpoint, calibration, args)
+    scores = scored_or_kept("scores", checkpoint, calibration, args, args.out)
     if data is None:
         chosen = selection_of(scores, args, checkpoint, calibration)
         show_selection(chosen)
@@ -182,16 +183,26 @@ def healing(
         dtype=args.dtype,
         scratch=beside(args.out, "healing"),
         progress=True,
-        announce=lambda run: _announce(run, data),
+        announce=lambda run: _announce(run, data, train),
     ) as found:
         yield found
 
 
-def _announce(run: "Run", data: Calibration) -> None:
+def _announce(run: "Run", data: Calibration, train: "TrainOptions | None") -> None:
     """What it will take, and whether the data suffices."""
-    if not run.steps:
-        print(f"training on {data.identity.tokens:,} tokens of {data.identity.source}")
-        return
+    if run.steps:
+        _announce_closed_form(run, data)
+    if train is not None:
+        from llmdrop_vllm.healing.training_cost import training_cost
+
+        cost = training_cost(run, train)
+        print(
+            f"training ({train.method}) on {data.identity.tokens:,} tokens of {data.identity.source}, {train.epochs:g} "
+            f"times: about {cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory"
+        )
+
+
+def _announce_closed_form(run: "Run", data: Calibration) -> None:
     cost, tokens = run.cost, data.identity.tokens
     minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
     print(

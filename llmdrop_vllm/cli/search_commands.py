@@ -172,7 +172,7 @@ def _scores(checkpoint: Checkpoint, args: Namespace) -> Scores:
     """As given, or on the answers that masks are chosen by."""
     if args.scores is None:
         learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
-        return scored_or_kept("scores", checkpoint, learnt, args)
+        return scored_or_kept("scores", checkpoint, learnt, args, args.out)
     scores = read_record(Scores, args.scores)
     check_scored(scores, checkpoint)
     return scores

@@ -58,7 +58,7 @@ class Cost:
         width = max(self.hidden_size, 256)
         found = 0.0
         for flops, kind in ((self.layer_flops, dtype), (self.sum_flops, torch.float32)):
-            found += flops / _flops_per_second(width, device, kind) if flops else 0.0
+            found += flops / flops_per_second(width, device, kind) if flops else 0.0
         return found
 
 
@@ -81,7 +81,8 @@ def layer_cost(stream: LayerStream, index: int, passes: int, batches: Batches, r
     return Cost(flops, sums + solutions, layer_bytes, columns, outputs, stream.hidden_size, at_once)
 
 
-def _flops_per_second(width: int, device: torch.device, dtype: torch.dtype) -> float:
+def flops_per_second(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Of products of matrices on this machine, in a moment's measurement."""
     one, other = (torch.ones(size, device=device, dtype=dtype) for size in ((PROBE_TOKENS, width), (width, 4 * width)))
 
     def multiply() -> None:

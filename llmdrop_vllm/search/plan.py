@@ -114,13 +114,13 @@ def plan_search(
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
     where, what = precision(checkpoint, device, dtype)
-    (space, by_cosine), *mixes = [_with_cosine(each, candidates, checkpoint) for each in spaces]
+    (space, by_cosine), *mixes = [with_cosine(each, candidates, checkpoint) for each in spaces]
     return SearchPlan(
         checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what, tuple(mixes)
     )
 
 
-def _with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) -> tuple[Space, DropMask]:
+def with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) -> tuple[Space, DropMask]:
     """And cosine's mask in it. Where layers store unlike keys and values none must store more than that one, which is
     ranked with an eye on padding.
     """

@@ -9,8 +9,10 @@ import torch
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import DEFAULT, healed
 from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.healing.training_cost import training_cost
 from tests.healing.test_families import data
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -75,3 +77,17 @@ def test_memory_peaks_where_it_was_said(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0.5 * found["said"] < found["took"] < found["said"] + 64 * 2**20
+
+
+def test_training_is_said_to_take_longer_for_more_and_less_memory_for_adapters():
+    run, _ = said()
+    ways = TrainOptions(epochs=1), TrainOptions(epochs=2), TrainOptions(rank=4)
+    once, twice, adapters = (training_cost(run, options) for options in ways)
+    assert once.flops < twice.flops < 2 * once.flops  # the teacher is asked once
+    assert twice.memory_bytes == once.memory_bytes > adapters.memory_bytes
+    model = run.streams.student.model
+    tokens = sum(map(len, run.streams.batches.sequences))
+    least = 2 * model.num_parameters() * tokens * 2  # forward only, the teacher too
+    assert least < once.flops < 2 * least
+    assert once.memory_bytes > model.num_parameters() * 4
+    assert once.seconds > 0

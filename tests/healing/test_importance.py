@@ -76,3 +76,13 @@ def test_masks_are_chosen_by_it(tmp_path, capsys):
     left = json.loads(scores.read_text())["similarity"]["attention"]
     assert chosen[0] == chosen[1] == sorted(range(12), key=lambda each: -left[each])[:3]
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "mask.json", "out"}
+
+
+def test_an_interrupted_command_does_not_score_again(tmp_path, monkeypatch):
+    command = ["score", str(MODEL), "--out", str(tmp_path / "scores.json"), "--samples", "8", "--seq-len", "64"]
+    command.append("--after-healing")
+    interrupted_once(monkeypatch, importance._Run, "_layer", at=3)
+    assert main(command) == 130
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("it was scored"))
+    assert main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]

@@ -16,25 +16,8 @@ from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge
 from tests.data.files import answer, write_answers
-
-SMALL = ("--tokens", "300", "--held-out-tokens", "200", "--masks", "60")
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What the embedded model might have said: its tokens in any order."""
-    rng = np.random.default_rng(0)
-    found = [
-        answer(number, rng.integers(5, 500, 6).tolist(), rng.integers(5, 500, 26).tolist(), held_out=number % 4 == 0)
-        for number in range(24)
-    ]
-    provenance = Provenance(model=ModelIdentity.of(Checkpoint.open(MODEL)))
-    return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl", found, provenance=provenance)
-
-
-@pytest.fixture
-def command(answers, tmp_path):
-    return ["search", str(MODEL), "--answers", str(answers), "--out", str(tmp_path / "mask.json"), *SMALL]
+from tests.engines import quick
+from tests.search.conftest import SMALL
 
 
 def found(tmp_path):
@@ -234,7 +217,7 @@ def test_a_goal_tells_how_many_go(goal, gone, command, tmp_path):
         (("--kv-budget", "1%"), "at best the KV cache is 8% of the full one, with"),
         (("--kv-budget", "50%", "--attention", "3"), "--attention is how many go, which --kv-budget"),
         (("--kv-budget", "50%", "--requests", "3"), "exclude each other"),
-        (("--decode-speedup", "9"), "at best decoding 8 requests of 1,024 tokens is"),
+        (("--decode-speedup", "99"), "at best decoding 8 requests of 1,024 tokens is"),
         (("--requests", "9", "--context", "4096"), "requests of 4096 tokens asked; expected 1 to 1024"),
     ],
 )
@@ -254,3 +237,64 @@ def test_what_goes_in_any_case_is_in_every_mask(command, tmp_path, capsys):
     assert "--attention is 1, and 2 go in any case (--fixed)" in capsys.readouterr().err
     assert main([*command, "--attention", "3", "--fixed", "2,0", "--protect", "0", "--overwrite"]) == 1
     assert "layers [0] are in --protect and in --fixed" in capsys.readouterr().err
+
+
+def test_each_pipeline_stage_keeps_an_attention(command, tmp_path, capsys):
+    assert main([*command, "--attention", "9", "--pipeline-parallel-size", "4"]) == 1
+    assert "9 attention sublayers asked; 8 can go (12 layers; pipeline stages: 4)" in capsys.readouterr().err
+    assert main([*command, "--kv-budget", "20%", "--pipeline-parallel-size", "4"]) == 1
+    assert "at best the KV cache is 33% of the full one" in capsys.readouterr().err
+    assert main([*command, "--attention", "8", "--pipeline-parallel-size", "4", "--masks", "20"]) == 0
+    assert len(found(tmp_path).attention) == 8
+
+
+def test_dropping_finds_out_how_many_a_budget_takes(answers, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["drop", str(MODEL), str(out), "--kv-budget", "75%", "--search", "--heal", str(answers), *SMALL]
+    assert main([*command, "--attention", "2"]) == 1
+    assert "--search takes --attention or --kv-budget" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(Checkpoint.open(out).mask.attention) == 3
+
+
+def test_recommend_searches_where_answers_are_given(answers, tmp_path, capsys, monkeypatch):
+    command = ["recommend", str(MODEL), "--answers", str(answers), "--kv-budget", "50%"]
+    assert main(command) == 1
+    assert "--answers needs --out" in capsys.readouterr().err
+    monkeypatch.setattr("llmdrop_vllm.cli.search_commands.TOKENS", 300)
+    monkeypatch.setattr("llmdrop_vllm.search.plan.SearchOptions.most", 30)
+    assert main([*command, "--max-loss", "1%", "--out", str(tmp_path / "mask.json")]) == 1
+    assert "--max-loss is of what a sweep measures" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "mask.json")]) == 0
+    assert len(found(tmp_path).attention) == 6
+    assert found(tmp_path).evidence is not None
+
+
+@pytest.fixture(scope="module")
+def engines():
+    with quick():
+        yield
+
+
+def test_tasks_decide_between_the_best_by_kl(command, tmp_path, capsys, engines, monkeypatch):
+    asked = [*command, "--attention", "3", "--tasks", "llmdrop_name", "--limit", "8", "--finalists", "3"]
+    assert main(asked) == 0
+    file = found(tmp_path)
+    full, *finalists = file.evidence.finalists
+    assert (full.dropped, len(finalists)) == ((frozenset(), frozenset()), 3)
+    assert all(len(each.attention) == 3 for each in finalists)
+    best = max(each.scores["llmdrop_name"] for each in finalists)
+    chosen = next(each for each in finalists if each.dropped == file.mask.dropped)
+    assert chosen.scores["llmdrop_name"] == best
+    assert "llmdrop_name between its 3 best" in capsys.readouterr().out
+
+    # What was asked is not asked again, and a search that asks for less of it goes on in no file of another one.
+    monkeypatch.setattr("llmdrop_vllm.evaluation.deciding.any_engines", None)
+    assert main([*asked, "--overwrite"]) == 0
+    assert found(tmp_path) == file.model_copy(update={"provenance": found(tmp_path).provenance})
+    assert main([*asked, "--overwrite", "--limit", "4"]) == 1
+    assert "mask.finals.jsonl was written with another limit" in capsys.readouterr().err
+    assert main([*asked, "--overwrite", "--heal-aware"]) == 1
+    assert "--tasks and --heal-aware exclude each other" in capsys.readouterr().err
+    assert main([*asked, "--overwrite", "--tasks", "llmdrop_nam"]) == 1
+    assert "unknown task llmdrop_nam" in capsys.readouterr().err

@@ -9,10 +9,14 @@ import pytest
 from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
 from llmdrop_vllm.data.growing import appended
 from llmdrop_vllm.errors import MaskError, OutputError
+from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.methods import OFFSPRING, backward, evolve, forward
+from llmdrop_vllm.search.plan import with_cosine
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.trials import EnoughError, Loss, SearchHeader, Trial, Trials
+from llmdrop_vllm.selection.candidates import Candidates
+from tests.selection.test_selection_kv import hybrid_scores
 
 DEPTH = 6
 DATA = DataIdentity(source="a", sequences=4, tokens=40, seq_len=None, seed=0, sha256="")
@@ -212,3 +216,21 @@ def test_a_difference_is_told_apart_by_pairs():
     assert 0.015 < low < high < 0.025
     assert one.interval()[1] > other.interval()[0]
     assert one.mean == pytest.approx(np.average(hard, weights=tokens))
+
+
+def test_where_layers_store_unlike_keys_and_values_no_mask_stores_more_than_cosines():
+    """12 layers in turn: without two full ones 10 are stored as 4 + 8, without two sliding ones as 6 + 4, 10 in all."""
+    scores = hybrid_scores(0.1, 0.11)
+
+    class Fake:
+        def under(self, mask):
+            return type("Masked", (), {"layout": kv_layout([scores.kinds[layer] for layer in mask.kept_attention])})
+
+    start = DropMask(12)
+    space, by_cosine = with_cosine(Space(start, attention=2), Candidates(scores, start), Fake())
+    most = Fake().under(by_cosine).layout.token_values
+    masks = [DropMask(12, attention=pair) for pair in itertools.combinations(range(12), 2)]
+    held = [mask for mask in masks if space.holds(mask)]
+    assert 0 < len(held) < len(masks)
+    assert {Fake().under(mask).layout.token_values for mask in held} == {most}
+    assert all(Fake().under(mask).layout.token_values > most for mask in masks if mask not in held)
