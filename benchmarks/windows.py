@@ -35,8 +35,8 @@ from llmdrop_vllm.fetching.fetch import fetch
 NAME, QUERIES, HEAD_ROWS = "llmdrop_windows", 512, 1024
 LENGTH, MEASURED, FITTED = 8192, 3, 2
 BINS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
-NEEDLES = tuple((length, depth) for length in (2048, 4096, 8000) for depth in (0.1, 0.3, 0.5, 0.7, 0.9))
-PLACES = ("Lisbon", "Oslo")
+NEEDLES = tuple((length, depth) for length in (2048, 4096, 8000) for depth in (0.1, 0.4, 0.7, 0.95))
+PLACES = ("Lisbon",)
 SAMPLED = 64  # one query in so many tells what the first tokens weigh
 
 

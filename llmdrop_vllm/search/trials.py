@@ -27,6 +27,14 @@ class SearchHeader(Header):
     to_heal: DataIdentity | None
     start: DropMask
 
+    def differs_in(self, other: Self) -> str:
+        """The same tokens are the same answers, wherever their file is."""
+        named = {}
+        for name in ("answers", "held_out", "to_heal"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            named[name] = ours and theirs and ours.model_copy(update={"source": theirs.source})
+        return super(SearchHeader, self.model_copy(update=named)).differs_in(other)
+
 
 class Trial(Record):
     """A mask that was judged: by sequence, the mean KL of its answer's tokens to the full model's, in nats. `mended`:

@@ -188,6 +188,24 @@ def test_trials_of_another_search_are_left_alone(trials, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_the_same_answers_elsewhere_are_the_same(trials, tmp_path):
+    trials.on_answers(DropMask(DEPTH, attention=(1,)))
+    trials.file.file.close()
+    moved, others = DATA.model_copy(update={"source": "b"}), DATA.model_copy(update={"sha256": "beef"})
+    with appended(tmp_path / "trials.jsonl", header(answers=moved), Trial) as file:
+        assert file.count == 1
+    with (
+        pytest.raises(OutputError, match="was written with another answers"),
+        appended(tmp_path / "trials.jsonl", header(answers=others), Trial),
+    ):
+        pytest.fail("gone on with")
+    with (
+        pytest.raises(OutputError, match="was written with another to_heal"),
+        appended(tmp_path / "trials.jsonl", header(to_heal=DATA), Trial),
+    ):
+        pytest.fail("gone on with")
+
+
 def test_there_can_be_enough(trials):
     trials.most = 7
     with pytest.raises(EnoughError):
