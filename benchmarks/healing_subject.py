@@ -25,7 +25,7 @@ from llmdrop_vllm.selection.selection import Ranked, select
 
 TEXT_WINDOWS, JUDGING_TOKENS = 128, 4096
 TOKENS_OF_CODE = 128
-MOST = ("--minutes", "15")  # of a search
+MOST = ("--minutes", "12")  # of a search
 
 
 @dataclass(frozen=True)

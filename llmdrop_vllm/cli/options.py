@@ -118,7 +118,7 @@ def add_wanted(command: Parser) -> None:
 def add_search(command: Parser) -> None:
     """How a mask is searched for."""
     group = command.add_argument_group("search")
-    group.add_argument("--masks", type=count, metavar="N", help="to judge at most (300)")
+    group.add_argument("--masks", type=count, metavar="N", help="to judge at most (400)")
     group.add_argument("--minutes", type=minutes, metavar="N", help="to judge them in at most (without an end)")
     group.add_argument("--tokens", type=count, metavar="N", help="of answers, to choose by (2048)")
     group.add_argument("--held-out-tokens", type=count, metavar="N", help="of held-out answers, to decide by (4096)")

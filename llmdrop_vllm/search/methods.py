@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.search.space import KINDS, Space
 from llmdrop_vllm.search.trials import Loss, Trials
 
 # Of the evolution: masks in a generation, and the share of the answers and of the masks of its first rounds.
@@ -36,8 +36,16 @@ def forward(
         yield best[0]
 
 
+def ranked_alone(space: Space, trials: Trials) -> list[tuple[str, int]]:
+    """Sublayers that may go, first the one without which alone least is lost."""
+    found = sorted(_judged(trials, space.start, space.extended(space.start)), key=lambda each: each.loss.mean)
+    gone = [(kind, layer) for each in found for kind in KINDS for layer in getattr(each.mask, kind)[-1:]]
+    started = {(kind, layer) for kind in KINDS for layer in getattr(space.start, kind)}
+    return [each for each in gone if each not in started]
+
+
 def backward(space: Space, trials: Trials, start: DropMask) -> Iterator[Found]:
-    """From more than was asked for, one sublayer back at a time: the one without which least is lost."""
+    """From more than was asked for, one sublayer back at a time: the one that is missed most."""
     mask = start
     while candidates := list(_judged(trials, mask, space.reduced(mask))):
         best = min(candidates, key=lambda each: each.loss.mean)

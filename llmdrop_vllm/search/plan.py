@@ -25,7 +25,7 @@ class SearchOptions:
     the other one begins with `extra` sublayers more than are to go. Raises DataError for what cannot be.
     """
 
-    most: int = 300
+    most: int = 400
     seconds: float = inf
     beam: int = 1
     extra: int = 3
@@ -89,9 +89,8 @@ class SearchPlan:
     @property
     def next_by_cosine(self) -> DropMask:
         """With `extra` sublayers of each kind more than are to go."""
-        gone = {(kind, layer) for kind in KINDS for layer in getattr(self.by_cosine, kind)}
-        ranking = [each for each in self.ranking if each not in gone]
-        return self.space.more(self.by_cosine, ranking, self.options.extra)
+        first = [(kind, layer) for kind in KINDS for layer in getattr(self.by_cosine, kind)]
+        return self.space.more([*first, *self.ranking], self.options.extra)
 
 
 def plan_search(

@@ -17,7 +17,7 @@ from llmdrop_vllm.healing.mended import load_mended
 from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge, Weights
-from llmdrop_vllm.search.methods import Found, backward, evolve, forward
+from llmdrop_vllm.search.methods import Found, backward, evolve, forward, ranked_alone
 from llmdrop_vllm.search.plan import SearchPlan
 from llmdrop_vllm.search.trials import EnoughError, Loss, Trial, Trials
 
@@ -60,21 +60,30 @@ class _Run:
         self.finalists: dict[str, DropMask] = {BY_COSINE: plan.by_cosine}
 
     def go(self) -> None:
-        """Both greedy ways, then an evolution of the best mask so far; where each step is healed, forward alone."""
+        """Greedy ways, then an evolution of the best mask so far; where each step is healed, forward alone."""
         trials = self.trials
         best = self._best_mix([Found(mask, trials.on_answers(mask)) for mask in self.plan.first_by_cosine][-1])
         plan = self.plan
         if plan.to_heal is not None:
             self._last("greedy forward, healed at each step", forward(plan.space, trials, accepted=self._heal))
             return
-        ways = {
-            "greedy backward": backward(plan.space, trials, plan.next_by_cosine),
-            "greedy forward": forward(plan.space, trials, beam=plan.options.beam),
-        }
-        for name, way in ways.items():
+        for name, way in self._ways():
             if (found := self._last(name, way)) is not None:
                 best = min(best, found, key=lambda each: each.loss.mean)
         self._evolve(best.mask)
+
+    def _ways(self) -> Iterator[tuple[str, Iterator[Found]]]:
+        """The short ones first: where there is little time they are all that there is."""
+        plan, trials = self.plan, self.trials
+        self.bar.set_description("each sublayer alone")
+        ranking = ranked_alone(plan.space, trials)
+        alone = plan.space.more(ranking, 0)
+        if plan.space.allows(alone):
+            yield "least lost alone", iter([Found(alone, trials.on_answers(alone))])
+        more = plan.space.more(ranking, plan.options.extra)
+        yield "greedy backward from these", backward(plan.space, trials, more)
+        yield "greedy backward from cosine's", backward(plan.space, trials, plan.next_by_cosine)
+        yield "greedy forward", forward(plan.space, trials, beam=plan.options.beam)
 
     def _best_mix(self, best: Found) -> Found:
         """Go on in the space whose mask by cosine loses least."""

@@ -80,14 +80,16 @@ class Space:
                     if self.allows(found := _with(mask, kind, tuple(each for each in gone if each != layer))):
                         yield found
 
-    def more(self, mask: DropMask, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
-        """With so many more of each kind that is asked for, the first of the ranking that may go."""
+    def more(self, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
+        """The first of the ranking that may go, of each kind that is asked for so many more than are asked for."""
+        mask = self.start
         for kind in KINDS:
-            if getattr(self, kind):
+            if asked := getattr(self, kind):
                 gone = getattr(mask, kind)
-                free = [layer for other, layer in ranking if other == kind and layer in self.free(mask, kind)]
+                left = self.free(mask, kind)
+                free = [*dict.fromkeys(layer for other, layer in ranking if other == kind and layer in left)]
                 room = mask.num_hidden_layers - len(gone) - self.stages if kind == "attention" else len(free)
-                mask = _with(mask, kind, (*gone, *free[: min(extra, room)]))
+                mask = _with(mask, kind, (*gone, *free[: min(asked + extra, room)]))
         return mask
 
     def can_swap(self, mask: DropMask) -> bool:

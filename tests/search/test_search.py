@@ -11,7 +11,7 @@ from llmdrop_vllm.data.growing import appended
 from llmdrop_vllm.errors import MaskError, OutputError
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.search.methods import OFFSPRING, backward, evolve, forward
+from llmdrop_vllm.search.methods import OFFSPRING, backward, evolve, forward, ranked_alone
 from llmdrop_vllm.search.plan import with_cosine
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.trials import EnoughError, Loss, SearchHeader, Trial, Trials
@@ -70,7 +70,7 @@ def test_a_mask_grows_by_what_is_still_asked_for():
 
 def test_what_the_start_has_never_comes_back():
     space = Space(DropMask(DEPTH, attention=(2,)), attention=1)
-    more = space.more(space.start, [("attention", 4), ("mlp", 1), ("attention", 3)], 2)
+    more = space.more([("attention", 4), ("mlp", 1), ("attention", 3), ("attention", 4)], 1)
     assert more.attention == (2, 4, 3)
     assert [mask.attention for mask in space.reduced(more)] == [(2, 3), (2, 4)]
     rng = np.random.default_rng(0)
@@ -102,6 +102,15 @@ def test_the_greedy_way_takes_the_least_loss_at_each_step(trials):
     found = list(forward(Space(DropMask(DEPTH), attention=3), trials))
     assert [each.mask.attention for each in found] == [(0,), (0, 5), (0, 5, 1)]  # 0 and 5 together are free
     assert len(trials.asked) == 6 + 5 + 4
+
+
+def test_sublayers_are_ranked_by_what_is_lost_without_each_alone(trials):
+    space = Space(DropMask(DEPTH, attention=(2,)), attention=2, mlp=1)
+    ranking = ranked_alone(space, trials)
+    assert [layer for kind, layer in ranking if kind == "attention"] == [0, 1, 3, 4, 5]
+    assert [layer for kind, layer in ranking if kind == "mlp"] == [0, 1, 2, 3, 4, 5]
+    mask = space.more(ranking, 0)
+    assert (mask.attention, mask.mlp) == ((2, 0, 1), (0,))
 
 
 def test_a_beam_finds_what_one_mask_alone_would_miss(trials):
