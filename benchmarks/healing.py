@@ -65,13 +65,14 @@ def heal(subject: Subject, mask: DropMask, way: Way, out: Path, *, after: Path |
         return found.record
 
 
-def evaluated(subject: Subject, out: Path, name: str) -> Evaluation:
-    """With the options of the sweep, kept beside it."""
+def evaluated(subject: Subject, out: Path, name: str, mask: Path | None = None) -> Evaluation:
+    """With the options of the sweep, kept beside it; under a mask where it is not the checkpoint's own."""
     path = subject.results / "healed" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = prose(subject.directory / "prose.txt")
         asked = ("--text", str(text), "--context", str(CONTEXT), *PRECISION, *measures(subject.name))
+        asked += () if mask is None else ("--mask", str(mask))
         run(["evaluate", str(out), "--full", str(subject.checkpoint.directory), "--out", str(path), *asked])
         path.with_suffix(".lm-eval.json").unlink()  # each row of the tasks
     return read_record(Evaluation, path)
@@ -83,6 +84,9 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
     if not way.heals:
         told["judged"] = subject.judged(subject.checkpoint, mask)
+        if way.evaluated:
+            file = subject.searched(count)
+            return told | figures(evaluated(subject, subject.checkpoint.directory, name, file).quality)
         return told if way.chosen else told | figures(subject.point(count).quality)
     out = subject.directory / name
     begin = None if out.exists() else time.monotonic()

@@ -1,5 +1,6 @@
 """A real model that is healed: its answers, masks and judges, kept in a directory."""
 
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,12 +55,7 @@ class Subject:
     def mask(self, count: int, chosen: str | None) -> DropMask:
         """That of the sweep, or one that is chosen on answers."""
         if chosen == BY_SEARCH:
-            found = self.directory / f"search-{count}.json"
-            if not found.exists():
-                answers = self.answers(SEARCHED_ON[self.name])
-                command = ["search", str(self.checkpoint.directory), "--answers", str(answers), *MOST]
-                run([*command, "--attention", str(count), "--out", str(found), "--dtype", "bfloat16"])
-            return read_record(MaskFile, found).mask
+            return read_record(MaskFile, self.searched(count)).mask
         if chosen is not None:
             path = self.directory / f"scores {chosen}.json".replace(" ", "-")
             if not path.exists():
@@ -68,6 +64,18 @@ class Subject:
                 run([*command, *(["--after-healing"] if chosen == AFTER_HEALING else [])])
             return select(read_record(Scores, path), Ranked("attention", count)).mask
         return self.point(count).quality.mask
+
+    def searched(self, count: int) -> Path:
+        """The file of the mask that a search finds; what was judged for another number is not judged again."""
+        found = self.directory / f"search-{count}.json"
+        if not found.exists():
+            trials = found.with_suffix(".trials.jsonl")
+            if (before := next(iter(self.directory.glob("search-*.trials.jsonl")), None)) and not trials.exists():
+                shutil.copy(before, trials)
+            answers = self.answers(SEARCHED_ON[self.name])
+            command = ["search", str(self.checkpoint.directory), "--answers", str(answers), *MOST]
+            run([*command, "--attention", str(count), "--out", str(found), "--dtype", "bfloat16"])
+        return found
 
     def answers(self, source: str) -> Path:
         """Those to one kind of prompts; asked for where they are not there."""

@@ -50,7 +50,7 @@ def _trained_by_search(train: TrainOptions, data: tuple[str, ...]) -> Iterator[W
 def _of_the_coder(chosen: str | None) -> Iterator[Way]:
     how = f", {chosen}" if chosen else ""
     if chosen:
-        yield Way(f"{DROPPED}{how}", chosen=chosen, heals=False)
+        yield Way(f"{DROPPED}{how}", chosen=chosen, heals=False, evaluated=True)
     before = Way(f"closed form{how}", DATA[CODER], 25_000, dtype="bfloat16", evaluated=True, chosen=chosen)
     yield before
     yield replace(
