@@ -21,7 +21,9 @@ def search(findings: Findings) -> tuple[Figure, str]:
     figure, (axes,) = panels(title, findings.model, 1, 1, (9.0, 5.0))
     numbers, losses = zip(*judged, strict=True)
     axes.plot(numbers, losses, ".", color=GREY, alpha=0.5, label=f"{len(judged)} masks")
-    best = [(n, min(kl for count, kl in judged if count == n)) for n in sorted({n for n, _ in judged if n})]
+    by_number = {n: [kl for count, kl in judged if count == n] for n in sorted({*numbers})}
+    # Of some numbers there is cosine's mask alone, which no search has found.
+    best = [(n, min(found)) for n, found in by_number.items() if len(found) > 1] or [(numbers[-1], losses[-1])]
     by_cosine = _prefixes([mask for mask, _ in masks], dict(masks))
     axes.plot(*zip(*by_cosine, strict=True), label="by cosine", **LOOKS[0].line)
     axes.plot(*zip(*best, strict=True), label="best of the search", **LOOKS[1].line)

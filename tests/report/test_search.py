@@ -59,6 +59,14 @@ def test_it_shows_all_that_was_judged_alike_with_the_best_and_cosines(tmp_path):
     assert "4 masks; the best without 2 sublayers has a KL of 0.400, by cosine 0.600." in alt
 
 
+def test_of_a_number_that_cosines_mask_alone_was_judged_of_there_is_no_best(tmp_path):
+    base = sweep()
+    found = searched(tmp_path, base.request.fingerprint)
+    more = replace(found, masks=(*found.masks, (DropMask(12, attention=(3, 1, 5)), 0.9)))
+    curves = drawn(search(Findings.of(base, [], searched=more))[0].axes[0])
+    assert curves["best of the search"][0] == [1, 2]
+
+
 def test_without_a_search_there_is_nothing_to_show():
     with pytest.raises(NothingToShow, match="--search"):
         search(Findings.of(sweep(), []))
