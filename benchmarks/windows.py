@@ -21,102 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.options import ending, models
 from benchmarks.real_quality import prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
+from benchmarks.windowed_attention import NAME, Weighed, Window
 from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.fetching.fetch import fetch
 
-NAME, QUERIES, HEAD_ROWS = "llmdrop_windows", 512, 1024
+HEAD_ROWS = 1024
 LENGTH, MEASURED, FITTED = 8192, 3, 2
 BINS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 NEEDLES = tuple((length, depth) for length in (2048, 4096, 8000) for depth in (0.1, 0.4, 0.7, 0.95))
 PLACES = ("Lisbon",)
-SAMPLED = 64  # one query in so many tells what the first tokens weigh
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a layer attends to: the last `length` tokens, the `first` tokens beside them, and where there are `sinks`
-    [heads] a logit that takes weight and gives nothing, or `values` [key heads, head size].
-    """
-
-    length: int
-    first: int = 0
-    sinks: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-
-@dataclass
-class Weighed:
-    """Of heads, sums over `count` queries past the window: the log of what their first tokens weigh, of what all tokens
-    outside the window do, both [heads], and the values that these first tokens would have given [heads, head size].
-    """
-
-    length: int
-    first: int
-    count: int = 0
-    firsts: Any = 0.0
-    outside: Any = 0.0
-    values: Any = 0.0
-
-    def add(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
-        """[1, heads, tokens, head size] each, key heads repeated."""
-        rows = torch.arange(self.length + self.first, query.shape[2], SAMPLED)
-        scores = (query[0, :, rows] @ key[0].mT).float() * scale
-        gone = torch.arange(key.shape[2])[None] <= (rows - self.length)[:, None]
-        firsts = scores[..., : self.first]
-        self.firsts = self.firsts + firsts.logsumexp(-1).sum(1)
-        self.outside = self.outside + scores.masked_fill(~gone, -torch.inf).logsumexp(-1).sum(1)
-        self.values = self.values + (firsts.softmax(-1) @ value[0, :, : self.first].float()).sum(1)
-        self.count += len(rows)
-
-
-def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any, scaling: float, **__: Any
-) -> tuple[torch.Tensor, None]:
-    """As Transformers asks for it: [batch, heads, tokens, head size] in, [batch, tokens, heads, head size] out."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-    if (weighed := getattr(module, "weighed", None)) is not None:
-        weighed.add(query, key, value, scaling)
-    window: Window | None = getattr(module, "window", None)
-    if window is None or window.length >= query.shape[2]:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    else:
-        starts = range(0, query.shape[2], QUERIES)
-        out = torch.cat([_block(window, query, key, value, start, scaling) for start in starts], 2)
-    return out.transpose(1, 2), None
-
-
-def _block(
-    window: Window, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, scale: float
-) -> torch.Tensor:
-    end = min(start + QUERIES, query.shape[2])
-    at = torch.arange(start, end)[:, None]
-    seen = torch.arange(max(0, start - window.length + 1), end)
-    if window.first and seen[0] > 0:
-        seen = torch.cat([torch.arange(min(window.first, int(seen[0]))), seen])
-    allowed = (seen <= at) & ((seen > at - window.length) | (seen < window.first))
-    bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill(~allowed, -torch.inf)
-    keys, values = key[:, :, seen], value[:, :, seen]
-    if window.sinks is not None:
-        keys, values = (pad(each, (0, 0, 0, 1)) for each in (keys, values))
-        if window.values is not None:
-            values[:, :, -1] = window.values.to(values.dtype)
-        # Where nothing has left the window yet, nothing needs a stand-in.
-        stands = torch.where(at - window.length >= 0, window.sinks[:, None, None], -torch.inf)
-        bias = torch.cat([bias.expand(len(window.sinks), -1, -1), stands.to(bias.dtype)], -1)
-    return scaled_dot_product_attention(query[:, :, start:end], keys, values, attn_mask=bias, scale=scale)
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 
 @dataclass(frozen=True)
