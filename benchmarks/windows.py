@@ -105,9 +105,10 @@ class Subject:
     def losses(self, windows: dict[int, Window], numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Negative log-likelihood of each next token, and KL to the full model, both [documents, tokens - 1]."""
         found = []
+        whole_model = self.full  # before anything is windowed
         with self.windowed(windows):
             for number in numbers:
-                ids, hidden, full = self.documents[number], self.hidden(self.documents[number]), self.full[number]
+                ids, hidden, full = self.documents[number], self.hidden(self.documents[number]), whole_model[number]
                 for start in range(0, LENGTH - 1, HEAD_ROWS):
                     span = slice(start, min(start + HEAD_ROWS, LENGTH - 1))
                     own, whole = (self.log_probabilities(each[span]) for each in (hidden, full))
