@@ -42,3 +42,9 @@ def default_dtype(checkpoint: Checkpoint) -> str:
     import torch
 
     return checkpoint.dtype if torch.cuda.is_available() else "float32"
+
+
+def refuse_skipped(harness: Harness) -> None:
+    """Raise DataError naming the tasks that are not run, and why."""
+    if skipped := harness.skipped:
+        raise DataError("; ".join(f"task {task} was skipped: {reason}" for task, reason in skipped.items()))

@@ -10,11 +10,11 @@ from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_reco
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
-from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len
+from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len, refuse_skipped
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
 from llmdrop_vllm.data.prompts import PROMPTS
-from llmdrop_vllm.errors import DataError, InputError, MaskError, OutputError
+from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
@@ -81,7 +81,7 @@ def evaluate(args: Namespace) -> None:
         write_results(raw, details)
     show_evaluation(found)
     print(f"written to {args.out}")
-    _refuse_skipped(measures)
+    refuse_skipped(measures.harness)
 
 
 def sweep(args: Namespace) -> None:
@@ -103,7 +103,7 @@ def sweep(args: Namespace) -> None:
     show_sweep(found)
     elsewhere = f" --results {args.results}" if args.results else ""
     print(f"written to {directory / SWEEP_FILE}; next: llmdrop report {args.model}{elsewhere}")
-    _refuse_skipped(measures)
+    refuse_skipped(measures.harness)
 
 
 def recommend(args: Namespace) -> None:
@@ -194,8 +194,3 @@ def _check_calibration(scores: Scores, args: Namespace, kept: Path) -> None:
                 f"{kept} was measured otherwise: {name} was {found} and is {value}; choose another directory, or give "
                 f"--scores {kept} to go on with it"
             )
-
-
-def _refuse_skipped(measures: Measures) -> None:
-    if skipped := measures.harness.skipped:
-        raise DataError("; ".join(f"task {task} was skipped: {reason}" for task, reason in skipped.items()))

@@ -10,7 +10,7 @@ from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
 from llmdrop_vllm.cli.console import show_finals, show_search
-from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of
+from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
@@ -50,6 +50,7 @@ def search(args: Namespace) -> None:
     data = SearchData.of(checkpoint, args.answers, args)
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
+    refuse_skipped(harness)  # without them something else would decide
     scores = _scores(checkpoint, args)
     spaces = _spaces(checkpoint, scores, goal, args)
     found = searched(checkpoint, spaces, data, scores, args, trials)

@@ -32,8 +32,9 @@ class SearchHeader(Header):
         named = {}
         for name in ("answers", "held_out", "to_heal"):
             ours, theirs = getattr(self, name), getattr(other, name)
-            named[name] = ours and theirs and ours.model_copy(update={"source": theirs.source})
-        return super(SearchHeader, self.model_copy(update=named)).differs_in(other)
+            if ours and theirs:
+                named[name] = ours.model_copy(update={"source": theirs.source})
+        return Header.differs_in(self.model_copy(update=named), other)
 
 
 class Trial(Record):

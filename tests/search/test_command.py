@@ -299,3 +299,5 @@ def test_tasks_decide_between_the_best_by_kl(command, tmp_path, capsys, engines,
     assert "--tasks and --heal-aware exclude each other" in capsys.readouterr().err
     assert main([*asked, "--overwrite", "--tasks", "llmdrop_nam"]) == 1
     assert "unknown task llmdrop_nam" in capsys.readouterr().err
+    assert main([*asked, "--overwrite", "--tasks", "llmdrop_humaneval"]) == 1
+    assert "llmdrop_humaneval was skipped: it would run code" in capsys.readouterr().err

@@ -213,6 +213,13 @@ def test_the_same_answers_elsewhere_are_the_same(trials, tmp_path):
         appended(tmp_path / "trials.jsonl", header(to_heal=DATA), Trial),
     ):
         pytest.fail("gone on with")
+    with appended(tmp_path / "healed.jsonl", header(to_heal=DATA), Trial):
+        pass
+    with (
+        pytest.raises(OutputError, match="was written with another to_heal"),
+        appended(tmp_path / "healed.jsonl", header(), Trial),
+    ):
+        pytest.fail("gone on with")
 
 
 def test_there_can_be_enough(trials):
