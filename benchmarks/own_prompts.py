@@ -27,8 +27,8 @@ def beginning(checkpoint: Checkpoint, out: Path) -> list[str]:
     return [str(part) for pair in options.items() for part in pair]
 
 
-def own_prompts(answers: Path, out: Path) -> None:
+def own_prompts(answers: Path, out: Path, most: int = MOST) -> None:
     """Of what the model wrote there, each prompt once that it came to the end of, a line each."""
     texts = (each.text.strip() for each in read_answers(answers)[1] if each.finish_reason == "stop")
-    found = list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST))[:MOST]
+    found = list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST))[:most]
     write_atomically(out, "".join(json.dumps(text) + "\n" for text in found))

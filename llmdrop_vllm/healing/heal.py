@@ -27,7 +27,7 @@ from llmdrop_vllm.healing.targets import teach
 from llmdrop_vllm.scoring.scoring import precision
 
 DEFAULT = HealOptions()
-TEACHER_TOKENS = 2048
+TEACHER_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def _trained(
     """After the closed form. One of the two models is in memory at a time."""
     batches, directory = run.streams.batches, run.scratch.directory
     dtype = run.streams.student.dtype
-    in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS)  # of which there are logits, all at once
+    at_once = TEACHER_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+    in_memory = replace(batches, tokens_per_chunk=at_once)  # of which there are logits, all at once
     targets = teach(lambda: load_mended(teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
     # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
     held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32

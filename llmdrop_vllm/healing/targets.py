@@ -17,7 +17,8 @@ from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.scoring.batches import Batches
 
 TOP_K = 64
-LOGITS_AT_ONCE = 2**22
+# What fits into a CPU's cache; a GPU wants kernels that are worth their launch.
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Divergence(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         gradients = torch.empty_like(logits) if learns else None
         values = []
-        at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        at_once = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
         for start in range(0, len(logits), at_once):
             rows = slice(start, start + at_once)
             with torch.set_grad_enabled(learns):

@@ -8,7 +8,7 @@ from llmdrop_vllm.healing import targets
 
 @pytest.mark.parametrize("at_once", [1, 7 * 50, 2**20])
 def test_the_divergence_and_its_gradient_are_those_of_the_outcomes_that_are_kept(at_once, monkeypatch):
-    monkeypatch.setattr(targets, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(targets, "LOGITS_AT_ONCE", {"cpu": at_once})
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 50, generator=generator)
     top = torch.randn(20, 50, generator=generator).log_softmax(-1).topk(8)

@@ -1,0 +1,170 @@
+"""Healing on more answers than an hour of two cores gives: on a GPU, by training on millions of tokens.
+
+    python benchmarks/healing_gpu.py prepare [--model qwen2.5-coder-1.5b]           after healing.py, where vLLM is
+    python benchmarks/healing_gpu.py sample [--model qwen2.5-coder-1.5b]            on the GPU
+    python benchmarks/healing_gpu.py train --run '{"name": "8", "attention": [2, 4], "train": {"rank": 64}}' --out FILE
+
+`prepare` writes prompts: ours, and Python functions of all packages that are installed. `sample` has the model answer
+them through Transformers, and prompts that it writes itself. `train` heals a mask on all of that and judges it on the
+held-out answers of `healing.py`, to whose prompts none of these are.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from benchmarks.functions import more_functions
+from benchmarks.healing_subject import Subject
+from benchmarks.healing_ways import CODER, DATA
+from benchmarks.own_prompts import LONGEST, beginning, own_prompts
+from benchmarks.record import RESULTS
+from benchmarks.sampling import Sampler
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.artifacts import write_atomically
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.answers import read_answers
+from llmdrop_vllm.data.tokens import load_tokenizer
+from llmdrop_vllm.healing.distill import TrainOptions
+from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.records import HEAL_FILE
+from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint
+
+CODE = {"more functions": 192, "more asked functions": 256}  # tokens of an answer
+OURS, OWN = "more answers", "many own prompts"
+TOKENS, TEMPERATURE = 256, 0.8
+FILE_BYTES = 15 * 2**20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A mask's healing on `tokens` of each source, all where there is no number, and its closed form on fewer."""
+
+    name: str
+    attention: tuple[int, ...]
+    closed_form: int | None = None
+    tokens: int | None = None
+    train: dict[str, Any] | None = None
+
+    @property
+    def stages(self) -> Iterator[tuple[int | None, HealOptions, TrainOptions | None]]:
+        """Tokens of each source, and how."""
+        if self.closed_form:
+            yield self.closed_form, HealOptions(), None
+        if self.train is not None:
+            yield self.tokens, HealOptions(closed_form=False), TrainOptions(**self.train)
+
+
+def sources(name: str) -> tuple[str, ...]:
+    """What a model learns from here."""
+    return (OURS, OWN, *(CODE if name == CODER else ()))
+
+
+def prepare(subject: Subject, count: int) -> None:
+    """Write the prompts that need no model: ours that are not held out, and functions that nothing is judged by."""
+    known = {kind: read_answers(subject.answers(kind))[1] for kind in DATA[subject.name]}
+    ours = [json.dumps({"prompt": each.prompt}) + "\n" for each in known["answers"] if not each.held_out]
+    write_atomically(_prompts(subject, OURS), "".join(ours))
+    tokenizer = load_tokenizer(subject.checkpoint, "its model's belongs there")
+    shown = [tokenizer.decode(each.prompt) for answers in known.values() for each in answers]
+    for source in CODE if subject.name == CODER else ():
+        more_functions(_prompts(subject, source), count, shown, in_chat="asked" in source)
+
+
+def sample(subject: Subject, batch: int, own: int, per_prompt: int) -> None:
+    """Have the model answer them, and prompts that it writes itself."""
+    sampler = Sampler(subject.checkpoint, batch)
+
+    def ask(source: str, prompts: Path, **options: Any) -> Path:
+        out = subject.directory / f"{source.replace(' ', '-')}.jsonl"
+        sampler.answers(prompts, out, **{"max_tokens": TOKENS, "temperature": TEMPERATURE, **options})
+        return out
+
+    begin = subject.directory / "beginning.jsonl"
+    beginning(subject.checkpoint, begin)
+    written = ask("written", begin, max_tokens=LONGEST, temperature=1.0, per_prompt=own)
+    own_prompts(written, _prompts(subject, OWN), own)
+    ask(OWN, _prompts(subject, OWN))
+    ask(OURS, _prompts(subject, OURS), per_prompt=per_prompt)
+    for source, tokens in CODE.items() if subject.name == CODER else ():
+        ask(source, _prompts(subject, source), max_tokens=tokens)
+
+
+def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
+    """Heal a mask; figures, and what it was trained to under `keep`."""
+    checkpoint, mask = subject.checkpoint, DropMask(subject.checkpoint.mask.num_hidden_layers, run.attention)
+    teacher, scratch = checkpoint.under(checkpoint.mask), subject.directory / f".{run.name}.scratch"
+    told: dict[str, Any] = {"model": subject.name, "run": asdict(run), "dropped": subject.judged(checkpoint, mask)}
+    for tokens, options, training in run.stages:
+        out, start = subject.directory / f"{run.name}-{'trained' if training else 'closed-form'}", time.monotonic()
+        data = subject.learnt_from(sources(subject.name), tokens)
+        student, how = checkpoint.under(mask), {"train": training, "dtype": "bfloat16", "scratch": scratch}
+        with healed(student, teacher, data, options, **how, progress=True) as found:
+            if keep is not None and training is not None:
+                _keep(scratch, keep)
+            plan = plan_surgery(checkpoint, mask).healed(found.tensors)
+            write_checkpoint(plan, out, records={HEAL_FILE: found.record})
+        checkpoint, seconds = Checkpoint.open(out), round(time.monotonic() - start)
+        trained = found.record.training
+        told[out.name] = {
+            "tokens": found.record.tokens,
+            "seconds": seconds,
+            "judged": subject.judged(checkpoint, mask),
+            "training": trained and trained.model_dump(mode="json", exclude={"tensors"}),
+        }
+    return told
+
+
+def _keep(scratch: Path, out: Path) -> None:
+    """The trained weights of the best check, in bfloat16 and in files that travel."""
+    state = json.loads(max(scratch.glob("training-*/checkpoint-*/trainer_state.json"), key=_step).read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, Any]] = [{}]
+    for name, tensor in load_file(Path(state["best_model_checkpoint"]) / "model.safetensors").items():
+        if sum(each.nbytes for each in files[-1].values()) + tensor.nbytes // 2 > FILE_BYTES:
+            files.append({})
+        files[-1][name] = tensor.bfloat16().contiguous()
+    for number, tensors in enumerate(files):
+        save_file(tensors, out / f"{number:03}.safetensors")
+
+
+def _step(path: Path) -> int:
+    return int(path.parent.name.rpartition("-")[2])
+
+
+def _prompts(subject: Subject, source: str) -> Path:
+    return subject.directory / f"{source.replace(' ', '-')}-prompts.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("prepare", "sample", "train"))
+    parser.add_argument("--model", default=CODER)
+    parser.add_argument("--directory", type=Path, default=Path("healing"), metavar="DIR", help="that of healing.py")
+    parser.add_argument("--prompts", type=int, default=3000, metavar="N", help="functions of each kind; prompts of its own")
+    parser.add_argument("--per-prompt", type=int, default=4, metavar="N", help="answers to each of our prompts")
+    parser.add_argument("--batch", type=int, default=1024, metavar="N", help="answers at once")
+    parser.add_argument("--run", type=json.loads, metavar="JSON", help="name, attention, closed_form, tokens, train")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="what was trained, to merge elsewhere")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="figures")
+    args = parser.parse_args()
+    subject = Subject(args.model, args.directory / args.model, RESULTS / "real" / args.model)
+    if args.step == "prepare":
+        prepare(subject, args.prompts)
+    elif args.step == "sample":
+        sample(subject, args.batch, args.prompts, args.per_prompt)
+    else:
+        told = json.dumps(train(subject, Run(**args.run), args.keep), indent=1)
+        print(told)
+        write_atomically(args.out, told + "\n")
+
+
+if __name__ == "__main__":
+    main()
