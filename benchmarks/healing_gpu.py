@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("step", choices=("prepare", "sample", "train"))
     parser.add_argument("--model", default=CODER)
     parser.add_argument("--directory", type=Path, default=Path("healing"), metavar="DIR", help="that of healing.py")
-    parser.add_argument("--prompts", type=int, default=3000, metavar="N", help="functions of each kind; prompts of its own")
+    parser.add_argument(
+        "--prompts", type=int, default=3000, metavar="N", help="functions of each kind; prompts of its own"
+    )
     parser.add_argument("--per-prompt", type=int, default=4, metavar="N", help="answers to each of our prompts")
     parser.add_argument("--batch", type=int, default=1024, metavar="N", help="answers at once")
     parser.add_argument("--run", type=json.loads, metavar="JSON", help="name, attention, closed_form, tokens, train")

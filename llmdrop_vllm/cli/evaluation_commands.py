@@ -108,12 +108,12 @@ def sweep(args: Namespace) -> None:
 
 def recommend(args: Namespace) -> None:
     """`llmdrop recommend`; the exit status is 1 where no point meets the goal."""
+    goal = Goal(args.max_loss, args.kv_budget, args.speedup)
     if args.answers is not None:
         search_instead(args)
         return
     if args.out is not None:
         check_new(args.out, args.overwrite)
-    goal = Goal(args.max_loss, args.kv_budget, args.speedup)
     found = _sweep_of(args)
     choice, meets = choose(found, goal)
     show_choice(found, choice, goal, meets=meets)

@@ -27,7 +27,6 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
-from llmdrop_vllm.evaluation.goals import mixes, wanted
 from llmdrop_vllm.healing.parents import check_parent, check_plain
 from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.masks.dialects import ON_DISK
@@ -100,10 +99,7 @@ def _space(checkpoint: Checkpoint, scores: Scores, args: Namespace) -> Space:
     if args.kv_budget:
         if attention:
             raise MaskError("--search takes --attention or --kv-budget, which finds out how many go; both are given")
-        goal = wanted(checkpoint, kv_share=float(KVBudget.parse(args.kv_budget).share))
-        assert goal is not None
-        smallest, *_ = mixes(Candidates(scores, mask, protect), goal, mlps=args.mlp or 0)
-        attention = len(smallest.attention) - len(mask.attention)
+        attention = len(KVBudget.parse(args.kv_budget).pick(Candidates(scores, mask, protect)).units)
     return Space(mask, attention, args.mlp or 0, protect)
 
 

@@ -137,7 +137,7 @@ def add_finals(command: Parser) -> None:
     """How a search ends where KL is not to decide."""
     group = command.add_argument_group("tasks that decide in the end")
     add_tasks(group, "lm-eval tasks, which the best by KL are tried on, in vLLM")
-    group.add_argument("--finalists", type=count, default=8, metavar="N", help="masks that are tried (8)")
+    group.add_argument("--finalists", type=count, metavar="N", help="masks that are tried (8)")
 
 
 def add_output(command: Parser) -> None:
@@ -286,5 +286,10 @@ def add_goal(command: Parser) -> None:
         help="of the full model's score in the worse of multiple choice and generation, or without tasks of perplexity",
     )
     group.add_argument("--kv-budget", type=share, metavar="50%", help="KV cache, as a share of the full model's")
-    group.add_argument("--speedup", type=factor, metavar="1.3", help="as measured by the sweep")
+    group.add_argument(
+        "--speedup",
+        type=factor,
+        metavar="1.3",
+        help="as the sweep measured it; with --answers, of decoding by the bytes it reads",
+    )
     add_file(command, "the mask", required=False)

@@ -14,7 +14,7 @@ from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skippe
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
-from llmdrop_vllm.evaluation.deciding import decide
+from llmdrop_vllm.evaluation.deciding import check_finals, decide
 from llmdrop_vllm.evaluation.goals import Wanted, mixes, wanted
 from llmdrop_vllm.evaluation.masked_engines import Plan
 from llmdrop_vllm.healing.split import held_out_sequences
@@ -27,14 +27,15 @@ from llmdrop_vllm.selection.candidates import Candidates
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
 TOKENS, HELD_OUT_TOKENS, SCORED_TOKENS = 2048, 4096, 32_768
+FINALISTS = 8
+OF_TASKS = ("limit", "finalists", "run_generated_code")
 
 
 def search(args: Namespace) -> None:
     """`llmdrop search`."""
     check_new(args.out, args.overwrite)
     check_search_options(args, searches=True)
-    if args.heal_aware is not None and args.tasks:
-        raise InputError("--tasks and --heal-aware exclude each other: in the engine nothing is healed")
+    _check_finals(args)
     checkpoint = Checkpoint.open(args.model)
     goal = wanted(
         checkpoint,
@@ -51,13 +52,15 @@ def search(args: Namespace) -> None:
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
     refuse_skipped(harness)  # without them something else would decide
+    plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
+    if harness.tasks:
+        check_finals(plan, harness, finals, args.limit)
     scores = _scores(checkpoint, args)
     spaces = _spaces(checkpoint, scores, goal, args)
     found = searched(checkpoint, spaces, data, scores, args, trials)
     show_search(found)
     if harness.tasks:
-        plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
-        masks = _finalists(found, Searched.read(trials), spaces, args.finalists)
+        masks = _finalists(found, Searched.read(trials), spaces, args.finalists or FINALISTS)
         found = decide(found, masks, plan, harness, finals, limit=args.limit, progress=True)
         show_finals(found)
     write_record(found, args.out)
@@ -71,6 +74,10 @@ def search_instead(args: Namespace) -> None:
 
     if args.max_loss is not None:
         raise MaskError("--max-loss is of what a sweep measures; with --answers give --kv-budget or --speedup")
+    if args.kv_budget is not None and args.speedup is not None:
+        raise MaskError("a search meets one goal; give --kv-budget or --speedup, or no --answers")
+    if args.results is not None:
+        raise InputError("--results is where a sweep lies, and --answers asks for none; give one of them")
     if args.out is None:
         raise InputError("--answers needs --out, for the mask that is searched for")
     command = ["search", args.model, "--answers", str(args.answers), "--out", str(args.out)]
@@ -137,6 +144,15 @@ def searched(
     return search_masks(plan, trials, progress=True)
 
 
+def _check_finals(args: Namespace) -> None:
+    """Raise InputError for options of tasks where there are none, or nothing that an engine could answer."""
+    if args.tasks:
+        if args.heal_aware is not None:
+            raise InputError("--tasks and --heal-aware exclude each other: in the engine nothing is healed")
+    elif given := [f"--{name.replace('_', '-')}" for name in OF_TASKS if getattr(args, name)]:
+        raise InputError(f"{', '.join(given)} belong to --tasks, which is not given")
+
+
 def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> list[Space]:
     """What the arguments ask to look among: so many attentions and MLPs, or as many as a goal takes by importance;
     attentions of --fixed go in any case.
@@ -161,12 +177,11 @@ def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: N
     return [Space(start, *counts, protect, args.pipeline_parallel_size, meets=goal) for counts in gone]
 
 
-def _finalists(found: MaskFile, searched: Searched, spaces: Sequence[Space], count: int) -> list[DropMask]:
-    """The best by KL of what was asked for, and the search's own in any case."""
-    ranked = [mask for mask, _ in sorted(searched.masks, key=lambda each: each[1])]
-    wanted = {mask.dropped: mask for mask in ranked if any(space.holds(mask) for space in spaces)}
-    best = [*wanted.values()][:count]
-    return best if found.mask.dropped in {mask.dropped for mask in best} else [*best[: count - 1], found.mask]
+def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count: int) -> list[DropMask]:
+    """The search's own, which wins where others are only as good, and the best by KL beside it that were asked for."""
+    ranked = [mask for mask, _ in sorted(judged.masks, key=lambda each: each[1])]
+    asked_for = (mask for mask in ranked if any(space.holds(mask) for space in spaces))
+    return [*{mask.dropped: mask for mask in (found.mask, *asked_for)}.values()][:count]
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace) -> Scores:

@@ -23,6 +23,13 @@ class FinalsHeader(Header):
     prompting: Prompting | str
 
 
+def check_finals(plan: Plan, harness: Harness, finals: Path, limit: int | None) -> None:
+    """Raise OutputError for a file of finals that were asked otherwise."""
+    if finals.exists():
+        with appended(finals, _header(plan, harness, limit), Finalist):
+            pass
+
+
 def decide(
     file: MaskFile,
     masks: Sequence[DropMask],
@@ -38,10 +45,8 @@ def decide(
     Each is asked through one engine in which masks are switched, and kept in the file of `finals` at once.
     """
     assert file.evidence is not None, "a search gives evidence"
-    base, identity = plan.checkpoint.mask, ModelIdentity.of(plan.checkpoint)
-    provenance = Provenance(model=identity, dtype=plan.settings.dtype)
-    header = FinalsHeader(tasks=harness.tasks, limit=limit, prompting=harness.prompting, provenance=provenance)
-    with appended(finals, header, Finalist) as kept:
+    base = plan.checkpoint.mask
+    with appended(finals, _header(plan, harness, limit), Finalist) as kept:
         known = {each.dropped: each for each in kept.found}
         missing = [mask for mask in (base, *masks) if mask.dropped not in known]
         if missing:
@@ -62,3 +67,8 @@ def decide(
             "evidence": file.evidence.model_copy(update={"finalists": (full, *finalists)}),
         }
     )
+
+
+def _header(plan: Plan, harness: Harness, limit: int | None) -> FinalsHeader:
+    provenance = Provenance(model=ModelIdentity.of(plan.checkpoint), dtype=plan.settings.dtype)
+    return FinalsHeader(tasks=harness.tasks, limit=limit, prompting=harness.prompting, provenance=provenance)

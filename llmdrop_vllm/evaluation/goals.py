@@ -1,7 +1,8 @@
 """What an owner wants of a mask, told by sizes alone: KV cache, requests in a memory, bytes that decoding reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.errors import InputError, MaskError
@@ -14,19 +15,22 @@ from llmdrop_vllm.selection.selection import Ranked
 
 @dataclass(frozen=True)
 class Wanted:
-    """Met by masks whose `value` reaches what was asked; `text` says it of a value."""
+    """Met by masks whose `value` is `limit` at most, or at least where more is better; `text` says it of a value."""
 
     value: Callable[[DropMask], float]
-    met: Callable[[float], bool]
+    limit: float
     text: str
+    more_is_better: bool = True
 
     def __call__(self, mask: DropMask) -> bool:
         """Whether a mask meets it."""
-        return self.met(self.value(mask))
+        found = self.value(mask)
+        return found >= self.limit if self.more_is_better else found <= self.limit
 
-    def unmet(self, mask: DropMask) -> MaskError:
-        """The error that not even this mask meets it."""
-        return MaskError(f"at best {self.text.format(self.value(mask))}, with {mask.summary()}; ask for less")
+    def unmet(self, masks: Sequence[DropMask]) -> MaskError:
+        """The error that none of these masks meets it."""
+        best = (max if self.more_is_better else min)(masks, key=self.value)
+        return MaskError(f"at best {self.text.format(self.value(best))}, with {best.summary()}; ask for less")
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,19 @@ def wanted(
         raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
     sizes = Sizes(checkpoint, request_context(checkpoint, context))
     if kv_share is not None:
-        share = kv_share
-        return Wanted(sizes.kv_share, lambda found: found <= share, "the KV cache is {:.0%} of the full one")
+        text = "the KV cache is {:.0%} of the full one"
+        return Wanted(sizes.kv_share, kv_share, text, more_is_better=False)
     if requests is not None:
-        least = requests
         return Wanted(
             lambda mask: sizes.requests(mask, memory_bytes),
-            lambda found: found >= least,
+            requests,
             f"{{:.0f}} requests of {sizes.context:,} tokens fit in {memory_bytes / 2**30:g} GiB",
         )
     if decode_speedup is not None:
-        speedup, full = decode_speedup, sizes.step_bytes(checkpoint.mask, batch)
+        full = sizes.step_bytes(checkpoint.mask, batch)
         return Wanted(
             lambda mask: full / sizes.step_bytes(mask, batch),
-            lambda found: found >= speedup,
+            decode_speedup,
             f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes it reads",
         )
     return None
@@ -110,17 +113,25 @@ def mixes(candidates: Candidates, goal: Wanted, stages: int = 1, mlps: int | Non
     Raises MaskError where no mask meets it.
     """
     found: list[DropMask] = []
+    tried: list[DropMask] = []
+    grows = len({*candidates.scores.kinds}) == 1  # what a drop saves; with padding one more can take more
     numbers = range(candidates.available(candidates.units("mlp")) + 1) if mlps is None else (mlps,)
     for number in numbers:
         begun = _picked(candidates, "mlp", number)
         most = min(begun.available(begun.units("attention")), max(0, len(begun.mask.kept_attention) - stages))
         if found:
             most = min(most, len(found[-1].attention) - len(candidates.mask.attention) - 1)
-        if most >= 0 and goal(last := _picked(begun, "attention", most).mask):
-            masks = (_picked(begun, "attention", fewer).mask for fewer in range(most))
-            found.append(next((mask for mask in masks if goal(mask)), last))
+        if most < 0:
+            break
+        last = _picked(begun, "attention", most).mask
+        if grows and not goal(last):
+            tried.append(last)
+            continue
+        masks = [_picked(begun, "attention", count).mask for count in range(most + 1)]
+        found += [*islice(filter(goal, masks), 1)]
+        tried += masks
     if not found:
-        raise goal.unmet(last)
+        raise goal.unmet(tried)
     return found
 
 

@@ -130,5 +130,8 @@ def with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) ->
     if len({*candidates.scores.kinds}) == 1:
         return space, by_cosine
     most = checkpoint.under(by_cosine).layout.token_values
-    meets = lambda mask: asked(mask) and checkpoint.under(mask).layout.token_values <= most  # noqa: E731
+
+    def meets(mask: DropMask) -> bool:
+        return asked(mask) and checkpoint.under(mask).layout.token_values <= most
+
     return replace(space, meets=meets), by_cosine

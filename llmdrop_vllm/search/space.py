@@ -37,11 +37,13 @@ class Space:
             asked, free = getattr(self, kind), len(self.free(self.start, kind))
             if kind == "attention":
                 free = min(free, depth - len(self.start.attention) - self.stages)
+            if free < 0:
+                raise MaskError(f"{self.stages} pipeline stages need an attention each; {free + self.stages} are left")
             if not 0 <= asked <= free:
                 already = self.start.summary() if self.start else f"{depth} layers"
                 protected = f"; protected: {', '.join(map(str, sorted(self.protect)))}" if self.protect else ""
                 staged = f"; pipeline stages: {self.stages}" if self.stages > 1 else ""
-                raise MaskError(f"{asked} {kind} sublayers asked; {max(free, 0)} can go ({already}{protected}{staged})")
+                raise MaskError(f"{asked} {kind} sublayers asked; {free} can go ({already}{protected}{staged})")
 
     def free(self, mask: DropMask, kind: str) -> list[int]:
         """Layers whose sublayer of a kind a mask leaves, and that may go."""

@@ -263,7 +263,6 @@ def test_recommend_searches_where_answers_are_given(answers, tmp_path, capsys, m
     assert main(command) == 1
     assert "--answers needs --out" in capsys.readouterr().err
     monkeypatch.setattr("llmdrop_vllm.cli.search_commands.TOKENS", 300)
-    monkeypatch.setattr("llmdrop_vllm.search.plan.SearchOptions.most", 30)
     assert main([*command, "--max-loss", "1%", "--out", str(tmp_path / "mask.json")]) == 1
     assert "--max-loss is of what a sweep measures" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "mask.json")]) == 0
