@@ -131,6 +131,11 @@ def trained_names(model: Any, family: Family, mask: DropMask, options: TrainOpti
     return found
 
 
+def sequences_per_step(lengths: Sequence[int], options: TrainOptions) -> int:
+    """How many of the sequences with these lengths make a step."""
+    return max(1, round(options.step_tokens * len(lengths) / sum(lengths)))
+
+
 def multiplies_in_bfloat16() -> bool:
     """Whether products of matrices are, in training on this machine; sums and what is trained are float32."""
     return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
@@ -159,7 +164,7 @@ def distill(
         tuple(number for number, judges in enumerate(held_out) if judges == judging) for judging in (False, True)
     )
     tokens = sum(len(batches.sequences[number]) for number in learnt)
-    per_step = max(1, round(options.step_tokens * len(learnt) / tokens))
+    per_step = sequences_per_step([len(batches.sequences[number]) for number in learnt], options)
     steps_per_epoch = -(-len(learnt) // per_step)
     trainer = Trainer(
         Student(model),

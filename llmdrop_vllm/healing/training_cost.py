@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from llmdrop_vllm.healing.cost import flops_per_second
-from llmdrop_vllm.healing.distill import TrainOptions, multiplies_in_bfloat16, trained_names
+from llmdrop_vllm.healing.distill import TrainOptions, multiplies_in_bfloat16, sequences_per_step, trained_names
 from llmdrop_vllm.healing.run import Run
 from llmdrop_vllm.hf import decoder_layers
 
 # A float32 weight, its gradient and AdamW's two moments; what a layer keeps for its gradients, in numbers for each that
-# its projections give; a position's logits and their gradient.
-TRAINED_BYTES, NUMBERS_PER_OUTPUT, LOGIT_COPIES = 16, 2, 2
+# its projections give, more where adapters stand beside them (measured); a position's logits, those of them that count,
+# and the gradients of both.
+TRAINED_BYTES, NUMBERS_PER_OUTPUT, WITH_ADAPTERS, LOGIT_COPIES = 16, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ def training_cost(run: Run, options: TrainOptions) -> TrainingCost:
         trained = sum(shape.numel() for shape in shapes)
     else:
         trained = sum(shape[:-2].numel() * options.rank * sum(shape[-2:]) for shape in shapes if len(shape) > 1)
-    lengths = [len(each) for each in batches.sequences]
-    judged = sum(length for length, judges in zip(lengths, held_out, strict=True) if judges)
-    learnt = sum(lengths) - judged
+    pairs = [(len(each), judges) for each, judges in zip(batches.sequences, held_out, strict=True)]
+    lengths = [length for length, judges in pairs if not judges]
+    learnt, judged = sum(lengths), sum(length for length, judges in pairs if judges)
     # Forward through everything, back to the first drop, and the gradients of what is trained.
     step = 2.0 * (2 * whole - (model.num_parameters(exclude_embeddings=True) - behind) + trained)
     checks = 2.0 * whole * judged * options.checks
-    teacher = 2.0 * whole * sum(lengths)
+    teacher = 2.0 * whole * (learnt + judged)
     itemsize = 2 if multiplies_in_bfloat16() else 4
-    outputs = NUMBERS_PER_OUTPUT * behind // stream.hidden_size
-    at_once = min(options.step_tokens, learnt)
+    outputs = (NUMBERS_PER_OUTPUT if options.rank is None else WITH_ADAPTERS) * behind // stream.hidden_size
+    at_once = sum(sorted(lengths)[-sequences_per_step(lengths, options) :])  # the longest are together
     vocabulary = model.get_output_embeddings().weight.shape[0]
     memory = whole * itemsize + trained * TRAINED_BYTES
     memory += at_once * (outputs + LOGIT_COPIES * vocabulary) * itemsize

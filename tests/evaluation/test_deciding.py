@@ -33,7 +33,9 @@ class Asked:
         if mask == self.fails:
             raise KeyboardInterrupt
         self.asked.append(mask)
-        return [SimpleNamespace(task=task, value=value) for task, value in zip("ab", self.scores[mask])], {}
+        return [
+            SimpleNamespace(task=task, value=value) for task, value in zip("ab", self.scores[mask], strict=True)
+        ], {}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from llmdrop_vllm import DropMask
@@ -21,14 +22,20 @@ import json, re, sys
 from pathlib import Path
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
+from llmdrop_vllm.healing.run import HealOptions
+from llmdrop_vllm.healing.training_cost import training_cost
 from tests.healing.test_families import data
+
+train = TrainOptions(**json.loads(sys.argv[3]), epochs=1) if sys.argv[3:] else None
 
 def heal(path):
     said = []
     masked = [Checkpoint.open(path).under(DropMask(8, attention=gone)) for gone in ((2,), ())]
-    with healed(*masked, data(), dtype="float32", announce=said.append):
-        return said[0].cost.memory_bytes
+    options = {"train": train, "dtype": "float32", "announce": said.append}
+    with healed(*masked, data(), HealOptions(closed_form=train is None), **options):
+        return (training_cost(said[0], train) if train else said[0].cost).memory_bytes
 
 def peak():
     status = Path("/proc/self/status").read_text()  # of this program alone: getrusage has its parent's as well
@@ -73,10 +80,26 @@ def test_memory_peaks_where_it_was_said(tmp_path):
         write_checkpoint(tmp_path / str(columns), TINY_LLAMA | {"intermediate_size": columns})
         for columns in (128, 4096)
     )
-    command = [sys.executable, "-c", MEASURE, str(small), str(large)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = measured(small, large)
     assert 0.5 * found["said"] < found["took"] < found["said"] + 64 * 2**20
+
+
+@pytest.mark.parametrize("options", [{}, {"parts": "all", "step_tokens": 4096}, {"rank": 8}])
+def test_training_peaks_where_it_was_said(options, tmp_path):
+    small, large = (
+        write_checkpoint(tmp_path / str(size), TINY_LLAMA | {"intermediate_size": size, "vocab_size": vocabulary})
+        for size, vocabulary in ((128, 512), (8192, 20_000))
+    )
+    found = measured(small, large, options)
+    assert 0.5 * found["said"] < found["took"] < found["said"] + 64 * 2**20
+
+
+def measured(small, large, options=None):
+    """Bytes that the large one is said to take, and takes beside what the small one did."""
+    training = [] if options is None else [json.dumps(options)]
+    command = [sys.executable, "-c", MEASURE, str(small), str(large), *training]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_training_is_said_to_take_longer_for_more_and_less_memory_for_adapters():
