@@ -37,7 +37,7 @@ def functions(out: Path, *, in_chat: bool) -> None:
 
 
 def more_functions(out: Path, count: int, without: Collection[str], *, in_chat: bool) -> None:
-    """As many prompts from all packages that are installed, none of a function that one of the texts `without` shows."""
+    """As many from all packages that are installed, of no function that one of the texts `without` shows."""
     site, found = Path(sysconfig.get_paths()["purelib"]), {}
     for path in sorted(site.rglob("*.py")):
         if not {"test", "tests", "testing", *BENCHMARKS} & {*path.relative_to(site).parts}:

@@ -1,4 +1,4 @@
-"""Answers through Transformers, in the file that `llmdrop answers` writes through vLLM: for GPUs on which there is none."""
+"""Answers through Transformers, in a file as `llmdrop answers` writes it through vLLM: for GPUs without it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
