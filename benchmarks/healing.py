@@ -84,7 +84,7 @@ def measure(subject: Subject, count: int, way: Way) -> dict[str, Any]:
     told: dict[str, Any] = {"model": subject.name, "n": count, "way": way.name, "attention": list(mask.attention)}
     if not way.heals:
         told["judged"] = subject.judged(subject.checkpoint, mask)
-        if way.evaluated:
+        if way.evaluated:  # a search's, which alone has a file of its mask
             file = subject.searched(count)
             return told | figures(evaluated(subject, subject.checkpoint.directory, name, file).quality)
         return told if way.chosen else told | figures(subject.point(count).quality)

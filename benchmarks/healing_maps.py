@@ -9,7 +9,7 @@ side, lambda by the prompts that are held out; judged as `healing.py` judges, wh
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from benchmarks.healing_ways import DATA, DROPPED, WAYS
 from benchmarks.options import ending, models
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
-from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm import DropMask, InputError, hf
 from llmdrop_vllm.healing.ridge import Sums, fit
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.scoring.batches import Batches
@@ -104,7 +104,8 @@ class Streams:
             for sums, those in ((learnt, counted & ~judging), (held_out, counted & judging)):
                 sums.add(z[those], e[those])
         best = fit(learnt, held_out)
-        assert best is not None, f"no map of layer {index} makes its held-out error smaller"
+        if best is None:
+            raise InputError(f"no map of layer {index} makes its held-out error smaller")
         tqdm.write(f"layer {index}: lambda {best.ridge:.3g}, {best.error_left:.0%} of the held-out error left")
         return best.delta
 
@@ -134,18 +135,16 @@ def judged(subject: Subject, maps: dict[int, torch.Tensor]) -> dict[str, float]:
     found = {}
     for source, reference in subject.references.items():
         layers = hf.decoder_layers(reference.model, subject.checkpoint.mask.num_hidden_layers)
-        kept = {index: layers[index].self_attn for index in maps}
-        for index, weights in maps.items():
-            layers[index].self_attn = Map(weights.to(reference.model.dtype))
-        found[source] = round(reference.by(reference.model).kl.value, 4)
-        for index, attention in kept.items():
-            layers[index].self_attn = attention
+        with ExitStack() as stack:
+            for index, weights in maps.items():
+                stack.enter_context(replaced(layers[index], weights))
+            found[source] = round(reference.by(reference.model).kl.value, 4)
     return found
 
 
 def measure(subject: Subject, mask: DropMask) -> dict[str, dict[str, float]]:
     """By way: maps of each rank, and what healing was judged to regain under the same mask."""
-    path = subject.directory / f"maps-{COUNT}.safetensors"
+    path = subject.directory / f"maps-{'-'.join(map(str, sorted(mask.attention)))}.safetensors"
     if not path.exists():
         fitted = Streams(subject, COUNT).maps(mask.attention)
         save_file({str(index): weights.contiguous() for index, weights in fitted.items()}, path)

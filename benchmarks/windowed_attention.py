@@ -14,7 +14,7 @@ SAMPLED = 64  # one query in so many tells what the first tokens weigh
 @dataclass(frozen=True)
 class Window:
     """What a layer attends to: the last `length` tokens, the `first` tokens beside them, and where there are `sinks`
-    [heads] a logit that takes weight and gives nothing, or `values` [key heads, head size].
+    [heads] a logit that takes weight and gives nothing, or `values` [heads, head size].
     """
 
     length: int

@@ -1,7 +1,7 @@
 """Attention to the last W tokens in some layers: what is lost beyond W, and what could stand in for the first tokens.
 
     apt-get install debian-handbook
-    python benchmarks/windows.py [--models smollm2] [--ways NAME,...]
+    python benchmarks/windows.py [--models smollm2] [--ways N]
 
 Perplexity by position and KL to the full model on documents of 8,192 tokens of prose, and a needle: a number that is
 said at several depths of a long text and asked for at its end. Weights are never changed. Sink logits are fitted, and
@@ -36,7 +36,7 @@ HEAD_ROWS = 1024
 LENGTH, MEASURED, FITTED = 8192, 3, 2
 BINS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 NEEDLES = tuple((length, depth) for length in (2048, 4096, 8000) for depth in (0.1, 0.4, 0.7, 0.95))
-PLACES = ("Lisbon",)
+TOWN = "Lisbon"
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,18 @@ class Subject:
         hay = self.documents[-1][0].tolist() + self.documents[-2][0].tolist()
         with self.windowed(windows):
             for place, (length, depth) in enumerate(NEEDLES):
-                for town in PLACES:
-                    number = str(7919 * (place + 2) % 9000 + 1000)
-                    said = self._ids(f"\nThe special number of {town} is {number}. Remember it.\n")
-                    asked = self._ids(
-                        f"\nQuestion: What is the special number of {town}?\nAnswer: The special number of {town} is"
-                    )
-                    answer = self._ids(f" {number}")
-                    room = length - len(said) - len(asked) - len(answer)
-                    cut = int(room * depth)
-                    ids = [*hay[:cut], *said, *hay[cut:room], *asked, *answer]
-                    hidden = self.hidden(torch.tensor([ids]))[-len(answer) - 1 : -1]
-                    right = self.log_probabilities(hidden).argmax(-1).tolist() == answer
-                    found.setdefault(length, []).append(right)
+                number = str(7919 * (place + 2) % 9000 + 1000)
+                said = self._ids(f"\nThe special number of {TOWN} is {number}. Remember it.\n")
+                asked = self._ids(
+                    f"\nQuestion: What is the special number of {TOWN}?\nAnswer: The special number of {TOWN} is"
+                )
+                answer = self._ids(f" {number}")
+                room = length - len(said) - len(asked) - len(answer)
+                cut = int(room * depth)
+                ids = [*hay[:cut], *said, *hay[cut:room], *asked, *answer]
+                hidden = self.hidden(torch.tensor([ids]))[-len(answer) - 1 : -1]
+                right = self.log_probabilities(hidden).argmax(-1).tolist() == answer
+                found.setdefault(length, []).append(right)
         return {length: sum(each) / len(each) for length, each in found.items()}
 
     def _ids(self, text: str) -> list[int]:
