@@ -3,23 +3,28 @@
     python benchmarks/healing_gpu.py prepare [--model qwen2.5-coder-1.5b]           after healing.py, where vLLM is
     python benchmarks/healing_gpu.py sample [--model qwen2.5-coder-1.5b]            on the GPU
     python benchmarks/healing_gpu.py train --run '{"name": "8", "attention": [2, 4], "train": {"rank": 64}}' --out FILE
+    python benchmarks/healing_gpu.py merge --run ... --keep DIR                     where there is vLLM
 
 `prepare` writes prompts: ours, and Python functions of all packages that are installed. `sample` has the model answer
 them through Transformers, and prompts that it writes itself. `train` heals a mask on all of that and judges it on the
-held-out answers of `healing.py`, to whose prompts none of these are.
+held-out answers of `healing.py`, to whose prompts none of these are; with `--keep` its adapters travel, and `merge` makes
+a checkpoint of them and measures it as `healing.py` does.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.functions import more_functions
+from benchmarks.healing import evaluated
 from benchmarks.healing_subject import Subject
 from benchmarks.healing_ways import CODER, DATA
 from benchmarks.own_prompts import LONGEST, beginning, own_prompts
@@ -28,6 +33,7 @@ from benchmarks.sampling import Sampler
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.shards import stored_tensors
 from llmdrop_vllm.data.answers import read_answers
 from llmdrop_vllm.data.tokens import load_tokenizer
 from llmdrop_vllm.healing.distill import TrainOptions
@@ -41,6 +47,7 @@ CODE = {"more functions": 192, "more asked functions": 256}  # tokens of an answ
 OURS, OWN = "more answers", "many own prompts"
 TOKENS, TEMPERATURE = 256, 0.8
 FILE_BYTES = 15 * 2**20
+OF_PEFT, SCALE = "model.base_model.model.", 2.0  # of what adapters add, as `distill` sets them up
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,29 @@ def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
     return told
 
 
+def merge(subject: Subject, run: Run, keep: Path) -> Path:
+    """Adapters that were kept, in a checkpoint that `healing.py`'s measures are taken of."""
+    out, mask = subject.directory / run.name, DropMask(subject.checkpoint.mask.num_hidden_layers, run.attention)
+    if not out.exists():
+        adapters = {
+            name: tensor for path in sorted(keep.glob("*.safetensors")) for name, tensor in load_file(path).items()
+        }
+        merged = {}
+        for name, down in adapters.items():
+            owner, found, _ = name.removeprefix(OF_PEFT).partition(".lora_A.")
+            if found:
+                up = adapters[name.replace(".lora_A.", ".lora_B.")]
+                with safe_open(subject.checkpoint.tensors[f"{owner}.weight"].path, "pt") as shard:
+                    weight = shard.get_tensor(f"{owner}.weight")
+                merged[f"{owner}.weight"] = (weight.float() + SCALE * up.float() @ down.float()).to(weight.dtype)
+        with tempfile.TemporaryDirectory() as directory:
+            save_file(merged, path := Path(directory) / "merged.safetensors")
+            stored = {tensor.name: tensor for tensor in stored_tensors(path)}
+            write_checkpoint(plan_surgery(subject.checkpoint, mask).healed(stored), out)
+    evaluated(subject, out, run.name)
+    return out
+
+
 def _keep(scratch: Path, out: Path) -> None:
     """The trained weights of the best check, in bfloat16 and in files that travel."""
     state = json.loads(max(scratch.glob("training-*/checkpoint-*/trainer_state.json"), key=_step).read_text())
@@ -145,7 +175,7 @@ def _prompts(subject: Subject, source: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "sample", "train"))
+    parser.add_argument("step", choices=("prepare", "sample", "train", "merge"))
     parser.add_argument("--model", default=CODER)
     parser.add_argument("--directory", type=Path, default=Path("healing"), metavar="DIR", help="that of healing.py")
     parser.add_argument(
@@ -162,6 +192,8 @@ def main() -> None:
         prepare(subject, args.prompts)
     elif args.step == "sample":
         sample(subject, args.batch, args.prompts, args.per_prompt)
+    elif args.step == "merge":
+        merge(subject, Run(**args.run), args.keep)
     else:
         told = json.dumps(train(subject, Run(**args.run), args.keep), indent=1)
         print(told)
