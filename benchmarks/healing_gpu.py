@@ -7,8 +7,8 @@
 
 `prepare` writes prompts: ours, and Python functions of all packages that are installed. `sample` has the model answer
 them through Transformers, and prompts that it writes itself. `train` heals a mask on all of that and judges it on the
-held-out answers of `healing.py`, to whose prompts none of these are; with `--keep` its adapters travel, and `merge` makes
-a checkpoint of them and measures it as `healing.py` does.
+held-out answers of `healing.py`, to whose prompts none of these are. With `--keep` its adapters travel, and `merge`
+makes a checkpoint of them and measures it as `healing.py` does.
 """
 
 import argparse
