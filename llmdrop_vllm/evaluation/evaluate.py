@@ -15,6 +15,7 @@ from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference, Window, answer_windows
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
+from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -41,6 +42,11 @@ class Measures:
     def divergence_data(self) -> DataIdentity | None:
         """Which held-out answers of a file."""
         return self.held_out.identity if self.held_out else None
+
+    @property
+    def asks_for_answers(self) -> bool:
+        """Whether the full model is to answer prompts."""
+        return self.divergence_tokens > 0 and self.divergence_on == "own answers"
 
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
         """What next tokens are compared on: whole windows of text, at least one, or answers if they are asked for.
@@ -108,9 +114,26 @@ def evaluate_checkpoint(
         raise CheckpointError(
             f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
         )
-    divergence = _divergence(checkpoint, mask, measures, settings, full)
-    with running(checkpoint, mask, settings, harness=bool(measures.harness.tasks)) as engine:
-        quality, raw = measures.quality(engine, mask, divergence)
+    harness = bool(measures.harness.tasks)
+    if full is None and not checkpoint.mask and measures.asks_for_answers:
+        plan = Plan(checkpoint, settings, None, quality=True, harness=harness)
+        with any_engines(plan) as engines:
+            with engines.under(checkpoint.mask) as engine:
+                answers = own_answers(engine, measures.divergence_tokens)
+            with engines.under(mask) as engine:
+                quality, raw = measures.quality(engine, mask, None)
+        divergence = _divergence(checkpoint, mask, measures, settings, lambda: answers)
+        quality = quality.model_copy(update={"divergence": divergence})
+    else:
+        whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
+
+        def ask() -> Answers:
+            with running(whole, nothing, settings, harness=False) as engine:
+                return own_answers(engine, measures.divergence_tokens)
+
+        divergence = _divergence(checkpoint, mask, measures, settings, ask, full)
+        with running(checkpoint, mask, settings, harness=harness) as engine:
+            quality, raw = measures.quality(engine, mask, divergence)
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
     record = healing_of(checkpoint.directory)
     healed = record.method if record else None
@@ -123,16 +146,16 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _divergence(
-    checkpoint: Checkpoint, mask: DropMask, measures: Measures, settings: EngineSettings, full: Checkpoint | None
+    checkpoint: Checkpoint,
+    mask: DropMask,
+    measures: Measures,
+    settings: EngineSettings,
+    answers: Callable[[], Answers],
+    full: Checkpoint | None = None,
 ) -> Divergence | None:
     if full is None and checkpoint.is_stripped:
         return None
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
-
-    def answers() -> Answers:
-        with running(whole, nothing, settings, harness=False) as engine:
-            return own_answers(engine, measures.divergence_tokens)
-
     windows = measures.windows(answers)
     if not windows:
         return None

@@ -1,5 +1,8 @@
 """What is measured through vLLM and Transformers, against plain Transformers on the embedded model."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +101,27 @@ def test_a_stripped_checkpoint_is_compared_with_the_full_one(checkpoint, text, t
     expected = Reference(checkpoint, checkpoint.mask, [Window(window)], dtype="float32").under(MASK)
     assert found.quality.divergence.kl.value == pytest.approx(expected.kl.value, rel=1e-4)
     assert evaluate_checkpoint(stripped, stripped.mask, measures, SETTINGS)[0].quality.divergence is None
+
+
+def test_one_engine_answers_in_full_and_is_measured_under_a_mask(checkpoint, text, monkeypatch):
+    started = []
+
+    @contextmanager
+    def counted(*args, **kwargs):
+        started.append(args)
+        with running(*args, **kwargs) as engine:
+            yield engine
+
+    for module in ("masked_engines", "evaluate"):
+        monkeypatch.setattr(f"llmdrop_vllm.evaluation.{module}.running", counted)
+    measures = Measures(text, CONTEXT, divergence_tokens=200, divergence_on="own answers")
+    settings = replace(SETTINGS, max_model_len=512)
+    one, _ = evaluate_checkpoint(checkpoint, MASK, measures, settings)
+    assert len(started) == 1
+    two, _ = evaluate_checkpoint(checkpoint, MASK, measures, settings, full=checkpoint)
+    assert len(started) == 3
+    assert one.quality.divergence == two.quality.divergence
+    assert one.quality.perplexity.value == pytest.approx(two.quality.perplexity.value, rel=1e-5)
 
 
 def test_another_model_is_not_taken_for_the_full_one(checkpoint, text, tmp_path):
