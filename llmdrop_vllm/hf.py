@@ -25,6 +25,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
+from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -137,6 +138,8 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
     for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
             _drop_sublayer(layers[index], sublayer, index)
+    for index, tokens in mask.windows:
+        look_back(getattr(layers[index], family.attention.transformers_module), tokens)
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
         getattr(layers[index], family.attention.transformers_module).layer_idx = entry
@@ -148,15 +151,17 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     layers = decoder_layers(model, mask.num_hidden_layers)
     attention = [getattr(layer, family.attention.transformers_module) for layer in layers]
     before = [
-        (dict(layer._modules), getattr(each, "layer_idx", None)) for layer, each in zip(layers, attention, strict=True)
+        (dict(layer._modules), getattr(each, "layer_idx", None), each._forward_pre_hooks.copy())
+        for layer, each in zip(layers, attention, strict=True)
     ]
     try:
         drop(model, family, mask)
         yield
     finally:
-        for layer, each, (modules, layer_idx) in zip(layers, attention, before, strict=True):
+        for layer, each, (modules, layer_idx, hooks) in zip(layers, attention, before, strict=True):
             layer._modules.update(modules)
             each.layer_idx = layer_idx
+            each._forward_pre_hooks = hooks
 
 
 def _check_norms(layer: nn.Module, family: Family, index: int) -> None:

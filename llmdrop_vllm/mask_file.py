@@ -65,6 +65,7 @@ class MaskFile(Record):
     num_hidden_layers: int
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    windows: tuple[tuple[int, int], ...] = ()
     kind: Literal["llmdrop-mask"] = "llmdrop-mask"
     method: str
     provenance: Provenance | None = None
@@ -85,4 +86,4 @@ class MaskFile(Record):
     @property
     def mask(self) -> DropMask:
         """The value. Raises MaskError for indices that the depth does not allow."""
-        return DropMask(self.num_hidden_layers, self.attention, self.mlp)
+        return DropMask(self.num_hidden_layers, self.attention, self.mlp, self.windows)

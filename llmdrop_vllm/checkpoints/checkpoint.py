@@ -122,7 +122,9 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def under(self, mask: DropMask) -> "MaskedCheckpoint":
-        """What a mask means for this checkpoint."""
+        """What a mask means for this checkpoint. Raises MaskError for windows where attention takes none."""
+        if mask.windows:
+            self.decoder.layout(mask)
         return MaskedCheckpoint(self, mask)
 
     def _check_index(self, index: Mapping[str, str]) -> None:

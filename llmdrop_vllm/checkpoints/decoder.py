@@ -1,13 +1,13 @@
 """What a config says of a model's layers, worked out once: how they are laid out, what is gone, what each stores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
@@ -41,12 +41,32 @@ class Decoder:
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Per layer, what its attention stores while it is there. Raises CheckpointError where the config lacks it."""
+        return windowed(self._own_kinds, self.mask)
+
+    @cached_property
+    def _own_kinds(self) -> tuple[LayerKind, ...]:
+        """Without the mask's windows."""
         return layer_kinds(_completed(self.config))
 
     def layout(self, mask: DropMask | None = None) -> KVLayout:
         """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
         kept = self.mask if mask is None else mask  # a mask that drops nothing is false
-        return kv_layout([self.kinds[layer] for layer in kept.kept_attention])
+        kinds = windowed(self._own_kinds, kept)
+        return kv_layout([kinds[layer] for layer in kept.kept_attention])
+
+
+def windowed(kinds: tuple[LayerKind, ...], mask: DropMask) -> tuple[LayerKind, ...]:
+    """What layers store under a mask. Raises MaskError for a window in attention that has none, or a shorter one."""
+    found = list(kinds)
+    for layer, tokens in mask.windows:
+        kind = kinds[layer]
+        if kind.name not in ("full", "sliding"):
+            raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
+        if kind.span is not None and kind.span <= tokens:
+            said = f"layer {layer} sees the last {kind.span} tokens already"
+            raise MaskError(f"{said}; a window of {tokens} changes nothing")
+        found[layer] = replace(kind, name="sliding", span=tokens)
+    return tuple(found)
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:

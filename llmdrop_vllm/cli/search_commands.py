@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -160,7 +160,7 @@ def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: N
     own, protect, mlps = checkpoint.mask, frozenset(args.protect), args.mlp
     if both := sorted(protect.intersection(args.fixed)):
         raise MaskError(f"layers {both} are in --protect and in --fixed")
-    start = DropMask(own.num_hidden_layers, (*own.attention, *args.fixed), own.mlp)
+    start = replace(own, attention=(*own.attention, *args.fixed))
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}; expected 0 or more")
     if goal is None:

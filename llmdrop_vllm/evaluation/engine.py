@@ -56,7 +56,7 @@ class EngineSettings:
 
         gpu = torch.cuda.is_available()
         # A mask that the checkpoint has already needs no override, whatever dialect says it.
-        override = {} if mask.dropped == checkpoint.mask.dropped else mask.to_config("runtime")
+        override = {} if mask.effect == checkpoint.mask.effect else mask.to_config("runtime")
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -103,6 +103,7 @@ class Engine:
             os.environ.setdefault(name, value)
         arguments = settings.arguments(checkpoint, mask)
         self.harness: Any = None
+        self.windows = mask.windows
         if harness:
             from lm_eval.models.vllm_causallms import VLLM
 
@@ -123,8 +124,11 @@ class Engine:
         """Answer as under a mask from here on, in an engine for switching that was started with nothing gone or less.
 
         KV cache stays allocated for all layers, so that only what is computed is as in an engine of that mask. One that
-        cannot switch raises SubstitutionError, or what its executor makes of it.
+        cannot switch raises SubstitutionError, or what its executor makes of it. Windows are built in: InputError for
+        others.
         """
+        if mask.windows != self.windows:
+            raise InputError("windows cannot be switched in a running engine, which was built with others")
         self.llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
         self._forget_prompts()
 

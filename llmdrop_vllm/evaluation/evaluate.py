@@ -115,7 +115,7 @@ def evaluate_checkpoint(
             f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
         )
     harness = bool(measures.harness.tasks)
-    if full is None and not checkpoint.mask and measures.asks_for_answers:
+    if full is None and not (checkpoint.mask or mask.windows) and measures.asks_for_answers:
         plan = Plan(checkpoint, settings, None, quality=True, harness=harness)
         with any_engines(plan) as engines:
             with engines.under(checkpoint.mask) as engine:

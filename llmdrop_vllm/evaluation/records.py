@@ -244,7 +244,8 @@ def mask_id(mask: DropMask) -> str:
     """The same for masks that drop the same, in whatever order."""
     if not mask:
         return "full"
-    return sha256([mask.num_hidden_layers, *(sorted(layers) for layers in mask.dropped)])[:12]
+    windows = [mask.windows] if mask.windows else []  # ids of earlier results stay what they are
+    return sha256([mask.num_hidden_layers, *(sorted(layers) for layers in mask.dropped), *windows])[:12]
 
 
 def _seconds(workload: SpeedWorkload, speed: Speed) -> list[float]:

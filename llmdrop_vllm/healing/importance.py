@@ -94,7 +94,8 @@ class _Run:
             return None
         other = "mlp" if kind == "attention" else "attention"
         sublayer = getattr(self.family, other)
-        gone = DropMask(self.mask.num_hidden_layers, **{kind: (index,)})
+        depth = self.mask.num_hidden_layers
+        gone = DropMask(depth, attention=(index,)) if kind == "attention" else DropMask(depth, mlp=(index,))
         with hf.dropped(self.stream.model, self.family, gone):
             task = Task(self.streams, layer, index, Unit(index, index, (f"{kind} {index}",), other))
             if index in getattr(self.mask, other):  # nothing is left to refit

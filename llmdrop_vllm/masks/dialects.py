@@ -9,9 +9,12 @@ from llmdrop_vllm.errors import MaskError
 NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
 # Where the rank order is kept in dialects that have no place for it.
 RANK_ORDER = "llmdrop_rank_order"
+# Beside any dialect: the last so many tokens that a layer attends to, by layer. None of the dialects can say that.
+WINDOWS = "llmdrop_windows"
 
 Entries = Mapping[str, Any]
 Indices = tuple[tuple[int, ...], tuple[int, ...]]  # attention layers, MLP layers
+Windows = tuple[tuple[int, int], ...]  # layer and tokens, ascending
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -143,6 +146,28 @@ def rank_order(config: Entries, indices: Indices, num_layers: int) -> Indices:
     return attention, mlp
 
 
+def read_windows(config: Entries) -> Windows:
+    """What the config says of windows. Raises MaskError for anything but an object of numbers by layer."""
+    found = config.get(WINDOWS, {})
+    if not isinstance(found, Mapping):
+        raise MaskError(f'{WINDOWS} is {found!r}; expected an object like {{"3": 1024}}, of tokens by layer')
+    for key in found:
+        if not (is_int(key) or (isinstance(key, str) and key.isdecimal())):
+            raise MaskError(f"{WINDOWS} has the key {key!r}; expected layer indices")
+    return tuple(sorted((int(key), tokens) for key, tokens in found.items()))
+
+
+def check_windows(windows: Windows, attention: Iterable[int], num_layers: int) -> None:
+    """Raise MaskError unless each is of a layer that has attention, named once, and of a token or more."""
+    check_indices("windows", (layer for layer, _ in windows), num_layers)
+    for layer, tokens in windows:
+        if not is_int(tokens) or tokens < 1:
+            hint = "; a window of nothing is dropped attention" if tokens == 0 and is_int(tokens) else ""
+            raise MaskError(f"the window of layer {layer} is {tokens!r} tokens; expected 1 or more{hint}")
+    if both := sorted({layer for layer, _ in windows}.intersection(attention)):
+        raise MaskError(f"layers {both} have a window, and their attention is dropped; say one of them")
+
+
 def _with_rank_order(entries: dict[str, Any], attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
     if all(list(indices) == sorted(indices) for indices in (attention, mlp)):
         return entries
@@ -207,5 +232,5 @@ ON_DISK = tuple(name for name in WRITERS if name != "runtime")
 
 def without_mask(config: Entries) -> dict[str, Any]:
     """The config's entries without any that say a mask, in whatever dialect."""
-    keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER}
+    keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER, WINDOWS}
     return {key: value for key, value in config.items() if key not in keys}

@@ -1,11 +1,21 @@
-"""DropMask: which attention and MLP sublayers a model goes without."""
+"""DropMask: which attention and MLP sublayers a model goes without, and which attention sees a window only."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.masks.dialects import DIALECTS, WRITERS, check_indices, is_int, rank_order
+from llmdrop_vllm.masks.dialects import (
+    DIALECTS,
+    WINDOWS,
+    WRITERS,
+    Windows,
+    check_indices,
+    check_windows,
+    is_int,
+    rank_order,
+    read_windows,
+)
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -14,13 +24,16 @@ LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 class DropMask:
     """The sublayers that are gone, in rank order: the first n entries are the mask that drops n.
 
+    `windows` are pairs of a layer and a number of tokens: its attention sees that many last ones, itself among them.
+
     Masks that drop the same sublayers in another order are different values that serve the same model; compare
-    `dropped` to ask whether two masks do the same.
+    `effect` to ask whether two masks do the same.
     """
 
     num_hidden_layers: int
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
+    windows: Windows = ()
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # for the records that hold a mask
 
     def __post_init__(self) -> None:
@@ -29,6 +42,8 @@ class DropMask:
             # Lists are accepted, and made tuples: a mask is a value that can be hashed.
             object.__setattr__(self, key, tuple(getattr(self, key)))
             check_indices(key, getattr(self, key), self.num_hidden_layers)
+        object.__setattr__(self, "windows", tuple(sorted((layer, tokens) for layer, tokens in self.windows)))
+        check_windows(self.windows, self.attention, self.num_hidden_layers)
 
     @classmethod
     def from_config(cls, config: object) -> Self:
@@ -38,16 +53,16 @@ class DropMask:
         dialects that disagree; where they agree, the one that keeps a rank order is returned.
         """
         entries = config_dict(config)
-        num_layers = layer_count(config)
+        num_layers, windows = layer_count(config), read_windows(entries)
         masks = {
-            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers))
+            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers), windows)
             for name in cls.dialects(entries)
         }
         if not masks:
-            return cls(num_layers)
+            return cls(num_layers, windows=windows)
         (first, mask), *others = masks.items()
         for other, its_mask in others:
-            if its_mask.dropped != mask.dropped:
+            if its_mask.effect != mask.effect:
                 raise MaskError(
                     f"the config's drop masks disagree: {first} says {mask.summary()}; "
                     f"{other} says {its_mask.summary()}; keep one of them"
@@ -62,9 +77,17 @@ class DropMask:
 
     @staticmethod
     def dialects_that_drop(config: object) -> tuple[str, ...]:
-        """Names of the dialects in which any config asks to drop something, without judging what else it says."""
+        """Names of the dialects in which any config asks to drop something, without judging what else it says; and
+        the entry for windows, where it names any.
+        """
         entries = config_dict(config)
-        return tuple(name for name, dialect in DIALECTS.items() if dialect.asks(entries))
+        names = tuple(name for name, dialect in DIALECTS.items() if dialect.asks(entries))
+        return (*names, WINDOWS) if entries.get(WINDOWS) else names
+
+    @property
+    def effect(self) -> tuple[frozenset[int], frozenset[int], Windows]:
+        """Attention layers, MLP layers, windows: what the mask does, in whatever order it says that."""
+        return *self.dropped, self.windows
 
     @property
     def dropped(self) -> tuple[frozenset[int], frozenset[int]]:
@@ -86,8 +109,8 @@ class DropMask:
             )
 
     def __bool__(self) -> bool:
-        """Whether anything is dropped."""
-        return bool(self.attention or self.mlp)
+        """Whether anything is dropped or windowed."""
+        return bool(self.attention or self.mlp or self.windows)
 
     def to_config(self, dialect: str = "llm-drop") -> dict[str, Any]:
         """The config entries that say this mask in a dialect of `WRITERS`.
@@ -99,12 +122,17 @@ class DropMask:
         """
         if dialect not in WRITERS:
             raise MaskError(f"unknown mask dialect {dialect!r}; known: {', '.join(WRITERS)}")
-        return WRITERS[dialect](self.num_hidden_layers, self.attention, self.mlp)
+        entries = WRITERS[dialect](self.num_hidden_layers, self.attention, self.mlp)
+        return entries | ({WINDOWS: {str(layer): tokens for layer, tokens in self.windows}} if self.windows else {})
 
     def summary(self) -> str:
-        """For people: `attention dropped in 8 of 32 layers [21-28], MLP in 0`."""
+        """For people: `attention dropped in 8 of 32 layers [21-28], MLP in 0`, and the windows where there are any."""
         attention = f"attention dropped in {len(self.attention)} of {self.num_hidden_layers} layers"
-        return f"{attention}{_ranges(self.attention)}, MLP in {len(self.mlp)}{_ranges(self.mlp)}"
+        said = [f"{attention}{_ranges(self.attention)}", f"MLP in {len(self.mlp)}{_ranges(self.mlp)}"]
+        for tokens in sorted({tokens for _, tokens in self.windows}):
+            layers = [layer for layer, its in self.windows if its == tokens]
+            said.append(f"to the last {tokens:,} tokens in {len(layers)}{_ranges(layers)}")
+        return ", ".join(said)
 
 
 def config_dict(config: object) -> Mapping[str, Any]:

@@ -156,7 +156,7 @@ def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, bool]:
         for n, id_ in series.steps.items()
         if id_ in sweep.points
     ]
-    same = [(series, n) for series, n, its in places if its.dropped == mask.dropped]
+    same = [(series, n) for series, n, its in places if its.effect == mask.effect]
     if same and evaluation.healed is not None:
         return *same[0], True
     alike = [(series, n) for series, n, its in places if series.order == BY_IMPORTANCE and _sizes(its) == _sizes(mask)]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -87,7 +87,7 @@ class Searched:
         for each in trials:
             if not (each.held_out or each.mended):
                 known.setdefault(_key(each), {}).update(each.kl)
-                masks[_key(each)] = DropMask(header.start.num_hidden_layers, each.attention, each.mlp)
+                masks[_key(each)] = replace(header.start, attention=each.attention, mlp=each.mlp)
         tokens = np.array(header.tokens)
         whole = {key: kl for key, kl in known.items() if len(kl) == len(tokens)}
         means = {key: Loss(np.array([kl[n] for n in range(len(tokens))]), tokens).mean for key, kl in whole.items()}

@@ -69,7 +69,7 @@ class Candidates:
         units = tuple(units)
         attention = (*self.mask.attention, *(unit.layer for unit in units if unit.attention))
         mlp = (*self.mask.mlp, *(unit.layer for unit in units if unit.mlp))
-        return replace(self, mask=DropMask(self.mask.num_hidden_layers, attention, mlp))
+        return replace(self, mask=replace(self.mask, attention=attention, mlp=mlp))
 
     def take(self, units: Iterable[Unit], count: int) -> list[Unit]:
         """The first `count` units, passing over one that would take the last attention sublayer: vLLM needs one."""

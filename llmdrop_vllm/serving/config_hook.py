@@ -14,8 +14,8 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.masks.dialects import block_entry
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.dialects import WINDOWS, block_entry
+from llmdrop_vllm.masks.mask import DropMask, config_dict
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
             return None
     _check_config_file(model_config)
     dialects = DropMask.dialects(config)
-    if not dialects:
+    if not (dialects or WINDOWS in config_dict(config)):
         if architecture.startswith(EXPLICIT_PREFIX):
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
@@ -94,7 +94,16 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     if "nemotron-nas" in dialects and architecture != NEMOTRON_NAS:
         _check_uniform(config)
     decoder.mask.check_attention_is_left()
+    if decoder.mask.windows:
+        _check_windows(decoder, model_config)
     return decoder
+
+
+def _check_windows(decoder: Decoder, model_config: "ModelConfig") -> None:
+    """Refuse windows where vLLM was told to have none, or where the attention takes none."""
+    decoder.layout()
+    if model_config.disable_sliding_window:
+        raise MaskError("--disable-sliding-window, and the mask has windows; leave out one of them")
 
 
 def _refuse_unsupported(architecture: str, config: object) -> None:
@@ -112,12 +121,17 @@ def _check_config_file(model_config: "ModelConfig") -> None:
     if model_config.hf_config_path is not None or not path.is_file():
         return
     entries = read_config(path.parent)
-    unseen = set(DropMask.dialects(entries)).difference(DropMask.dialects(model_config.hf_config))
+    unseen = set(_said_in(entries)).difference(_said_in(model_config.hf_config))
     if unseen and DropMask.from_config(entries):
         raise MaskError(
             f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
             "another file; use --config-format hf --load-format hf"
         )
+
+
+def _said_in(config: object) -> tuple[str, ...]:
+    """Dialects, and the entry for windows where there is one."""
+    return (*DropMask.dialects(config), *({WINDOWS} & {*config_dict(config)}))
 
 
 def _check_registered(architecture: str) -> None:

@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
+from llmdrop_vllm.serving.windows import windowed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,6 +44,7 @@ class Dropping:
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
+    windowed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
@@ -126,6 +128,12 @@ class Dropping:
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
+        windows = {layer for layer, _ in self.mask.windows if layer in stage}
+        if self.windowed != windows:
+            raise SubstitutionError(
+                f"{type(model).__name__} was not built as its mask says: windows in layers {sorted(windows)} expected, "
+                f"in {sorted(self.windowed)} built"
+            )
         self.kept_kv_bytes = self._kv_bytes(model.modules())
 
     def kv_summary(self) -> str:
@@ -145,7 +153,7 @@ def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
     handle = register_module_module_registration_hook(hook)
     try:
-        with hook.building():
+        with hook.building(), windowed(dict(hook.mask.windows)) as hook.windowed:
             yield hook
     finally:
         handle.remove()

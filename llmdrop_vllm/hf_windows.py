@@ -1,0 +1,48 @@
+"""Windows in Transformers' attention modules: what a query may see is taken from the mask that the module is given."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmdrop_vllm.errors import MaskError
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def look_back(attention: nn.Module, tokens: int) -> None:
+    """Let each token see the last `tokens` only, itself among them; keys and values of the others are still kept."""
+
+    def narrow(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "attention_mask" not in kwargs:
+            raise MaskError(
+                f"{type(module).__name__} takes its attention mask otherwise than by name; it has no windows"
+            )
+        mask = kwargs["attention_mask"]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        length = _keys(module, hidden.shape[1], mask, kwargs)
+        if length <= tokens:
+            return args, kwargs
+        return args, kwargs | {"attention_mask": _narrowed(mask, hidden, length, tokens)}
+
+    attention.register_forward_pre_hook(narrow, with_kwargs=True)
+
+
+def _keys(module: Any, queries: int, mask: Any, kwargs: dict[str, Any]) -> int:
+    """How many tokens the queries could see."""
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            raise MaskError("windows need Transformers' attention to be 'sdpa' or 'eager' (attn_implementation)")
+        return int(mask.shape[-1])
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    return queries + (0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
+
+
+def _narrowed(mask: torch.Tensor | None, hidden: torch.Tensor, length: int, tokens: int) -> torch.Tensor:
+    """[batch or 1, heads or 1, queries, keys], of the kind that it was."""
+    keys = torch.arange(length, device=hidden.device)
+    at = keys[length - hidden.shape[1] :, None]
+    seen = keys > at - tokens
+    if mask is None:
+        return (seen & (keys <= at))[None, None]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
