@@ -95,15 +95,8 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
         _check_uniform(config)
     decoder.mask.check_attention_is_left()
     if decoder.mask.windows:
-        _check_windows(decoder, model_config)
+        decoder.layout()  # which judges them
     return decoder
-
-
-def _check_windows(decoder: Decoder, model_config: "ModelConfig") -> None:
-    """Refuse windows where vLLM was told to have none, or where the attention takes none."""
-    decoder.layout()
-    if model_config.disable_sliding_window:
-        raise MaskError("--disable-sliding-window, and the mask has windows; leave out one of them")
 
 
 def _refuse_unsupported(architecture: str, config: object) -> None:

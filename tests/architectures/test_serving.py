@@ -1,10 +1,11 @@
 """Every architecture with a tiny model: served by vLLM with a mask, it computes what Transformers computes without
-the dropped sublayers, and its KV cache has room for the remaining attention only.
+the dropped sublayers and with its windows, and its KV cache has room for the remaining attention only.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomGelu
 from vllm import LLM
 
-from llmdrop_vllm import DropMask
+from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.evaluation.engine import SWITCHING
@@ -33,6 +34,7 @@ MASKS = {
     "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(3,)),
 }
 BUILT = ("blocks, first and last layer", "all attention but one")
+WINDOW = 6  # of the first attention that is kept
 KV_CACHE_BYTES = 1 << 26
 # On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
 FLOAT32 = {"attention_backend": "CPU_MLA"}
@@ -91,7 +93,8 @@ def exact_gelu(model: nn.Module) -> Iterator[None]:
 def reference(architecture: str, mask: DropMask) -> list[float]:
     """Log-probability of each prompt token after the first."""
     model = model_of(architecture)
-    with torch.no_grad(), skipping(model, CASES[architecture].family, mask), exact_gelu(model):
+    family, windows = CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)
+    with torch.no_grad(), skipping(model, family, mask), hf.dropped(model, family, windows), exact_gelu(model):
         logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
     return logprobs[range(len(PROMPT) - 1), PROMPT[1:]].tolist()
 
@@ -132,13 +135,27 @@ def switched(llm: LLM, mask: DropMask) -> list[float]:
 @pytest.mark.parametrize("mask", BUILT)
 @pytest.mark.parametrize("architecture", CASES)
 def test_served_with_a_mask_it_computes_what_transformers_does_without_the_sublayers(architecture, mask, tmp_path):
-    directory = write(architecture, MASKS[mask], tmp_path)
+    whole, mask = MASKS[mask], windowed(architecture, MASKS[mask])
+    directory = write(architecture, mask, tmp_path)
     logprobs, (blocks, block_tokens) = served(directory, architecture)
-    expected = reference(architecture, MASKS[mask])
+    expected = reference(architecture, mask)
     assert logprobs == pytest.approx(expected, abs=1e-4)
     config = json.loads((directory / "config.json").read_bytes())
     assert blocks == KV_CACHE_BYTES // (
         4 * block_tokens * Decoder.of(config, config["architectures"][0]).layout().block_values
     )
-    # The comparison can fail: without the mask the numbers are others.
+    # The comparison can fail: without the mask the numbers are others, and behind a window's end without it.
     assert reference(architecture, DropMask(LAYERS)) != pytest.approx(expected, abs=1e-2)
+    if mask.windows:
+        without = reference(architecture, whole)
+        assert expected[: WINDOW - 1] == pytest.approx(without[: WINDOW - 1], abs=1e-5)
+        assert expected[WINDOW:] != pytest.approx(without[WINDOW:], abs=1e-3)
+
+
+def windowed(architecture: str, mask: DropMask) -> DropMask:
+    """With a window in the first attention that is kept, where that takes one."""
+    decoder = Decoder.of(model_of(architecture).config, architecture)
+    layer = mask.kept_attention[0]
+    kind = decoder.kinds[layer]
+    takes = kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)
+    return replace(mask, windows=((layer, WINDOW),)) if takes else mask
