@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "shares", "embedded"),
     ("masks",),
     ("architectures", "kv_cache"),
-    ("checkpoints",),
+    ("checkpoints", "hf_windows"),
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing", "mask_file"),
     ("scoring", "fetching"),

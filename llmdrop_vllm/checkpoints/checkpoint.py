@@ -21,8 +21,6 @@ from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -83,7 +81,7 @@ class Checkpoint:
     @property
     def context(self) -> int | None:
         """Tokens that the model takes at most; None where the config does not say."""
-        return next((int(self.config[key]) for key in CONTEXT_KEYS if self.config.get(key)), None)
+        return self.decoder.context
 
     @property
     def dtype(self) -> str:

@@ -12,6 +12,8 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
 
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -38,10 +40,15 @@ class Decoder:
         """The mask that drops nothing."""
         return DropMask(self.mask.num_hidden_layers)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model takes at most; None where the config does not say."""
+        return next((int(self.config[key]) for key in CONTEXT_KEYS if self.config.get(key)), None)
+
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Per layer, what its attention stores while it is there. Raises CheckpointError where the config lacks it."""
-        return windowed(self._own_kinds, self.mask)
+        return self._windowed(self.mask)
 
     @cached_property
     def _own_kinds(self) -> tuple[LayerKind, ...]:
@@ -51,22 +58,24 @@ class Decoder:
     def layout(self, mask: DropMask | None = None) -> KVLayout:
         """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
         kept = self.mask if mask is None else mask  # a mask that drops nothing is false
-        kinds = windowed(self._own_kinds, kept)
+        kinds = self._windowed(kept)
         return kv_layout([kinds[layer] for layer in kept.kept_attention])
 
-
-def windowed(kinds: tuple[LayerKind, ...], mask: DropMask) -> tuple[LayerKind, ...]:
-    """What layers store under a mask. Raises MaskError for a window in attention that has none, or a shorter one."""
-    found = list(kinds)
-    for layer, tokens in mask.windows:
-        kind = kinds[layer]
-        if kind.name not in ("full", "sliding"):
-            raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
-        if kind.span is not None and kind.span <= tokens:
-            said = f"layer {layer} sees the last {kind.span} tokens already"
-            raise MaskError(f"{said}; a window of {tokens} changes nothing")
-        found[layer] = replace(kind, name="sliding", span=tokens)
-    return tuple(found)
+    def _windowed(self, mask: DropMask) -> tuple[LayerKind, ...]:
+        """What layers store under a mask. Raises MaskError for windows that attention does not take or notice."""
+        found = list(self._own_kinds)
+        for layer, tokens in mask.windows:
+            kind = found[layer]
+            if kind.name not in ("full", "sliding"):
+                raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
+            spans = {"it sees": kind.span, "the model's context is": self.context}
+            for said, span in spans.items():
+                if span is not None and span <= tokens:
+                    raise MaskError(
+                        f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {span} tokens"
+                    )
+            found[layer] = replace(kind, name="sliding", span=tokens)
+        return tuple(found)
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:

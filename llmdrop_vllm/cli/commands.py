@@ -5,6 +5,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask_file import MaskFile
+from llmdrop_vllm.masks.dialects import check_either, windows_of
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
@@ -85,17 +87,23 @@ def inspect(args: Namespace) -> None:
 
 
 def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
-    """The mask that the arguments name or list; None where they say nothing, and the model's own stands."""
+    """The mask that the arguments name or list, windows on top; None where they say nothing: the model's own stands."""
+    windows = windows_of(args.window_attention, args.window)
     if args.mask is not None:
         if args.attention or args.mlp:
             raise InputError("--mask and --attention/--mlp exclude each other")
         file = read_record(MaskFile, args.mask)
         if not args.other_model:
             _check_same_model(file, checkpoint, args.mask)
-        return file
-    if not (args.attention or args.mlp):
+        check_either(windows, file.attention)
+        return file.model_copy(update={"windows": replace(file.mask, windows=windows).windows}) if windows else file
+    if not (args.attention or args.mlp or windows):
         return None
-    mask = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
+    mask = checkpoint.mask
+    if args.attention or args.mlp:
+        mask = DropMask(mask.num_hidden_layers, args.attention, args.mlp)
+    check_either(windows, mask.attention)
+    mask = replace(mask, windows=windows or checkpoint.mask.windows)
     return MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
 
 

@@ -40,6 +40,9 @@ def add_mask(command: Parser) -> None:
     mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
     mask.add_argument("--attention", type=layers, default=(), metavar="25,26", help="layers whose attention goes")
     mask.add_argument("--mlp", type=layers, default=(), metavar="24", help="layers whose MLP goes")
+    what = "layers whose attention sees the last --window tokens only"
+    mask.add_argument("--window-attention", type=layers, default=(), metavar="3,5", help=what)
+    mask.add_argument("--window", type=int, metavar="TOKENS", help="how many, each token itself among them")
     mask.add_argument(
         "--other-model", action="store_true", help="take a mask that was chosen for another model's weights"
     )

@@ -146,6 +146,15 @@ def rank_order(config: Entries, indices: Indices, num_layers: int) -> Indices:
     return attention, mlp
 
 
+def windows_of(layers: Iterable[int], tokens: int | None) -> Windows:
+    """One window for each of the layers. Raises MaskError unless both are given, or neither."""
+    layers = tuple(layers)
+    if bool(layers) != (tokens is not None):
+        raise MaskError("--window-attention says in which layers, --window how many tokens; give both")
+    check_indices("--window-attention", layers, max(layers, default=0) + 1)
+    return () if tokens is None else tuple((layer, tokens) for layer in layers)
+
+
 def read_windows(config: Entries) -> Windows:
     """What the config says of windows. Raises MaskError for anything but an object of numbers by layer."""
     found = config.get(WINDOWS, {})
@@ -157,13 +166,17 @@ def read_windows(config: Entries) -> Windows:
     return tuple(sorted((int(key), tokens) for key, tokens in found.items()))
 
 
-def check_windows(windows: Windows, attention: Iterable[int], num_layers: int) -> None:
-    """Raise MaskError unless each is of a layer that has attention, named once, and of a token or more."""
+def check_windows(windows: Windows, num_layers: int) -> None:
+    """Raise MaskError unless each is of a layer of the model, named once, and of a token or more."""
     check_indices("windows", (layer for layer, _ in windows), num_layers)
     for layer, tokens in windows:
         if not is_int(tokens) or tokens < 1:
             hint = "; a window of nothing is dropped attention" if tokens == 0 and is_int(tokens) else ""
             raise MaskError(f"the window of layer {layer} is {tokens!r} tokens; expected 1 or more{hint}")
+
+
+def check_either(windows: Windows, attention: Iterable[int]) -> None:
+    """Raise MaskError for layers that were told both to have a window and to go without attention."""
     if both := sorted({layer for layer, _ in windows}.intersection(attention)):
         raise MaskError(f"layers {both} have a window, and their attention is dropped; say one of them")
 

@@ -10,6 +10,7 @@ from llmdrop_vllm.masks.dialects import (
     WINDOWS,
     WRITERS,
     Windows,
+    check_either,
     check_indices,
     check_windows,
     is_int,
@@ -25,6 +26,7 @@ class DropMask:
     """The sublayers that are gone, in rank order: the first n entries are the mask that drops n.
 
     `windows` are pairs of a layer and a number of tokens: its attention sees that many last ones, itself among them.
+    What is dropped has none: a mask that is made of another with more gone has fewer.
 
     Masks that drop the same sublayers in another order are different values that serve the same model; compare
     `effect` to ask whether two masks do the same.
@@ -42,8 +44,9 @@ class DropMask:
             # Lists are accepted, and made tuples: a mask is a value that can be hashed.
             object.__setattr__(self, key, tuple(getattr(self, key)))
             check_indices(key, getattr(self, key), self.num_hidden_layers)
-        object.__setattr__(self, "windows", tuple(sorted((layer, tokens) for layer, tokens in self.windows)))
-        check_windows(self.windows, self.attention, self.num_hidden_layers)
+        check_windows(self.windows, self.num_hidden_layers)
+        left = ((layer, tokens) for layer, tokens in self.windows if layer not in self.attention)
+        object.__setattr__(self, "windows", tuple(sorted(left)))
 
     @classmethod
     def from_config(cls, config: object) -> Self:
@@ -61,6 +64,7 @@ class DropMask:
         if not masks:
             return cls(num_layers, windows=windows)
         (first, mask), *others = masks.items()
+        check_either(windows, mask.attention)
         for other, its_mask in others:
             if its_mask.effect != mask.effect:
                 raise MaskError(

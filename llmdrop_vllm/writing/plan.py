@@ -104,6 +104,8 @@ def plan_surgery(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     check_mask(masked, may_be_empty=keep_dropped)
+    if masked.mask.windows and (portable or for_nemotron):
+        raise InputError("the mask has windows; engines that read a portable or nemotron-nas checkpoint ignore them")
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
     nothing_goes = len(masked.kept) == len(checkpoint.tensors)
     keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or nothing_goes
@@ -114,7 +116,8 @@ def plan_surgery(
     whole = keeps_all and checkpoint.is_whole
     reference = checked_config(checkpoint.under(checkpoint.decoder.whole) if whole else masked)
     kept = checkpoint.tensors if keeps_all else masked.kept
-    shards = () if config_only else _shards(checkpoint, kept, VARIANT if not (whole or for_nemotron) else None)
+    plain_files = for_nemotron or (whole and not masked.mask.windows)
+    shards = () if config_only else _shards(checkpoint, kept, None if plain_files else VARIANT)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     has_plain_name = checkpoint.config["architectures"] == [checkpoint.architecture]
     explicit = bool(masked.mask) and not portable and not (keep_dropped and whole and has_plain_name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
-from llmdrop_server.mask_options import mask_entries
+from llmdrop_server.mask_options import mask_entries, windows_asked
 from llmdrop_server.preflight import check_port, check_readable, read_keys
 from llmdrop_vllm import register
 from llmdrop_vllm.checkpoints.directory import check_model_name
@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     mask = top.add_argument_group("mask, for a checkpoint whose config has none")
     mask.add_argument("--drop-attention", metavar="25,26", help="layers whose attention goes; with --scores, how many")
     mask.add_argument("--drop-mlp", metavar="24,", help="layers whose MLP goes; with --scores, how many")
+    mask.add_argument("--window-attention", metavar="3,5", help="layers whose attention sees a window only")
+    mask.add_argument("--window", type=int, metavar="TOKENS", help="how many last tokens they see")
     mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
     mask.add_argument("--scores", type=Path, metavar="FILE", help="what `llmdrop score` wrote; shown on the page too")
     bounds = (f"{name}  {field.description}; {field.default:,}" for name, field in Limits.model_fields.items())
@@ -85,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
 def vllm_arguments(ours: argparse.Namespace, theirs: Sequence[str]) -> list[str]:
     """The command line for `vllm`. Raises InputError for a mask that makes no sense."""
     overrides = _overrides(ours.hf_overrides)
-    overrides |= mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores)
+    windows = windows_asked(ours.window_attention, ours.window)
+    overrides |= mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores, windows)
     passed: dict[str, Any] = {"--host": ours.host, "--port": ours.port, **_ssl_files(ours)}
     if overrides:
         passed["--hf-overrides"] = json.dumps(overrides)

@@ -1,19 +1,24 @@
 """The mask that the options of `llmdrop serve` ask for."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask_file import MaskFile
+from llmdrop_vllm.masks.dialects import WINDOWS, Windows, check_either, windows_of
 from llmdrop_vllm.masks.mask import DropMask
 
 LAYERS = re.compile(r"\d+(,\d+)*,?")
 
 
-def mask_entries(attention: str | None, mlp: str | None, mask: Path | None, scores: Path | None) -> dict[str, Any]:
-    """Config entries for `--drop-attention`, `--drop-mlp`, `--mask` and `--scores`; none where no mask is asked for.
+def mask_entries(
+    attention: str | None, mlp: str | None, mask: Path | None, scores: Path | None, windows: Windows = ()
+) -> dict[str, Any]:
+    """Config entries for `--drop-attention`, `--drop-mlp`, `--mask` and `--scores`, and for windows beside them; none
+    where no mask is asked for.
 
     A list of layers is taken as it stands, in rank order; a single number is how many the scores find least important.
     Raises MaskError for options that make no sense, InputError for files that cannot be read.
@@ -22,19 +27,32 @@ def mask_entries(attention: str | None, mlp: str | None, mask: Path | None, scor
     if mask is not None:
         if attention or mlp:
             raise MaskError("--mask and --drop-attention/--drop-mlp exclude each other")
-        return read_record(MaskFile, mask).mask.to_config()
+        file = read_record(MaskFile, mask)
+        check_either(windows, file.attention)
+        return replace(file.mask, windows=windows or file.windows).to_config()
     measured = None if scores is None else read_record(Scores, scores)
     layers = {kind: _layers(kind, text) for kind, text in asked.items() if text is not None and "," in text}
     counts = {
         kind: _count(kind, text, measured) for kind, text in asked.items() if text is not None and "," not in text
     }
     if not layers and not counts:
-        return {}
+        # Of windows alone the config's own mask is not to be replaced.
+        entries = DropMask(1 + max((layer for layer, _ in windows), default=0), windows=windows).to_config()
+        return {name: entry for name, entry in entries.items() if name == WINDOWS}
     if measured is not None:
         layers = _least_important(measured, counts) | layers
     # Without scores the model's depth is not known here: the engine's config hook checks the indices against it.
-    depth = measured.num_hidden_layers if measured else 1 + max(max(each) for each in layers.values())
-    return DropMask(depth, **layers).to_config()
+    check_either(windows, layers.get("attention", ()))
+    deepest = max(*(layer for each in layers.values() for layer in each), *(layer for layer, _ in windows), 0)
+    depth = measured.num_hidden_layers if measured else 1 + deepest
+    return DropMask(depth, **layers, windows=windows).to_config()
+
+
+def windows_asked(layers: str | None, tokens: int | None) -> Windows:
+    """Of `--window-attention` and `--window`. Raises MaskError for one without the other, and for what is no layer."""
+    if layers is not None and not LAYERS.fullmatch(layers):
+        raise MaskError(f"--window-attention is {layers!r}; expected layers like 3,5")
+    return windows_of((int(layer) for layer in (layers or "").split(",") if layer), tokens)
 
 
 def _layers(kind: str, text: str) -> tuple[int, ...]:

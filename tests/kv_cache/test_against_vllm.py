@@ -42,6 +42,9 @@ def decilm() -> dict:
 CONFIGS = {
     "full": LLAMA,
     "full, half of the attention dropped": LLAMA | {"drop_attn_list": [6, 5, 2, 0]},
+    "windows of ours in half of the layers": LLAMA | {"llmdrop_windows": {str(layer): 300 for layer in (1, 3, 5, 7)}},
+    "windows of ours where others are dropped": LLAMA
+    | {"llmdrop_windows": {"1": 200, "3": 200}, "drop_attn_list": [6, 5]},
     "one window for all": LLAMA
     | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 300},
     "windows and full": SIZES

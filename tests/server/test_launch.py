@@ -55,6 +55,13 @@ def test_a_number_is_how_many_the_scores_find_least_important(scores):
     assert mask_of("--drop-attention", "3,", "--drop-mlp", "1", "--scores", scores) == ([3], [1])
 
 
+def test_windows_come_on_top():
+    windows = ("--window-attention", "3,5", "--window", "64")
+    assert overrides(*windows) == {"llmdrop_windows": {"3": 64, "5": 64}}
+    entries = overrides(*windows, "--drop-attention", "1,2")
+    assert entries == {"drop_attn_list": [1, 2], "drop_mlp_list": [], "llmdrop_windows": {"3": 64, "5": 64}}
+
+
 def test_scores_alone_drop_nothing(scores):
     assert overrides("--scores", scores) == {}
 
@@ -79,6 +86,9 @@ def test_a_mask_goes_beside_the_users_overrides():
         (["--drop-attention", "a,b"], "expected layers like 25,26,24"),
         (["--drop-attention", "-1"], "expected layers like 25,26,24, or with --scores a number"),
         (["--drop-attention", "1,1"], "names layer 1 twice"),
+        (["--window-attention", "1"], "give both"),
+        (["--window-attention", "1", "--window", "0"], "a window of nothing is dropped attention"),
+        (["--window-attention", "1,2", "--window", "8", "--drop-attention", "2,"], "say one of them"),
         (["--drop-attention", "1,", "--mask", "mask.json"], "exclude each other"),
         (["--mask", "nowhere.json"], "nowhere.json cannot be read"),
         (["--hf-overrides", "{"], "--hf-overrides is not JSON"),

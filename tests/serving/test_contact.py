@@ -110,6 +110,12 @@ def test_weight_loaders_skip_what_subclasses_ppmissinglayer():
     assert is_pp_missing_parameter("self_attn.o_proj.weight", layer)
 
 
+def test_attention_is_told_of_its_window_and_its_place():
+    parameters = inspect.signature(Attention.__init__).parameters
+    assert parameters["per_layer_sliding_window"].default is None
+    assert parameters["prefix"].default == ""
+
+
 def test_the_transformers_backend_makes_an_attention_layer_where_its_fusers_say():
     assert AttentionFuser("a dropped sublayer").scale(torch.nn.Module()) is None
     assert AttentionFuser("a dropped sublayer").sinks(torch.nn.Module()) is None

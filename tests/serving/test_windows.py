@@ -1,0 +1,115 @@
+"""Windows that the mask gives to layers, served: the engine's own groups, and what they hold of each request."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.errors import MaskError
+from tests.engines import engine, greedy
+from tests.serving.engine_process import run_job
+from tests.serving.test_parallel import TWO_WORKERS
+from tests.tiny import TINY_LLAMA, write_checkpoint
+
+WINDOW = 24
+MASK = DropMask(8, attention=(2,), windows=((1, WINDOW), (3, WINDOW), (6, 40)))
+LONG = np.random.default_rng(0).integers(3, 250, 150).tolist()
+SHORT = LONG[: WINDOW // 2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("windowed"), TINY_LLAMA | MASK.to_config())
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """What Transformers goes on with."""
+    model = hf.from_pretrained(checkpoint, dtype=torch.float32)
+    made = model.generate(torch.tensor([LONG]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    return made[0, len(LONG) :].tolist()
+
+
+def test_up_to_the_window_it_is_the_full_model(checkpoint, tmp_path):
+    full = write_checkpoint(tmp_path / "full", TINY_LLAMA | DropMask(8, attention=(2,)).to_config())
+    with engine(checkpoint) as llm:
+        tokens, _, logprobs = greedy(llm, SHORT, tokens=WINDOW - len(SHORT))
+        _, _, beyond = greedy(llm, LONG, tokens=2)
+    with engine(full) as llm:
+        assert greedy(llm, SHORT, tokens=WINDOW - len(SHORT))[0] == tokens
+        assert greedy(llm, SHORT, tokens=2)[2] == pytest.approx(logprobs, abs=1e-5)
+        assert greedy(llm, LONG, tokens=2)[2] != pytest.approx(beyond, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_num_batched_tokens": 32}, {"enable_prefix_caching": True, "max_num_batched_tokens": 64}]
+)
+def test_in_chunks_and_from_cached_prefixes_it_is_what_transformers_computes(options, checkpoint, expected):
+    with engine(checkpoint, **options) as llm:
+        for _ in range(2):
+            assert greedy(llm, LONG, tokens=8)[0] == expected
+
+
+def test_the_whole_model_in_windows_is_one_that_has_them_by_itself(tmp_path):
+    """Transformers' Mistral knows one window for all layers."""
+    plain = TINY_LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    windows = DropMask(8, windows=[(layer, WINDOW) for layer in range(8)])
+    ours = hf.from_pretrained(write_checkpoint(tmp_path / "ours", plain | windows.to_config()), dtype=torch.float32)
+    theirs = write_checkpoint(tmp_path / "theirs", plain | {"sliding_window": WINDOW})
+    theirs = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
+    ids = torch.tensor([LONG])
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+
+
+def test_padding_at_the_left_changes_nothing(checkpoint):
+    model = hf.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    padded = torch.tensor([[0] * 9 + LONG])
+    seen = torch.tensor([[0] * 9 + [1] * len(LONG)])
+    places = (seen.cumsum(-1) - 1).clamp(min=0)
+    found = model(padded, attention_mask=seen, position_ids=places).logits[:, 9:]
+    torch.testing.assert_close(found, model(torch.tensor([LONG])).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [{"tensor_parallel_size": 2, "enforce_eager": True}, {"pipeline_parallel_size": 2}])
+def test_every_rank_has_its_windows(ranks, checkpoint, expected):
+    result = run_job(TWO_WORKERS, model=checkpoint, prompt=LONG, **ranks)
+    assert result["tokens"][:8] == expected[: len(result["tokens"])][:8]
+    assert "to the last 24 tokens in 2 [1,3], to the last 40 tokens in 1 [6]" in result["log"]
+
+
+@pytest.mark.parametrize(
+    ("config", "windows", "message"),
+    [
+        ({}, ((3, 512),), "a window of 512 tokens in layer 3 changes nothing: the model's context is 512 tokens"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+            ((3, 100),),
+            "changes nothing: it sees 64 tokens",
+        ),
+    ],
+)
+def test_windows_that_nobody_would_notice_are_refused(config, windows, message, tmp_path):
+    path = write_checkpoint(tmp_path, TINY_LLAMA | config | DropMask(8, windows=windows).to_config())
+    checkpoint = Checkpoint.open(path)
+    with pytest.raises(MaskError, match=message):
+        checkpoint.under(checkpoint.mask)
+    with pytest.raises(Exception, match=message), engine(path):
+        pytest.fail("started")
+
+
+def test_windows_reach_an_engine_by_themselves(tmp_path):
+    path = write_checkpoint(tmp_path, TINY_LLAMA)
+    entries = {"llmdrop_windows": {"1": WINDOW}}
+    with engine(path, hf_overrides=entries) as llm:
+        found = greedy(llm, LONG, tokens=2)[2]
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | entries))
+    model = hf.from_pretrained(tmp_path, dtype=torch.float32)
+    logprobs = model(torch.tensor([LONG])).logits[0].log_softmax(-1)[range(len(LONG) - 1), LONG[1:]]
+    assert found == pytest.approx(logprobs.tolist(), abs=1e-4)
