@@ -2,8 +2,8 @@
 
     python benchmarks/healing_gpu.py prepare [--model qwen2.5-coder-1.5b]           after healing.py, where vLLM is
     python benchmarks/healing_gpu.py sample [--model qwen2.5-coder-1.5b]            on the GPU
-    python benchmarks/healing_gpu.py train --run '{"name": "8", "attention": [2, 4], "train": {"rank": 64}}' --out FILE
-    python benchmarks/healing_gpu.py merge --run ... --keep DIR                     where there is vLLM
+    python benchmarks/healing_gpu.py train --run '{"name": "8", "attention": [2, 4], "train": {"rank": 64}}' ...
+    python benchmarks/healing_gpu.py merge --figures FILE --keep DIR                where there is vLLM
 
 `prepare` writes prompts: ours, and Python functions of all packages that are installed. `sample` has the model answer
 them through Transformers, and prompts that it writes itself. `train` heals a mask on all of that and judges it on the
@@ -20,16 +20,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.functions import more_functions
-from benchmarks.healing import evaluated
+from benchmarks.healing import evaluated, figures
 from benchmarks.healing_subject import Subject
 from benchmarks.healing_ways import CODER, DATA
 from benchmarks.own_prompts import LONGEST, beginning, own_prompts
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, finish
 from benchmarks.sampling import Sampler
+from benchmarks.table import rows
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -108,7 +110,9 @@ def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
     """Heal a mask; figures, and what it was trained to under `keep`."""
     checkpoint, mask = subject.checkpoint, DropMask(subject.checkpoint.mask.num_hidden_layers, run.attention)
     teacher, scratch = checkpoint.under(checkpoint.mask), subject.directory / f".{run.name}.scratch"
-    told: dict[str, Any] = {"model": subject.name, "run": asdict(run), "dropped": subject.judged(checkpoint, mask)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    told: dict[str, Any] = {"model": subject.name, "device": device, "run": asdict(run), "stages": {}}
+    told["dropped"] = subject.judged(checkpoint, mask)
     for tokens, options, training in run.stages:
         out, start = subject.directory / f"{run.name}-{'trained' if training else 'closed-form'}", time.monotonic()
         data = subject.learnt_from(sources(subject.name), tokens)
@@ -120,7 +124,7 @@ def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
             write_checkpoint(plan, out, records={HEAL_FILE: found.record})
         checkpoint, seconds = Checkpoint.open(out), round(time.monotonic() - start)
         trained = found.record.training
-        told[out.name] = {
+        told["stages"][out.name] = {
             "tokens": found.record.tokens,
             "seconds": seconds,
             "judged": subject.judged(checkpoint, mask),
@@ -129,10 +133,11 @@ def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
     return told
 
 
-def merge(subject: Subject, run: Run, keep: Path) -> Path:
-    """Adapters that were kept, in a checkpoint that `healing.py`'s measures are taken of."""
+def merge(subject: Subject, run: Run, keep: Path) -> dict[str, Any]:
+    """Make a checkpoint of adapters that were kept; what `healing.py` measures of it."""
     out, mask = subject.directory / run.name, DropMask(subject.checkpoint.mask.num_hidden_layers, run.attention)
-    if not out.exists():
+    measured = (subject.results / "healed" / f"{run.name}.json").exists()
+    if not (measured or out.exists()):
         adapters = {
             name: tensor for path in sorted(keep.glob("*.safetensors")) for name, tensor in load_file(path).items()
         }
@@ -148,8 +153,25 @@ def merge(subject: Subject, run: Run, keep: Path) -> Path:
             save_file(merged, path := Path(directory) / "merged.safetensors")
             stored = {tensor.name: tensor for tensor in stored_tensors(path)}
             write_checkpoint(plan_surgery(subject.checkpoint, mask).healed(stored), out)
-    evaluated(subject, out, run.name)
-    return out
+    return figures(evaluated(subject, out, run.name).quality)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """For people."""
+    head = ("model", "without attention in", "", "tokens", "s")
+    head += ("KL, held-out answers", "KL, functions", "KL, asked functions", "reasoning", "HumanEval")
+    found = []
+    for run in runs:
+        gone = " ".join(map(str, sorted(run["run"]["attention"])))
+        stages = {"dropped": {"judged": run["dropped"]}, **run["stages"]}
+        for name, stage in stages.items():
+            training = stage.get("training")
+            what = f"{training['method']}, {training['epochs']:g} epochs" if training else name
+            kl = (stage["judged"][kind]["kl"] if kind in stage["judged"] else "" for kind in DATA[CODER])
+            tasks = (run["measured"][task] if name == [*stages][-1] else "" for task in ("reasoning", "humaneval"))
+            shares = (f"{each:.1%}" if each else "" for each in tasks)
+            found.append((run["model"], gone, what, stage.get("tokens", ""), stage.get("seconds", ""), *kl, *shares))
+    return f"# Healing on a GPU\n\n{rows(head, found)}"
 
 
 def _keep(scratch: Path, out: Path) -> None:
@@ -185,7 +207,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, metavar="N", help="answers at once")
     parser.add_argument("--run", type=json.loads, metavar="JSON", help="name, attention, closed_form, tokens, train")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="what was trained, to merge elsewhere")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="figures")
+    parser.add_argument("--figures", type=Path, metavar="FILE", help="of `train`, which `merge` adds to the results")
     args = parser.parse_args()
     subject = Subject(args.model, args.directory / args.model, RESULTS / "real" / args.model)
     if args.step == "prepare":
@@ -193,11 +215,14 @@ def main() -> None:
     elif args.step == "sample":
         sample(subject, args.batch, args.prompts, args.per_prompt)
     elif args.step == "merge":
-        merge(subject, Run(**args.run), args.keep)
+        out = RESULTS / "healing_gpu.json"
+        runs = json.loads(out.read_text())["runs"] if out.exists() else []
+        told = json.loads(args.figures.read_text())
+        runs.append(told | {"measured": merge(subject, Run(**told["run"]), args.keep)})
+        finish("healing_gpu", {"runs": runs}, out, table=table(runs))
     else:
-        told = json.dumps(train(subject, Run(**args.run), args.keep), indent=1)
-        print(told)
-        write_atomically(args.out, told + "\n")
+        told = train(subject, Run(**args.run), args.keep)
+        write_atomically(args.figures, json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
