@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from transformers import PreTrainedModel
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from tests.architectures.cases import model_of
+
+WINDOW = 6  # of the first attention that is kept
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -46,3 +51,12 @@ def _zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 def _residual(_module: nn.Module, args: Any, output: Any) -> Any:
     return (args[1], *output[1:]) if isinstance(output, tuple) else args[1]
+
+
+def windowed(architecture: str, mask: DropMask) -> DropMask:
+    """With a window in the first attention that is kept, where that takes one."""
+    decoder = Decoder.of(model_of(architecture).config, architecture)
+    layer = mask.kept_attention[0]
+    kind = decoder.kinds[layer]
+    takes = kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)
+    return replace(mask, windows=((layer, WINDOW),)) if takes else mask

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from llmdrop_vllm import DropMask
+from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import layers_of, skipping
+from tests.architectures.reference import layers_of, skipping, windowed
 
 IDS = torch.stack([torch.arange(3, 43), torch.arange(103, 143)])
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
@@ -21,9 +21,12 @@ def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
     model = model_of(architecture)
     checkpoint = Checkpoint.open(CASES[architecture].save(model, tmp_path / "full"))
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
-    scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=MASK)
+    mask = windowed(architecture, MASK)
+    scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=mask)
     for index in range(LAYERS):
-        for kind, (before, after) in steps(model, CASES[architecture].family, index).items():
+        with hf.dropped(model, CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)):
+            found_by_hooks = steps(model, CASES[architecture].family, index)
+        for kind, (before, after) in found_by_hooks.items():
             what = f"{kind} of layer {index}"
             found = getattr(scores.similarity, kind)[index]
             if index in getattr(MASK, kind, ()):

@@ -5,7 +5,6 @@ the dropped sublayers and with its windows, and its KV cache has room for the re
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +22,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.evaluation.engine import SWITCHING
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import skipping
+from tests.architectures.reference import WINDOW, skipping, windowed
 from tests.engines import engine, greedy
 
 PROMPT = [*range(3, 43)]
@@ -34,7 +33,6 @@ MASKS = {
     "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(3,)),
 }
 BUILT = ("blocks, first and last layer", "all attention but one")
-WINDOW = 6  # of the first attention that is kept
 KV_CACHE_BYTES = 1 << 26
 # On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
 FLOAT32 = {"attention_backend": "CPU_MLA"}
@@ -150,12 +148,3 @@ def test_served_with_a_mask_it_computes_what_transformers_does_without_the_subla
         without = reference(architecture, whole)
         assert expected[: WINDOW - 1] == pytest.approx(without[: WINDOW - 1], abs=1e-5)
         assert expected[WINDOW:] != pytest.approx(without[WINDOW:], abs=1e-3)
-
-
-def windowed(architecture: str, mask: DropMask) -> DropMask:
-    """With a window in the first attention that is kept, where that takes one."""
-    decoder = Decoder.of(model_of(architecture).config, architecture)
-    layer = mask.kept_attention[0]
-    kind = decoder.kinds[layer]
-    takes = kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)
-    return replace(mask, windows=((layer, WINDOW),)) if takes else mask
