@@ -97,7 +97,7 @@ class Checkpoint:
     @property
     def is_stripped(self) -> bool:
         """Whether the weights of sublayers that the mask drops are gone."""
-        return bool(self.mask) and len(self.under(self.mask).kept) == len(self.tensors)
+        return any(self.mask.dropped) and len(self.under(self.mask).kept) == len(self.tensors)
 
     @cached_property
     def is_whole(self) -> bool:

@@ -34,6 +34,8 @@ def show_inspection(found: "Inspection") -> None:
     weights = "gone" if found.stripped else "in the files" if found.mask else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "dropped", "share"), found.rows())
+    if found.chunk_note:
+        print(found.chunk_note)
     if found.healing is not None:
         print(f"healed: {found.healing.summary()}")
 

@@ -49,6 +49,14 @@ class Inspection(Record):
     dropped: Footprint
     healing: Healing | None
 
+    @property
+    def chunk_note(self) -> str:
+        """For people, of a mask with windows: what they hold beside their own tokens."""
+        if not self.mask.windows:
+            return ""
+        counted = f"counted with chunks of {IN_FLIGHT_TOKENS:,} tokens of prompts, which windows hold too"
+        return f"{counted}: fewer at once (--max-num-batched-tokens) leave room for more requests"
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""
         names = {

@@ -104,6 +104,13 @@ def test_windows_that_nobody_would_notice_are_refused(config, windows, message, 
         pytest.fail("started")
 
 
+def test_a_checkpoint_that_lacks_nothing_is_not_stripped(checkpoint, tmp_path):
+    whole = DropMask(8, windows=((1, WINDOW),))
+    assert not Checkpoint.open(write_checkpoint(tmp_path, TINY_LLAMA | whole.to_config())).is_stripped
+    stripped = TINY_LLAMA | MASK.to_config()
+    assert Checkpoint.open(write_checkpoint(tmp_path / "stripped", stripped, strip=True)).is_stripped
+
+
 def test_windows_reach_an_engine_by_themselves(tmp_path):
     path = write_checkpoint(tmp_path, TINY_LLAMA)
     entries = {"llmdrop_windows": {"1": WINDOW}}
