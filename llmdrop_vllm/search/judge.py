@@ -6,6 +6,7 @@ masks differ give both the same: their output is kept for one mask, the base, an
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,23 @@ class Judge:
         return hf.decoder_layers(self.weights.model, self.base.num_hidden_layers)
 
     def _divergences(self, mask: DropMask, number: int, chunk: Chunk) -> dict[int, float]:
-        logits = self._logits(mask, number, chunk)
+        spans = self.batches.spans(chunk)
+        start = min(span.start for span in spans)  # what stands before is a prompt in every row
+        logits = self._logits(mask, number, chunk, chunk.tokens - start)
         found = {}
-        for row, span in enumerate(self.batches.spans(chunk)):
+        for row, span in enumerate(spans):
             sequence = chunk.first_sequence + row
             # What follows the last token is nobody's answer.
             said = self.targets.of(sequence, int(self.tokens[sequence]))
-            kl = divergence(logits[row, span][:-1], *(each.to(logits.device) for each in said)).mean().item()
+            counted = logits[row, span.start - start : span.stop - start - 1]
+            kl = divergence(counted, *(each.to(logits.device) for each in said)).mean().item()
             if not np.isfinite(kl):
                 raise CheckpointError(f"{mask.summary()}: logits are not finite")
             found[sequence] = round(kl, DECIMALS)
         return found
 
-    def _logits(self, mask: DropMask, number: int, chunk: Chunk) -> torch.Tensor:
-        """[batch, tokens, vocabulary]."""
+    def _logits(self, mask: DropMask, number: int, chunk: Chunk, last: int) -> torch.Tensor:
+        """Of the last so many positions, [batch, last, vocabulary]."""
         model = self.weights.model
         token_ids = self.batches.token_ids(chunk).to(model.device)
         first = _first_difference(self.base, mask)
@@ -101,8 +105,14 @@ class Judge:
             self._keep(number, token_ids)
         begun = self._beginning(first, self.states[number][first]) if first else nullcontext()
         with hf.dropped(model, self.family, mask), begun:
-            logits: torch.Tensor = model(token_ids, use_cache=False).logits
-        return logits
+            logits: torch.Tensor = self._run(token_ids, last)
+        return logits[:, -last:]
+
+    def _run(self, token_ids: torch.Tensor, last: int) -> Any:
+        """Logits of the last so many positions at least: a head costs as much as some layers."""
+        model = self.weights.model
+        fewer = {"logits_to_keep": last} if "logits_to_keep" in signature(model.forward).parameters else {}
+        return model(token_ids, use_cache=False, **fewer).logits
 
     def _keep(self, number: int, token_ids: torch.Tensor) -> None:
         """What goes into every layer under the base."""
@@ -110,7 +120,7 @@ class Judge:
         hooks = [layer.register_forward_pre_hook(_recorder(states), with_kwargs=True) for layer in self._layers]
         try:
             with hf.dropped(self.weights.model, self.family, self.base):
-                self.weights.model(token_ids, use_cache=False)
+                self._run(token_ids, 1)
         finally:
             for hook in hooks:
                 hook.remove()
