@@ -4,7 +4,7 @@
 
 RESULT-speedup.svg: speedup by sublayers dropped, with what is predicted as a band. -context.svg: decode tokens/s by
 context. -fits.svg: sequences that fit into the KV cache. -latency.svg: time per token by requests at once. -ttft.svg:
-time to first token by requests per second.
+time to first token by requests per second. -position.svg: what windows lose, by how far into a text.
 Each is made from the result files that hold what it needs; what is missing is said.
 """
 
@@ -31,6 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "vLLM no-op": {"color": "#E69F00", "marker": "^", "linestyle": ":"},
     "Transformers": {"color": "#D55E00", "marker": "D", "linestyle": "-."},
 }
+WINDOW = 1024  # tokens, of the picture that compares stand-ins
 LIMIT = {"color": "#009E73", "alpha": 0.3}
 Lines = Sequence[Mapping[str, Any]]
 
@@ -138,6 +139,23 @@ def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
     )
 
 
+def loss_by_position(result: Mapping[str, Any], axes: Axes) -> None:
+    """Perplexity above the full model's, a curve for each way to window half of the layers at 1,024 tokens."""
+    model = result["points"][0]["model"]
+    points = [each for each in result["points"] if each["model"] == model]
+    full = next(each for each in points if each["way"] == "full")["perplexity"]
+    spans = [each for each in full if int(each.partition("-")[0]) >= WINDOW]
+    ways = [each for each in points if f"50%, W {WINDOW}," in each["way"]]
+    for place, each in enumerate(ways):
+        rises = [100 * (each["perplexity"][span] / full[span] - 1) for span in spans]
+        label = each["way"].replace(f", 50%, W {WINDOW}", "")
+        axes.plot(spans, rises, label=label, marker="osD^v*XP<>"[place % 10], color=f"C{place}")
+    axes.axhline(5, color="#777777", linestyle=":", label="5%")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="position in the text, tokens", ylabel="perplexity above the full model's, %")
+    axes.set_title(f"{model}: half of the layers see the last {WINDOW:,} tokens, and what stands for the first ones")
+
+
 def drops_differ(result: Mapping[str, Any]) -> bool:
     """Whether one workload was measured at three numbers of attention sublayers dropped or more."""
     lines = lines_of(result, "throughput")
@@ -149,6 +167,12 @@ def batches_differ(result: Mapping[str, Any]) -> bool:
     return len({each["workload"]["batch"] for each in lines_of(result, "throughput", PAPER.name)}) > 1
 
 
+def is_of_windows(result: Mapping[str, Any]) -> bool:
+    """Whether a model was measured with windows."""
+    points = result.get("points")
+    return isinstance(points, list) and any("needle" in each for each in points)
+
+
 # What a picture's name ends in, what it needs, how it is painted, and whether a result has what it needs.
 PICTURES: tuple[
     tuple[str, str, Callable[[Mapping[str, Any], Axes], None], Callable[[Mapping[str, Any]], bool]], ...
@@ -157,6 +181,7 @@ PICTURES: tuple[
     ("context", "a run with --contexts", decode_by_context, lambda r: bool(lines_of(r, "throughput", "context"))),
     ("latency", "a run over all workloads", latency_by_load, batches_differ),
     ("ttft", "a run of load.py", ttft_under_load, lambda r: any(each["rate_per_s"] for each in lines_of(r, "load"))),
+    ("position", "a run of windows.py", loss_by_position, is_of_windows),
     ("fits", "a run of kv_capacity.py", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
 )
 
