@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -130,38 +131,44 @@ def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     raise CheckpointError(f"{type(model).__name__} has no list of {num_layers} decoder layers")
 
 
-def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> None:
-    """Put pass-throughs in place of what the mask drops, and number the kept attention by its place in the cache."""
+def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[RemovableHandle]:
+    """Put pass-throughs in place of what the mask drops, and number the kept attention by its place in the cache; the
+    handles take the mask's windows away.
+    """
     layers = decoder_layers(model, mask.num_hidden_layers)
     for index in {*mask.attention, *mask.mlp}:
         _check_norms(layers[index], family, index)
     for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
             _drop_sublayer(layers[index], sublayer, index)
-    for index, tokens in mask.windows:
-        look_back(getattr(layers[index], family.attention.transformers_module), tokens)
+    name = family.attention.transformers_module
+    handles = [look_back(getattr(layers[index], name), tokens) for index, tokens in mask.windows]
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
-        getattr(layers[index], family.attention.transformers_module).layer_idx = entry
+        getattr(layers[index], name).layer_idx = entry
+    return handles
 
 
 @contextmanager
 def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[None]:
-    """Within this context, the model goes without what the mask drops; to be run without a KV cache."""
+    """Within this context, the model goes without what the mask drops and has its windows, beside any of its own; to be
+    run without a KV cache.
+    """
     layers = decoder_layers(model, mask.num_hidden_layers)
     attention = [getattr(layer, family.attention.transformers_module) for layer in layers]
     before = [
-        (dict(layer._modules), getattr(each, "layer_idx", None), each._forward_pre_hooks.copy())
-        for layer, each in zip(layers, attention, strict=True)
+        (dict(layer._modules), getattr(each, "layer_idx", None)) for layer, each in zip(layers, attention, strict=True)
     ]
+    handles: list[RemovableHandle] = []
     try:
-        drop(model, family, mask)
+        handles += drop(model, family, mask)
         yield
     finally:
-        for layer, each, (modules, layer_idx, hooks) in zip(layers, attention, before, strict=True):
+        for handle in handles:
+            handle.remove()
+        for layer, each, (modules, layer_idx) in zip(layers, attention, before, strict=True):
             layer._modules.update(modules)
             each.layer_idx = layer_idx
-            each._forward_pre_hooks = hooks
 
 
 def _check_norms(layer: nn.Module, family: Family, index: int) -> None:

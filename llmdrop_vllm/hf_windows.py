@@ -4,14 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from llmdrop_vllm.errors import MaskError
 
+# Kernels that are told what a token sees by other means.
+WITH_OTHER_MASKS = ("flash", "flex", "paged")
+OTHER_MASKS = "windows need Transformers' attention to be 'sdpa' or 'eager' (attn_implementation)"
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-def look_back(attention: nn.Module, tokens: int) -> None:
-    """Let each token see the last `tokens` only, itself among them; keys and values of the others are still kept."""
+def look_back(attention: nn.Module, tokens: int) -> RemovableHandle:
+    """Let each token see the last `tokens` only, itself among them, until the handle is removed; keys and values of the
+    others are still kept. Of two windows the shorter one holds.
+    """
 
     def narrow(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "attention_mask" not in kwargs:
@@ -19,22 +25,26 @@ def look_back(attention: nn.Module, tokens: int) -> None:
                 f"{type(module).__name__} takes its attention mask otherwise than by name; it has no windows"
             )
         mask = kwargs["attention_mask"]
+        if str(getattr(getattr(module, "config", None), "_attn_implementation", "")).startswith(WITH_OTHER_MASKS):
+            raise MaskError(OTHER_MASKS)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         length = _keys(module, hidden.shape[1], mask, kwargs)
         if length <= tokens:
             return args, kwargs
         return args, kwargs | {"attention_mask": _narrowed(mask, hidden, length, tokens)}
 
-    attention.register_forward_pre_hook(narrow, with_kwargs=True)
+    return attention.register_forward_pre_hook(narrow, with_kwargs=True)
 
 
 def _keys(module: Any, queries: int, mask: Any, kwargs: dict[str, Any]) -> int:
     """How many tokens the queries could see."""
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    if getattr(cache, "is_compileable", False):  # its keys stand where there is no token yet
+        raise MaskError(f"windows need a cache that grows, as DynamicCache does; found {type(cache).__name__}")
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-            raise MaskError("windows need Transformers' attention to be 'sdpa' or 'eager' (attn_implementation)")
+            raise MaskError(OTHER_MASKS)
         return int(mask.shape[-1])
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     return queries + (0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
 
 

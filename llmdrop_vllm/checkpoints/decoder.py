@@ -68,7 +68,9 @@ class Decoder:
             kind = found[layer]
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
-            spans = {"it sees": kind.span, "the model's context is": self.context}
+            # Scaled positions reach further than the config's own number.
+            scaled = any((self.config.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
+            spans = {"it sees": kind.span, "the model's context is": None if scaled else self.context}
             for said, span in spans.items():
                 if span is not None and span <= tokens:
                     raise MaskError(

@@ -103,7 +103,7 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
     if args.attention or args.mlp:
         mask = DropMask(mask.num_hidden_layers, args.attention, args.mlp)
     check_either(windows, mask.attention)
-    mask = replace(mask, windows=windows or checkpoint.mask.windows)
+    mask = replace(mask, windows=windows) if windows else mask
     return MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
 
 

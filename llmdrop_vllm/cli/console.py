@@ -31,9 +31,9 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
 
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
-    weights = "gone" if found.stripped else "in the files" if found.mask else "none"
+    weights = "gone" if found.stripped else "in the files" if any(found.mask.dropped) else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
-    print_table(("", "full", "dropped", "share"), found.rows())
+    print_table(("", "full", "with the mask", "share"), found.rows())
     if found.chunk_note:
         print(found.chunk_note)
     if found.healing is not None:

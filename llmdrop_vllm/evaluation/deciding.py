@@ -21,6 +21,7 @@ class FinalsHeader(Header):
     tasks: tuple[str, ...]
     limit: int | None
     prompting: Prompting | str
+    start: DropMask  # what even the full model goes without
 
 
 def check_finals(plan: Plan, harness: Harness, finals: Path, limit: int | None) -> None:
@@ -71,4 +72,10 @@ def decide(
 
 def _header(plan: Plan, harness: Harness, limit: int | None) -> FinalsHeader:
     provenance = Provenance(model=ModelIdentity.of(plan.checkpoint), dtype=plan.settings.dtype)
-    return FinalsHeader(tasks=harness.tasks, limit=limit, prompting=harness.prompting, provenance=provenance)
+    return FinalsHeader(
+        tasks=harness.tasks,
+        limit=limit,
+        prompting=harness.prompting,
+        start=plan.checkpoint.mask,
+        provenance=provenance,
+    )

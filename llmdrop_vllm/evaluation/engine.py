@@ -127,7 +127,7 @@ class Engine:
         cannot switch raises SubstitutionError, or what its executor makes of it. Windows are built in: InputError for
         others.
         """
-        if mask.windows != self.windows:
+        if mask.windows != tuple(each for each in self.windows if each[0] not in mask.attention):
             raise InputError("windows cannot be switched in a running engine, which was built with others")
         self.llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
         self._forget_prompts()

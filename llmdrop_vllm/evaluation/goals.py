@@ -49,12 +49,12 @@ class Sizes:
         """How many requests fit beside the weights."""
         masked = self._under(mask)
         free = max(0, memory_bytes - self._weight_bytes(masked))
-        return free // self._request_bytes(masked)
+        return free // self._request_bytes(masked, IN_FLIGHT_TOKENS)
 
     def step_bytes(self, mask: DropMask, requests: int) -> float:
         """What decoding reads for a token of each of so many requests: all weights, and their KV cache."""
         masked = self._under(mask)
-        return self._weight_bytes(masked) + requests * self._request_bytes(masked)
+        return self._weight_bytes(masked) + requests * self._request_bytes(masked, 1)
 
     def _under(self, mask: DropMask) -> MaskedCheckpoint:
         return self.checkpoint.under(mask)
@@ -62,9 +62,9 @@ class Sizes:
     def _weight_bytes(self, masked: MaskedCheckpoint) -> int:
         return sum(tensor.num_bytes for tensor in masked.kept.values())
 
-    def _request_bytes(self, masked: MaskedCheckpoint) -> int:
+    def _request_bytes(self, masked: MaskedCheckpoint, in_flight: int) -> int:
         layout = masked.layout
-        blocks = layout.request_blocks(self.context, BLOCK_TOKENS, IN_FLIGHT_TOKENS)
+        blocks = layout.request_blocks(self.context, BLOCK_TOKENS, in_flight)
         return int(blocks * layout.block_values * BLOCK_TOKENS * dtype_bytes(self.checkpoint.dtype))
 
 

@@ -55,7 +55,7 @@ class Inspection(Record):
         if not self.mask.windows:
             return ""
         counted = f"counted with chunks of {IN_FLIGHT_TOKENS:,} tokens of prompts, which windows hold too"
-        return f"{counted}: fewer at once (--max-num-batched-tokens) leave room for more requests"
+        return f"{counted}: with fewer at once (--max-num-batched-tokens) they hold less"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""

@@ -19,6 +19,7 @@ from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.healing.distill import TrainOptions, distill, multiplies_in_bfloat16
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
@@ -62,6 +63,11 @@ def healed(
     is asked again, and so does one whose context ends with an error. Raises CheckpointError for weights that cannot be
     computed with, OutputError for a scratch directory that cannot be used.
     """
+    if student.mask.windows != replace(teacher.mask, attention=student.mask.attention).windows:
+        raise MaskError(
+            f"healing mends what is dropped, not what windows lose; the student has {student.mask.summary()}, the "
+            f"teacher {teacher.mask.summary()}: give both the same windows, or neither"
+        )
     where, what = precision(student.checkpoint, device, dtype)
     identities = tuple(ModelIdentity.of(each.checkpoint) for each in (student, teacher))
     values = [asdict(each) for each in (student.mask, teacher.mask, options)]

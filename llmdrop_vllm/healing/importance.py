@@ -66,7 +66,7 @@ class _Run:
         held_out = held_out_sequences(data)
         self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
         asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]
-        gone = [*map(sorted, self.mask.dropped)]
+        gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
         needed_bytes = 2 * self.batches.tokens * hidden.token_bytes
         self.scratch = Scratch(directory, sha256(["after healing", *asked, gone]), needed_bytes, SCRATCH_FILES)
 

@@ -121,13 +121,14 @@ class DropMask:
 
         The boolean form of LLM-Drop, Transformers and Nemotron-NAS have no place for the rank order: where it is not
         ascending, it stands beside the mask in an entry of its own. "runtime" is what `vllm serve MODEL --hf-overrides`
-        takes, as JSON. For "nemotron-nas" only the no-op flags are written: head
-        counts and FFN widths of the kept sublayers are the checkpoint's to add.
+        takes, as JSON; it says everything, for it goes over whatever the config says. For "nemotron-nas" only the no-op
+        flags are written: head counts and FFN widths of the kept sublayers are the checkpoint's to add.
         """
         if dialect not in WRITERS:
             raise MaskError(f"unknown mask dialect {dialect!r}; known: {', '.join(WRITERS)}")
         entries = WRITERS[dialect](self.num_hidden_layers, self.attention, self.mlp)
-        return entries | ({WINDOWS: {str(layer): tokens for layer, tokens in self.windows}} if self.windows else {})
+        says_windows = self.windows or dialect == "runtime"
+        return entries | ({WINDOWS: {str(layer): tokens for layer, tokens in self.windows}} if says_windows else {})
 
     def summary(self) -> str:
         """For people: `attention dropped in 8 of 32 layers [21-28], MLP in 0`, and the windows where there are any."""
@@ -135,7 +136,7 @@ class DropMask:
         said = [f"{attention}{_ranges(self.attention)}", f"MLP in {len(self.mlp)}{_ranges(self.mlp)}"]
         for tokens in sorted({tokens for _, tokens in self.windows}):
             layers = [layer for layer, its in self.windows if its == tokens]
-            said.append(f"to the last {tokens:,} tokens in {len(layers)}{_ranges(layers)}")
+            said.append(f"attention to the last {tokens:,} tokens in {len(layers)}{_ranges(layers)}")
         return ", ".join(said)
 
 

@@ -70,7 +70,7 @@ class Space:
             gone = getattr(mask, kind)
             if len(gone) - len(getattr(self.start, kind)) < getattr(self, kind):
                 for layer in self.free(mask, kind):
-                    if self.allows(found := _with(mask, kind, (*gone, layer))):
+                    if self.allows(found := self._with(mask, kind, (*gone, layer))):
                         yield found
 
     def reduced(self, mask: DropMask) -> Iterator[DropMask]:
@@ -79,7 +79,7 @@ class Space:
             gone, kept = getattr(mask, kind), getattr(self.start, kind)
             if len(gone) - len(kept) > getattr(self, kind):
                 for layer in gone[len(kept) :]:
-                    if self.allows(found := _with(mask, kind, tuple(each for each in gone if each != layer))):
+                    if self.allows(found := self._with(mask, kind, tuple(each for each in gone if each != layer))):
                         yield found
 
     def more(self, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
@@ -91,8 +91,13 @@ class Space:
                 left = self.free(mask, kind)
                 free = [*dict.fromkeys(layer for other, layer in ranking if other == kind and layer in left)]
                 room = mask.num_hidden_layers - len(gone) - self.stages if kind == "attention" else len(free)
-                mask = _with(mask, kind, (*gone, *free[: min(asked + extra, room)]))
+                mask = self._with(mask, kind, (*gone, *free[: min(asked + extra, room)]))
         return mask
+
+    def _with(self, mask: DropMask, kind: str, layers: tuple[int, ...]) -> DropMask:
+        """With these gone; what comes back has the window that it had."""
+        gone = {"attention": mask.attention, "mlp": mask.mlp, kind: layers}
+        return replace(self.start, attention=gone["attention"], mlp=gone["mlp"])
 
     def can_swap(self, mask: DropMask) -> bool:
         """Whether anything could go in another's place."""
@@ -106,9 +111,5 @@ class Space:
             gone, kept = list(getattr(mask, kind)), len(getattr(self.start, kind))
             place = int(rng.integers(kept, len(gone)))
             gone[place] = int(rng.choice(self.free(mask, kind)))
-            mask = _with(mask, kind, tuple(gone))
+            mask = self._with(mask, kind, tuple(gone))
         return mask
-
-
-def _with(mask: DropMask, kind: str, layers: tuple[int, ...]) -> DropMask:
-    return replace(mask, attention=layers) if kind == "attention" else replace(mask, mlp=layers)

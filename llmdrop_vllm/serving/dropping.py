@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
-from llmdrop_vllm.serving.windows import windowed
+from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,7 +45,7 @@ class Dropping:
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
-    windowed: set[int] = field(default_factory=set)
+    windowed: dict[int, Attention] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
@@ -128,12 +129,11 @@ class Dropping:
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
-        windows = {layer for layer, _ in self.mask.windows if layer in stage}
-        if self.windowed != windows:
-            raise SubstitutionError(
-                f"{type(model).__name__} was not built as its mask says: windows in layers {sorted(windows)} expected, "
-                f"in {sorted(self.windowed)} built"
-            )
+        for layer, tokens in self.mask.windows:
+            attention = self.windowed.get(layer)
+            if layer in stage and not (attention and keeps_a_window(attention, tokens, self.vllm_config)):
+                found = "no attention that takes one" if attention is None else type(attention).__name__
+                raise SubstitutionError(f"layer {layer} was to have a window of {tokens} tokens; built was {found}")
         self.kept_kv_bytes = self._kv_bytes(model.modules())
 
     def kv_summary(self) -> str:

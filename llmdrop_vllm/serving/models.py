@@ -87,6 +87,10 @@ def _log(dropped: Dropping) -> None:
     layers = sorted(dropped.layer_index.values())
     stage = f" in pipeline stage {pp.rank_in_group} (layers {layers[0]}-{layers[-1]})" if pp.world_size > 1 else ""
     logger.warning("%s; %s%s%s", dropped.mask.summary(), dropped.kv_summary(), ranks, stage)
+    if dropped.mask.windows and dropped.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        logger.warning(
+            "windows save no memory here: vLLM's hybrid KV cache manager is off, and all layers keep all tokens"
+        )
 
 
 @cache

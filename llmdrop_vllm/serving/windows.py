@@ -5,37 +5,52 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 DECODER_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @contextmanager
-def windowed(windows: Mapping[int, int]) -> Iterator[set[int]]:
-    """Within this context vLLM builds the attention of these decoder layers with windows of so many tokens; yields the
-    layers where it has.
+def windowed(windows: Mapping[int, int]) -> Iterator[dict[int, Attention]]:
+    """Within this context vLLM builds the attention of these decoder layers with windows of so many tokens; yields what
+    was built so, by layer.
+
+    It is told in the constructor, which chooses the kernel by it, before any hook could see the module.
     """
-    built: set[int] = set()
+    built: dict[int, Attention] = {}
     stock = Attention.__init__
     signature = inspect.signature(stock)
 
     @wraps(stock)
     def init(self: Attention, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs).arguments
-        found = DECODER_LAYER.search(given.get("prefix", ""))
-        tokens = windows.get(int(found[1])) if found else None
-        if tokens is None:
-            stock(self, *args, **kwargs)
-            return
-        own = given.get("per_layer_sliding_window")
-        kwargs["per_layer_sliding_window"] = tokens if own is None else min(own, tokens)
-        stock(self, *args, **kwargs)
-        built.add(int(found[1]))  # type: ignore[index]
+        given = signature.bind(self, *args, **kwargs)
+        layer = _layer(given.arguments.get("prefix", ""))
+        if layer in windows:
+            own = given.arguments.get("per_layer_sliding_window")
+            given.arguments["per_layer_sliding_window"] = min(windows[layer], own or windows[layer])
+            built[layer] = self
+        stock(*given.args, **given.kwargs)
 
     Attention.__init__ = init
     try:
         yield built
     finally:
         Attention.__init__ = stock
+
+
+def keeps_a_window(attention: Attention, tokens: int, vllm_config: "VllmConfig") -> bool:
+    """Whether vLLM will keep keys and values of its own for a window of so many tokens, and no others."""
+    spec = attention.get_kv_cache_spec(vllm_config)
+    return isinstance(spec, SlidingWindowSpec) and spec.sliding_window == tokens
+
+
+def _layer(prefix: str) -> int:
+    """The number in the dotted name of a decoder layer's part; -1 where there is none."""
+    found = DECODER_LAYER.search(prefix)
+    return int(found[1]) if found else -1

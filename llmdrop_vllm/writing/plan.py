@@ -104,8 +104,7 @@ def plan_surgery(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     check_mask(masked, may_be_empty=keep_dropped)
-    if masked.mask.windows and (portable or for_nemotron):
-        raise InputError("the mask has windows; engines that read a portable or nemotron-nas checkpoint ignore them")
+    _check_windows(masked.mask, portable or for_nemotron)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
     nothing_goes = len(masked.kept) == len(checkpoint.tensors)
     keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or nothing_goes
@@ -120,7 +119,8 @@ def plan_surgery(
     shards = () if config_only else _shards(checkpoint, kept, None if plain_files else VARIANT)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     has_plain_name = checkpoint.config["architectures"] == [checkpoint.architecture]
-    explicit = bool(masked.mask) and not portable and not (keep_dropped and whole and has_plain_name)
+    keeps_name = keep_dropped and plain_files and whole and has_plain_name
+    explicit = bool(masked.mask) and not (portable or keeps_name)
     copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
     return SurgeryPlan(
         masked=masked,
@@ -143,6 +143,11 @@ def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped
         raise InputError("portable, config_only and keep_dropped exclude each other")
     if portable and dialect == "nemotron-nas":
         raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
+
+
+def _check_windows(mask: DropMask, for_others: bool) -> None:
+    if mask.windows and for_others:
+        raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
 
 
 def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: str | None) -> tuple[OutputShard, ...]:

@@ -29,7 +29,7 @@ def mask_entries(
             raise MaskError("--mask and --drop-attention/--drop-mlp exclude each other")
         file = read_record(MaskFile, mask)
         check_either(windows, file.attention)
-        return replace(file.mask, windows=windows or file.windows).to_config()
+        return replace(file.mask, windows=windows or file.windows).to_config("runtime")
     measured = None if scores is None else read_record(Scores, scores)
     layers = {kind: _layers(kind, text) for kind, text in asked.items() if text is not None and "," in text}
     counts = {
@@ -37,15 +37,15 @@ def mask_entries(
     }
     if not layers and not counts:
         # Of windows alone the config's own mask is not to be replaced.
-        entries = DropMask(1 + max((layer for layer, _ in windows), default=0), windows=windows).to_config()
-        return {name: entry for name, entry in entries.items() if name == WINDOWS}
+        depth = 1 + max((layer for layer, _ in windows), default=0)
+        return {WINDOWS: DropMask(depth, windows=windows).to_config()[WINDOWS]} if windows else {}
     if measured is not None:
         layers = _least_important(measured, counts) | layers
     # Without scores the model's depth is not known here: the engine's config hook checks the indices against it.
     check_either(windows, layers.get("attention", ()))
-    deepest = max(*(layer for each in layers.values() for layer in each), *(layer for layer, _ in windows), 0)
-    depth = measured.num_hidden_layers if measured else 1 + deepest
-    return DropMask(depth, **layers, windows=windows).to_config()
+    named = [layer for each in (*layers.values(), dict(windows)) for layer in each]
+    depth = measured.num_hidden_layers if measured else 1 + max(named)
+    return DropMask(depth, **layers, windows=windows).to_config("runtime")
 
 
 def windows_asked(layers: str | None, tokens: int | None) -> Windows:

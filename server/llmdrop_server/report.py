@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.hf import count_parameters, dropped_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
+from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def report(vllm_config: "VllmConfig") -> Drop:
         fitting = tokens
         if layout is not None and served is not None and layout != served:
             # The same memory holds fewer tokens of the full model, in whole blocks.
-            blocks = tokens * served.token_values // layout.token_values // cache.block_size
+            taken, other = (_taken(vllm_config, each, mask) for each in (served, layout))
+            blocks = tokens * taken // other // cache.block_size
             fitting = int(blocks) * cache.block_size
         return Size(
             parameters=_or_none(_count, decoder, each),
@@ -62,6 +65,14 @@ def report(vllm_config: "VllmConfig") -> Drop:
         scores=_scores(Path(model.model), mask.num_hidden_layers),
         healing=healing.summary() if (healing := healing_of(Path(model.model))) else None,
     )
+
+
+def _taken(vllm_config: "VllmConfig", layout: KVLayout, mask: DropMask) -> Fraction:
+    """What a layout takes of the KV cache: for a token, or where there are windows for the longest request."""
+    if not mask.windows:
+        return Fraction(layout.token_values)
+    context, block = vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
+    return Fraction(layout.request_blocks(context, block, vllm_config.max_in_flight_tokens) * layout.block_values)
 
 
 def _kv_dtype(cache_dtype: str, model_dtype: str) -> str:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from llmdrop_vllm.masks.mask import DropMask
 
-EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": []}
+EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": [], "windows": []}
 EXAMPLE_SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
 
 

@@ -12,7 +12,7 @@ import tests.engines  # noqa: F401 - sets the environment before vLLM is importe
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.errors import CheckpointError, DataError
+from llmdrop_vllm.errors import CheckpointError, DataError, InputError
 from llmdrop_vllm.evaluation.divergence import Reference, Window
 from llmdrop_vllm.evaluation.engine import EngineSettings, running, speeds_in_turns
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
@@ -122,6 +122,30 @@ def test_one_engine_answers_in_full_and_is_measured_under_a_mask(checkpoint, tex
     assert len(started) == 3
     assert one.quality.divergence == two.quality.divergence
     assert one.quality.perplexity.value == pytest.approx(two.quality.perplexity.value, rel=1e-5)
+
+
+def test_a_checkpoint_with_windows_is_compared_with_the_full_model(checkpoint, text, tmp_path):
+    """Its own config has windows, and the full model is asked without them."""
+    windows = DropMask(12, windows=[(layer, 8) for layer in range(0, 12, 2)])
+    write_checkpoint(plan_surgery(checkpoint, windows), tmp_path / "windowed")
+    windowed, measures = Checkpoint.open(tmp_path / "windowed"), Measures(text, CONTEXT, divergence_tokens=2 * CONTEXT)
+    assert windowed.mask == windows
+    found, _ = evaluate_checkpoint(windowed, windows, measures, SETTINGS)
+    full, _ = evaluate_checkpoint(windowed, DropMask(12), measures, SETTINGS)
+    plain, _ = evaluate_checkpoint(checkpoint, DropMask(12), measures, SETTINGS)
+    assert found.quality.divergence.kl.value > 0.01
+    assert full.quality.divergence.kl.value == 0
+    assert full.quality.perplexity.value == pytest.approx(plain.quality.perplexity.value, rel=1e-5)
+    assert found.quality.perplexity.value > 1.01 * plain.quality.perplexity.value
+
+
+def test_windows_are_built_into_an_engine_that_switches(checkpoint):
+    windows = DropMask(12, windows=((3, 24), (5, 24)))
+    with running(checkpoint, windows, replace(SETTINGS, switching=True), harness=False) as engine:
+        engine.put_on(replace(windows, attention=(3, 7)))
+        engine.put_on(windows)
+        with pytest.raises(InputError, match="windows cannot be switched"):
+            engine.put_on(DropMask(12))
 
 
 def test_another_model_is_not_taken_for_the_full_one(checkpoint, text, tmp_path):

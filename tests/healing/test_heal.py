@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.healing import heal as healing
 from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
@@ -207,3 +209,13 @@ def test_what_was_healed_before_can_be_trained_alone(tmp_path, monkeypatch):
         assert not last.tensors
         assert last.record.training.tensors == again.record.training.tensors
         assert last.record.training.data == ids.identity
+
+
+def test_windows_are_not_mended():
+    checkpoint = Checkpoint.open(MODEL)
+    student, windowed = DropMask(12, attention=(5,)), DropMask(12, windows=((1, 24), (5, 24)))
+    masks = (checkpoint.under(each) for each in (replace(windowed, attention=(5,)), student))
+    with pytest.raises(MaskError, match="give both the same windows, or neither"), healed(*masks, data()):
+        pytest.fail("healed")
+    with healed(checkpoint.under(replace(windowed, attention=(5,))), checkpoint.under(windowed), data()) as found:
+        assert found.record.layers

@@ -20,6 +20,12 @@ def test_they_stand_beside_every_dialect(dialect):
     assert without_mask(entries) == {"num_hidden_layers": 6}
 
 
+@pytest.mark.parametrize("mask", [DropMask(6), DropMask(6, attention=(1, 3)), DropMask(6, windows=((2, 8),)), MASK])
+def test_what_goes_over_a_config_at_run_time_leaves_nothing_of_it(mask):
+    entries = {"num_hidden_layers": 6} | MASK.to_config() | mask.to_config("runtime")
+    assert DropMask.from_config(entries).effect == mask.effect
+
+
 def test_they_stand_by_themselves():
     mask = DropMask.from_config({"num_hidden_layers": 6, "llmdrop_windows": {"3": 64, "1": 1024}})
     assert mask == DropMask(6, windows=WINDOWS)
@@ -35,8 +41,8 @@ def test_what_is_dropped_has_none():
 
 def test_they_are_told():
     assert MASK.summary() == (
-        "attention dropped in 2 of 6 layers [2,5], MLP in 1 [3], to the last 64 tokens in 1 [3], "
-        "to the last 1,024 tokens in 1 [1]"
+        "attention dropped in 2 of 6 layers [2,5], MLP in 1 [3], attention to the last 64 tokens in 1 [3], "
+        "attention to the last 1,024 tokens in 1 [1]"
     )
 
 

@@ -268,3 +268,18 @@ def test_where_layers_store_unlike_keys_and_values_no_mask_stores_more_than_cosi
     assert 0 < len(held) < len(masks)
     assert {Fake().under(mask).layout.token_values for mask in held} == {most}
     assert all(Fake().under(mask).layout.token_values > most for mask in masks if mask not in held)
+
+
+def test_what_comes_back_has_the_window_that_it_had():
+    start = DropMask(DEPTH, windows=((1, 24), (3, 24)))
+    space, rng = Space(start, attention=2), np.random.default_rng(0)
+    more = replace(start, attention=(1, 3, 4))
+    for mask in (
+        *space.reduced(more),
+        *space.extended(replace(start, attention=(3,))),
+        space.more([("attention", 3)], 1),
+    ):
+        assert mask == replace(start, attention=mask.attention, mlp=mask.mlp)
+    for _ in range(20):
+        swapped = space.swapped(replace(start, attention=(1, 3)), rng)
+        assert swapped == replace(start, attention=swapped.attention)

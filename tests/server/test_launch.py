@@ -73,7 +73,7 @@ def test_a_mask_file_is_the_mask(tmp_path):
 
 def test_a_mask_goes_beside_the_users_overrides():
     entries = overrides("--drop-attention", "1,2", "--hf-overrides", '{"rope_theta": 1.0}')
-    assert entries == {"rope_theta": 1.0} | DropMask(12, (1, 2)).to_config()
+    assert entries == {"rope_theta": 1.0} | DropMask(12, (1, 2)).to_config("runtime")
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,15 @@ def test_scores_of_another_depth_are_refused(monkeypatch, tmp_path):
 def test_the_example_in_the_schema_is_one():
     example = Drop.model_config["json_schema_extra"]["examples"][0]
     assert Drop.model_validate_json(json.dumps(example)).model_dump(mode="json") == example
+
+
+def test_windows_leave_room_for_more_of_the_longest_requests():
+    windows = DropMask(12, windows=[(layer, 64) for layer in range(0, 12, 2)])
+    config = embedded(mask=windows, kv_tokens=102_400)
+    config.max_in_flight_tokens = 128
+    found = report(config)
+    assert (found.served.kv_tokens, found.served.sequences) == (102_400, 100)
+    # Six layers keep 1,024 tokens, and six those of a window and a chunk, in blocks that begin anywhere.
+    blocks = 6 * 1024 // BLOCK + 6 * ((64 + 128) // BLOCK + 1)
+    assert found.full.kv_tokens == 102_400 * blocks // (12 * 1024 // BLOCK) // BLOCK * BLOCK
+    assert found.summary.endswith("attention to the last 64 tokens in 6 [0,2,4,6,8,10]")

@@ -1,11 +1,13 @@
 """Windows that the mask gives to layers, served: the engine's own groups, and what they hold of each request."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
+from vllm.model_executor.layers.attention import Attention
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -80,8 +82,9 @@ def test_padding_at_the_left_changes_nothing(checkpoint):
 @pytest.mark.parametrize("ranks", [{"tensor_parallel_size": 2, "enforce_eager": True}, {"pipeline_parallel_size": 2}])
 def test_every_rank_has_its_windows(ranks, checkpoint, expected):
     result = run_job(TWO_WORKERS, model=checkpoint, prompt=LONG, **ranks)
-    assert result["tokens"][:8] == expected[: len(result["tokens"])][:8]
-    assert "to the last 24 tokens in 2 [1,3], to the last 40 tokens in 1 [6]" in result["log"]
+    assert len(result["tokens"]) >= 4
+    assert result["tokens"][:8] == expected[: len(result["tokens"])]
+    assert "attention to the last 24 tokens in 2 [1,3], attention to the last 40 tokens in 1 [6]" in result["log"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,60 @@ def test_a_checkpoint_that_lacks_nothing_is_not_stripped(checkpoint, tmp_path):
     assert not Checkpoint.open(write_checkpoint(tmp_path, TINY_LLAMA | whole.to_config())).is_stripped
     stripped = TINY_LLAMA | MASK.to_config()
     assert Checkpoint.open(write_checkpoint(tmp_path / "stripped", stripped, strip=True)).is_stripped
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "static"}, "need a cache that grows"),
+        ({"past_key_values": "static"}, "found StaticCache"),
+    ],
+)
+def test_caches_whose_keys_are_not_there_yet_are_refused(options, message, checkpoint):
+    model = hf.from_pretrained(checkpoint, dtype=torch.float32)
+    if "past_key_values" in options:
+        options = {"past_key_values": StaticCache(model.config, max_cache_len=256)}
+    with pytest.raises(MaskError, match=message):
+        model.generate(torch.tensor([LONG]), max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+
+
+def test_kernels_with_masks_of_their_own_are_refused(checkpoint):
+    model = hf.from_pretrained(checkpoint, dtype=torch.float32)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(MaskError, match="'sdpa' or 'eager'"):
+        model.model.layers[1].self_attn(torch.zeros(1, 40, 64), attention_mask=None, position_embeddings=None)
+
+
+def test_windows_go_when_their_context_ends(tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, TINY_LLAMA))
+    model = hf.load(checkpoint.under(checkpoint.mask), dtype=torch.float32)
+    ids = torch.tensor([LONG])
+    before = model(ids).logits
+    with hf.dropped(model, checkpoint.family, MASK):
+        assert not torch.allclose(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+    assert not any(module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs for module in model.modules())
+
+
+def test_scaled_positions_reach_further_than_their_number(tmp_path):
+    scaled = TINY_LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, scaled | DropMask(8, windows=((1, 600),)).to_config()))
+    assert checkpoint.decoder.kinds[1].span == 600
+
+
+def test_attention_that_keeps_no_window_is_refused(monkeypatch, checkpoint):
+    spec = Attention.get_kv_cache_spec
+
+    def full(self, vllm_config):
+        found = spec(self, vllm_config)
+        return found if self.sliding_window is None else replace(spec(self, vllm_config), sliding_window=7)
+
+    monkeypatch.setattr(Attention, "get_kv_cache_spec", full)
+    with (
+        pytest.raises(Exception, match="layer 1 was to have a window of 24 tokens; built was Attention"),
+        engine(checkpoint),
+    ):
+        pytest.fail("started")
 
 
 def test_windows_reach_an_engine_by_themselves(tmp_path):

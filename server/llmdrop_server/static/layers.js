@@ -70,12 +70,19 @@ export class LayerMap {
   }
 
   describe(layer, sublayer, rank, importance) {
-    const state = rank ? `dropped, ${ordinal(rank)} of ${this.mask[sublayer].length} to go` : "kept";
+    const state = rank
+      ? `dropped, ${ordinal(rank)} of ${this.mask[sublayer].length} to go`
+      : this.kept(layer, sublayer);
     const place = `Layer ${layer}, ${NAMES[sublayer]}: ${state}.`;
     if (!this.scores) return place;
     const block = importanceFormat.format(this.scores.importance.block[layer]);
     if (importance === null) return `${place} Already gone when the model was scored; whole block ${block}.`;
     return `${place} Importance ${importanceFormat.format(importance)}; whole block ${block}.`;
+  }
+
+  kept(layer, sublayer) {
+    const window = sublayer === "attention" && this.mask.windows.find(([windowed]) => windowed === layer);
+    return window ? `kept, sees the last ${window[1]} tokens` : "kept";
   }
 
   read(cell) {
@@ -84,10 +91,11 @@ export class LayerMap {
   }
 
   overview() {
-    const { attention, mlp } = this.mask;
-    if (!attention.length && !mlp.length) return `All ${this.layers} layers are whole: nothing is dropped.`;
+    const { attention, mlp, windows } = this.mask;
+    const windowed = windows.length ? ` ${windows.length} attention sublayers see a window only.` : "";
+    if (!attention.length && !mlp.length && !windowed) return `All ${this.layers} layers are whole: nothing is dropped.`;
     const [attentions, mlps] = [attention, mlp].map((dropped) => `${dropped.length} of ${this.layers}`);
-    return `Dropped: ${attentions} attention, ${mlps} MLP sublayers. Point at a cell for its numbers.`;
+    return `Dropped: ${attentions} attention, ${mlps} MLP sublayers.${windowed} Point at a cell for its numbers.`;
   }
 
   moveFocus(event) {
