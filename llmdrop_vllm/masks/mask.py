@@ -80,6 +80,11 @@ class DropMask:
         return tuple(name for name, dialect in DIALECTS.items() if any(key in entries for key in dialect.keys))
 
     @staticmethod
+    def said_in(config: object) -> tuple[str, ...]:
+        """Dialects, and the entry for windows, that the config has: none where no mask is spoken of."""
+        return (*DropMask.dialects(config), *({WINDOWS} & {*config_dict(config)}))
+
+    @staticmethod
     def dialects_that_drop(config: object) -> tuple[str, ...]:
         """Names of the dialects in which any config asks to drop something, without judging what else it says; and
         the entry for windows, where it names any.

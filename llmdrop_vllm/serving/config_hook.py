@@ -14,8 +14,8 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.masks.dialects import WINDOWS, block_entry
-from llmdrop_vllm.masks.mask import DropMask, config_dict
+from llmdrop_vllm.masks.dialects import block_entry
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
@@ -83,15 +83,15 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
         if not architecture.startswith(EXPLICIT_PREFIX):
             return None
     _check_config_file(model_config)
-    dialects = DropMask.dialects(config)
-    if not (dialects or WINDOWS in config_dict(config)):
+    said = DropMask.said_in(config)
+    if not said:
         if architecture.startswith(EXPLICIT_PREFIX):
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
         _check_registered(architecture)
-    if "nemotron-nas" in dialects and architecture != NEMOTRON_NAS:
+    if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(config)
     decoder.mask.check_attention_is_left()
     if decoder.mask.windows:
@@ -114,17 +114,12 @@ def _check_config_file(model_config: "ModelConfig") -> None:
     if model_config.hf_config_path is not None or not path.is_file():
         return
     entries = read_config(path.parent)
-    unseen = set(_said_in(entries)).difference(_said_in(model_config.hf_config))
+    unseen = set(DropMask.said_in(entries)).difference(DropMask.said_in(model_config.hf_config))
     if unseen and DropMask.from_config(entries):
         raise MaskError(
             f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
             "another file; use --config-format hf --load-format hf"
         )
-
-
-def _said_in(config: object) -> tuple[str, ...]:
-    """Dialects, and the entry for windows where there is one."""
-    return (*DropMask.dialects(config), *({WINDOWS} & {*config_dict(config)}))
 
 
 def _check_registered(architecture: str) -> None:
@@ -162,7 +157,7 @@ def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> No
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM
     compiled before this package was installed has the same cache key, and would be loaded.
     """
-    if family_of(model_config.architecture, model_config.hf_config) is None:
+    if not DropMask.said_in(model_config.hf_config):
         return
     decoder = Decoder.of(model_config.hf_config, model_config.architecture)
     if decoder.family is None or not decoder.mask:

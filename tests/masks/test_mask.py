@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.masks.dialects import WRITERS
+from llmdrop_vllm.masks.dialects import WRITERS, without_mask
 from llmdrop_vllm.masks.mask import DropMask
 
 # From the literature: (layers, attention in rank order, MLP in rank order).
@@ -83,6 +83,13 @@ def test_other_uses_of_the_same_keys_ask_for_nothing():
     assert DropMask.dialects_that_drop({"block_configs": [{"block_type": "moe"}], "drop_attn_list": []}) == ()
 
 
+def test_widths_layer_by_layer_are_no_mask():
+    widths = {"num_hidden_layers": 4, "per_layer_config": {"1": {"num_key_value_heads": 2}, "3": {"head_dim": 8}}}
+    assert not DropMask.from_config(widths)
+    assert without_mask(widths) == widths
+    assert without_mask({"per_layer_config": {"1": {"skip": ["mlp"]}}}) == {}
+
+
 def test_a_mask_of_lists_is_a_value_too():
     assert hash(DropMask(4, attention=[2, 1])) == hash(DropMask(4, attention=(2, 1)))
 
@@ -131,7 +138,10 @@ BAD = {
     "per-layer sublayer": ({"per_layer_config": {"1": {"skip": ["attn"]}}}, r"skip holds 'attn'; expected 'attention'"),
     "per-layer skip": ({"per_layer_config": {"1": {"skip": "attention"}}}, r"skip is 'attention'; expected a list"),
     "per-layer twice": ({"per_layer_config": {"1": {"skip": ["mlp"]}, 1: {"skip": ["mlp"]}}}, r"names layer 1 twice"),
-    "per-layer width": ({"per_layer_config": {"1": {"num_key_value_heads": 2}}}, r"overrides num_key_value_heads"),
+    "per-layer width": (
+        {"per_layer_config": {"1": {"num_key_value_heads": 2}, "2": {"skip": ["mlp"]}}},
+        r"overrides num_key_value_heads",
+    ),
     "blocks of another depth": ({"block_configs": []}, r"block_configs describes 0 layers; the model has 4"),
     "blocks of another type": ({"block_configs": "no"}, r"block_configs is 'no'"),
     "block without ffn": (
