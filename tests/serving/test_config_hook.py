@@ -281,7 +281,11 @@ def test_the_vllm_command_ends_with_one_line_and_not_zero(mask, without, error, 
 
 @pytest.mark.parametrize(
     "entries",
-    [{}, {"num_hidden_layers": 2, "per_layer_config": {"1": {"head_dim": 32}}}, {"text_config": {"num_layers": 2}}],
+    [
+        {},
+        {"num_hidden_layers": 2, "head_dim": 16, "per_layer_config": {"1": {"head_dim": 32}}},
+        {"text_config": {"num_layers": 2}},
+    ],
 )
 def test_a_config_without_a_mask_is_nobodys_business_in_any_architecture(entries):
     """Whatever else it lacks: wrappers build text models with configs that tell nothing of layers."""
