@@ -66,7 +66,7 @@ def test_by_default_the_embedded_text_fills_256_windows_of_the_context(corpus):
 def test_the_context_has_each_architectures_own_name(key):
     config = {name: value for name, value in EMBEDDED.config.items() if name != "max_position_embeddings"}
     with pytest.raises(DataError, match="sequences of 65 tokens asked; the model's context is 64 tokens"):
-        load_calibration(replace(EMBEDDED, config=config | {key: 64}), seq_len=65)
+        load_calibration(replace(EMBEDDED, decoder=replace(EMBEDDED.decoder, config=config | {key: 64})), seq_len=65)
 
 
 @pytest.mark.parametrize("source", ["embedded", "a.jsonl", "a.txt"])

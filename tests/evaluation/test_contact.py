@@ -26,13 +26,13 @@ from llmdrop_vllm.evaluation.harness import METRICS, OWN_TASKS
 def test_the_engine_takes_the_arguments_that_it_is_started_with():
     arguments = EngineSettings(dtype="float32", max_model_len=64).arguments(Checkpoint.open(MODEL), DropMask(12, (3,)))
     assert arguments.keys() <= {each.name for each in fields(EngineArgs)}
-    assert arguments["hf_overrides"] == {"drop_attn_list": [3], "drop_mlp_list": []}
+    assert arguments["hf_overrides"] == {"drop_attn_list": [3], "drop_mlp_list": [], "llmdrop_windows": {}}
 
 
 def test_the_users_own_overrides_leave_the_mask_in_place():
     settings = EngineSettings(dtype="float32", max_model_len=64, options={"hf_overrides": {"rope_theta": 1.0}})
     overrides = settings.arguments(Checkpoint.open(MODEL), DropMask(12, (3,)))["hf_overrides"]
-    assert overrides == {"rope_theta": 1.0, "drop_attn_list": [3], "drop_mlp_list": []}
+    assert overrides == {"rope_theta": 1.0} | DropMask(12, (3,)).to_config("runtime")
 
 
 def test_an_engine_in_this_process_can_be_shut_down_and_its_memory_freed():

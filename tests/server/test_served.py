@@ -150,7 +150,7 @@ def test_the_report_tells_what_is_dropped_and_what_fits(http):
 
 def test_every_model_card_has_the_mask(http, client):
     (card,) = http.get("/v1/models").json()["data"]
-    assert card["drop"] == {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": []}
+    assert card["drop"] == {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": [], "windows": []}
     assert card["drop_summary"] == SUMMARY
     assert (card["id"], card["root"], card["max_model_len"]) == ("embedded", str(MODEL), 1024)  # as vLLM gives it
     assert client.models.list().data[0].id == "embedded"

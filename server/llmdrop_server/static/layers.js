@@ -81,7 +81,7 @@ export class LayerMap {
   }
 
   kept(layer, sublayer) {
-    const window = sublayer === "attention" && this.mask.windows.find(([windowed]) => windowed === layer);
+    const window = sublayer === "attention" && (this.mask.windows ?? []).find(([windowed]) => windowed === layer);
     return window ? `kept, sees the last ${window[1]} tokens` : "kept";
   }
 
@@ -91,7 +91,7 @@ export class LayerMap {
   }
 
   overview() {
-    const { attention, mlp, windows } = this.mask;
+    const { attention, mlp, windows = [] } = this.mask; // a server of an earlier version tells no windows
     const windowed = windows.length ? ` ${windows.length} attention sublayers see a window only.` : "";
     if (!attention.length && !mlp.length && !windowed) return `All ${this.layers} layers are whole: nothing is dropped.`;
     const [attentions, mlps] = [attention, mlp].map((dropped) => `${dropped.length} of ${this.layers}`);
