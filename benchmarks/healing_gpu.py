@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.functions import more_functions
 from benchmarks.healing import evaluated, figures
@@ -175,20 +177,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def _keep(scratch: Path, out: Path) -> None:
-    """The trained weights of the best check, in bfloat16 and in files that travel."""
-    state = json.loads(max(scratch.glob("training-*/checkpoint-*/trainer_state.json"), key=_step).read_text())
+    """The trained weights of the best check, in bfloat16 and in small files."""
+    (training,) = scratch.glob("training-*")
+    state = json.loads((Path(get_last_checkpoint(training)) / "trainer_state.json").read_text())
+    trained = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
     out.mkdir(parents=True, exist_ok=True)
-    files: list[dict[str, Any]] = [{}]
-    for name, tensor in load_file(Path(state["best_model_checkpoint"]) / "model.safetensors").items():
-        if sum(each.nbytes for each in files[-1].values()) + tensor.nbytes // 2 > FILE_BYTES:
-            files.append({})
-        files[-1][name] = tensor.bfloat16().contiguous()
-    for number, tensors in enumerate(files):
-        save_file(tensors, out / f"{number:03}.safetensors")
-
-
-def _step(path: Path) -> int:
-    return int(path.parent.name.rpartition("-")[2])
+    save_torch_state_dict({name: each.bfloat16() for name, each in trained.items()}, out, max_shard_size=FILE_BYTES)
 
 
 def _prompts(subject: Subject, source: str) -> Path:

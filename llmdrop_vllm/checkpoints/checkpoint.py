@@ -121,8 +121,7 @@ class Checkpoint:
 
     def under(self, mask: DropMask) -> "MaskedCheckpoint":
         """What a mask means for this checkpoint. Raises MaskError for windows where attention takes none."""
-        if mask.windows:
-            self.decoder.layout(mask)
+        self.decoder.check_windows(mask)
         return MaskedCheckpoint(self, mask)
 
     def _check_index(self, index: Mapping[str, str]) -> None:

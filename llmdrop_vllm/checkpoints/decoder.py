@@ -35,6 +35,17 @@ class Decoder:
         mask = DropMask.from_config(entries) if family else DropMask(layer_count(entries))
         return cls(architecture.removeprefix(EXPLICIT_PREFIX), entries, family, mask)
 
+    @classmethod
+    def of_masked(cls, config: object, architecture: str) -> Self | None:
+        """As `of`; None where the config says no mask, or one that drops nothing, or the table has no row.
+
+        A wrapper may build its text model with a config of its own, which tells nothing of layers.
+        """
+        if not DropMask.said_in(config) or family_of(architecture, config) is None:
+            return None
+        found = cls.of(config, architecture)
+        return found if found.mask else None
+
     @property
     def whole(self) -> DropMask:
         """The mask that drops nothing."""
@@ -61,17 +72,22 @@ class Decoder:
         kinds = self._windowed(kept)
         return kv_layout([kinds[layer] for layer in kept.kept_attention])
 
+    def check_windows(self, mask: DropMask) -> None:
+        """Raise MaskError for a mask's windows that attention does not take or notice."""
+        if mask.windows:
+            self._windowed(mask)
+
     def _windowed(self, mask: DropMask) -> tuple[LayerKind, ...]:
-        """What layers store under a mask. Raises MaskError for windows that attention does not take or notice."""
+        """What layers store under a mask. Raises MaskError as `check_windows` does."""
         found = list(self._own_kinds)
+        # Scaled positions reach further than the config's own number.
+        scaled = any((self.config.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
+        context = None if scaled else self.context
         for layer, tokens in mask.windows:
             kind = found[layer]
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
-            # Scaled positions reach further than the config's own number.
-            scaled = any((self.config.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
-            spans = {"it sees": kind.span, "the model's context is": None if scaled else self.context}
-            for said, span in spans.items():
+            for said, span in {"it sees": kind.span, "the model's context is": context}.items():
                 if span is not None and span <= tokens:
                     raise MaskError(
                         f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {span} tokens"

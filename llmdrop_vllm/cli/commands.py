@@ -5,7 +5,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +17,7 @@ from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask_file import MaskFile
-from llmdrop_vllm.masks.dialects import check_either, windows_of
+from llmdrop_vllm.masks.dialects import windows_of
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
 from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
@@ -95,16 +94,13 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
         file = read_record(MaskFile, args.mask)
         if not args.other_model:
             _check_same_model(file, checkpoint, args.mask)
-        check_either(windows, file.attention)
-        return file.model_copy(update={"windows": replace(file.mask, windows=windows).windows}) if windows else file
-    if not (args.attention or args.mlp or windows):
+    elif args.attention or args.mlp or windows:
+        given = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
+        mask = given or checkpoint.mask
+        file = MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    else:
         return None
-    mask = checkpoint.mask
-    if args.attention or args.mlp:
-        mask = DropMask(mask.num_hidden_layers, args.attention, args.mlp)
-    check_either(windows, mask.attention)
-    mask = replace(mask, windows=windows) if windows else mask
-    return MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+    return file.model_copy(update={"windows": file.mask.seeing(windows).windows})
 
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:

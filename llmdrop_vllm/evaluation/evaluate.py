@@ -15,7 +15,7 @@ from llmdrop_vllm.evaluation.answers import Answers, own_answers
 from llmdrop_vllm.evaluation.divergence import Reference, Window, answer_windows
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
-from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
+from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines, one_for_each
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -114,26 +114,25 @@ def evaluate_checkpoint(
         raise CheckpointError(
             f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
         )
-    harness = bool(measures.harness.tasks)
-    if full is None and not (checkpoint.mask or mask.windows) and measures.asks_for_answers:
-        plan = Plan(checkpoint, settings, None, quality=True, harness=harness)
-        with any_engines(plan) as engines:
-            with engines.under(checkpoint.mask) as engine:
-                answers = own_answers(engine, measures.divergence_tokens)
-            with engines.under(mask) as engine:
-                quality, raw = measures.quality(engine, mask, None)
-        divergence = _divergence(checkpoint, mask, measures, settings, lambda: answers)
-        quality = quality.model_copy(update={"divergence": divergence})
-    else:
-        whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
+    whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
+    plan = Plan(checkpoint, settings, None, quality=True, harness=bool(measures.harness.tasks))
+    # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
+    alike = full is None and not (checkpoint.mask or mask.windows) and measures.asks_for_answers
+    with any_engines(plan) if alike else one_for_each(plan) as engines:
 
         def ask() -> Answers:
-            with running(whole, nothing, settings, harness=False) as engine:
+            full_model = engines.under(nothing) if full is None else running(full, nothing, settings, harness=False)
+            with full_model as engine:
                 return own_answers(engine, measures.divergence_tokens)
 
-        divergence = _divergence(checkpoint, mask, measures, settings, ask, full)
-        with running(checkpoint, mask, settings, harness=harness) as engine:
-            quality, raw = measures.quality(engine, mask, divergence)
+        windows = () if full is None and checkpoint.is_stripped else measures.windows(ask)
+        with engines.under(mask) as engine:
+            quality, raw = measures.quality(engine, mask, None)
+    if windows:
+        on, data = measures.divergence_on, measures.divergence_data
+        reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
+        own = reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)
+        quality = quality.model_copy(update={"divergence": own})
     provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
     record = healing_of(checkpoint.directory)
     healed = record.method if record else None
@@ -143,22 +142,3 @@ def evaluate_checkpoint(
 def _kind(checkpoint: Checkpoint) -> str:
     layers, tokens = checkpoint.mask.num_hidden_layers, checkpoint.config.get("vocab_size")
     return f"{checkpoint.architecture}, {layers} layers, vocabulary {tokens}"
-
-
-def _divergence(
-    checkpoint: Checkpoint,
-    mask: DropMask,
-    measures: Measures,
-    settings: EngineSettings,
-    answers: Callable[[], Answers],
-    full: Checkpoint | None = None,
-) -> Divergence | None:
-    if full is None and checkpoint.is_stripped:
-        return None
-    whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
-    windows = measures.windows(answers)
-    if not windows:
-        return None
-    on, data = measures.divergence_on, measures.divergence_data
-    reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
-    return reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)

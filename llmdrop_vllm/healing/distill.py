@@ -163,8 +163,8 @@ def distill(
     learnt, judged = (
         tuple(number for number, judges in enumerate(held_out) if judges == judging) for judging in (False, True)
     )
-    tokens = sum(len(batches.sequences[number]) for number in learnt)
-    per_step = sequences_per_step([len(batches.sequences[number]) for number in learnt], options)
+    lengths = [len(batches.sequences[number]) for number in learnt]
+    tokens, per_step = sum(lengths), sequences_per_step(lengths, options)
     steps_per_epoch = -(-len(learnt) // per_step)
     trainer = Trainer(
         Student(model),

@@ -162,7 +162,7 @@ def windows_of(layers: Iterable[int], tokens: int | None) -> Windows:
     if bool(layers) != (tokens is not None):
         raise MaskError("--window-attention says in which layers, --window how many tokens; give both")
     check_indices("--window-attention", layers, max(layers, default=0) + 1)
-    return () if tokens is None else tuple((layer, tokens) for layer in layers)
+    return () if tokens is None else tuple((layer, tokens) for layer in sorted(layers))
 
 
 def read_windows(config: Entries) -> Windows:
@@ -183,12 +183,6 @@ def check_windows(windows: Windows, num_layers: int) -> None:
         if not is_int(tokens) or tokens < 1:
             hint = "; a window of nothing is dropped attention" if tokens == 0 and is_int(tokens) else ""
             raise MaskError(f"the window of layer {layer} is {tokens!r} tokens; expected 1 or more{hint}")
-
-
-def check_either(windows: Windows, attention: Iterable[int]) -> None:
-    """Raise MaskError for layers that were told both to have a window and to go without attention."""
-    if both := sorted({layer for layer, _ in windows}.intersection(attention)):
-        raise MaskError(f"layers {both} have a window, and their attention is dropped; say one of them")
 
 
 def _with_rank_order(entries: dict[str, Any], attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:

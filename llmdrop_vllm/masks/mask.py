@@ -1,7 +1,7 @@
 """DropMask: which attention and MLP sublayers a model goes without, and which attention sees a window only."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from llmdrop_vllm.errors import MaskError
@@ -10,7 +10,6 @@ from llmdrop_vllm.masks.dialects import (
     WINDOWS,
     WRITERS,
     Windows,
-    check_either,
     check_indices,
     check_windows,
     is_int,
@@ -58,20 +57,25 @@ class DropMask:
         entries = config_dict(config)
         num_layers, windows = layer_count(config), read_windows(entries)
         masks = {
-            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers), windows)
+            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers))
             for name in cls.dialects(entries)
         }
         if not masks:
-            return cls(num_layers, windows=windows)
+            return cls(num_layers).seeing(windows)
         (first, mask), *others = masks.items()
-        check_either(windows, mask.attention)
         for other, its_mask in others:
-            if its_mask.effect != mask.effect:
+            if its_mask.dropped != mask.dropped:
                 raise MaskError(
                     f"the config's drop masks disagree: {first} says {mask.summary()}; "
                     f"{other} says {its_mask.summary()}; keep one of them"
                 )
-        return mask
+        return mask.seeing(windows)
+
+    def seeing(self, windows: Windows) -> Self:
+        """With these windows, if any, in place of its own. Raises MaskError for one where attention is dropped."""
+        if both := sorted(dict(windows).keys() & {*self.attention}):
+            raise MaskError(f"layers {both} have a window, and their attention is dropped; say one of them")
+        return replace(self, windows=windows or self.windows)
 
     @staticmethod
     def dialects(config: object) -> tuple[str, ...]:

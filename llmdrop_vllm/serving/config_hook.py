@@ -94,8 +94,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(config)
     decoder.mask.check_attention_is_left()
-    if decoder.mask.windows:
-        decoder.layout()  # which judges them
+    decoder.check_windows(decoder.mask)
     return decoder
 
 
@@ -157,10 +156,8 @@ def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> No
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM
     compiled before this package was installed has the same cache key, and would be loaded.
     """
-    if not DropMask.said_in(model_config.hf_config):
-        return
-    decoder = Decoder.of(model_config.hf_config, model_config.architecture)
-    if decoder.family is None or not decoder.mask:
+    decoder = Decoder.of_masked(model_config.hf_config, model_config.architecture)
+    if decoder is None or decoder.family is None:
         return
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config.setdefault("llmdrop", []).append(decoder.mask.summary())

@@ -1,6 +1,5 @@
 """Dropping by substitution: while vLLM builds its own model, dropped sublayers are replaced as they are assigned."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,12 +17,11 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
-from llmdrop_vllm.serving.windows import keeps_a_window, windowed
+from llmdrop_vllm.serving.windows import keeps_a_window, layer_in, windowed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-LAYER_INDEX = re.compile(r"\.(\d+)(?:\.|$)")
 # By attribute name in a decoder layer: what makes the module that stands in for a dropped one.
 Substitutes = dict[str, Callable[[], nn.Module]]
 
@@ -178,6 +176,6 @@ def _layer_index(module: nn.Module) -> int | None:
     for child in module.modules():
         for attribute in ("layer_name", "prefix"):
             name = getattr(child, attribute, None)
-            if isinstance(name, str) and (match := LAYER_INDEX.search(name)):
-                return int(match.group(1))
+            if isinstance(name, str) and (index := layer_in(name)) is not None:
+                return index
     return None

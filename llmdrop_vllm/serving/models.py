@@ -14,7 +14,6 @@ from vllm.logger import init_logger
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
-from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
@@ -47,10 +46,8 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        config = vllm_config.model_config.hf_config
-        # A wrapper may build its text model with a config of its own, which tells nothing of layers.
-        decoder = Decoder.of(config, self.architecture) if DropMask.said_in(config) else None
-        if decoder is None or not decoder.mask:
+        decoder = Decoder.of_masked(vllm_config.model_config.hf_config, self.architecture)
+        if decoder is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
             return

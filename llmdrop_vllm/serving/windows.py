@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-DECODER_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @contextmanager
@@ -30,8 +30,8 @@ def windowed(windows: Mapping[int, int]) -> Iterator[dict[int, Attention]]:
     @wraps(stock)
     def init(self: Attention, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
-        layer = _layer(given.arguments.get("prefix", ""))
-        if layer in windows:
+        layer = layer_in(given.arguments.get("prefix", ""))
+        if layer is not None and layer in windows:
             own = given.arguments.get("per_layer_sliding_window")
             given.arguments["per_layer_sliding_window"] = min(windows[layer], own or windows[layer])
             built[layer] = self
@@ -50,7 +50,7 @@ def keeps_a_window(attention: Attention, tokens: int, vllm_config: "VllmConfig")
     return isinstance(spec, SlidingWindowSpec) and spec.sliding_window == tokens
 
 
-def _layer(prefix: str) -> int:
-    """The number in the dotted name of a decoder layer's part; -1 where there is none."""
-    found = DECODER_LAYER.search(prefix)
-    return int(found[1]) if found else -1
+def layer_in(name: str) -> int | None:
+    """The decoder layer in the dotted name that vLLM gives a part of one."""
+    found = LAYER_INDEX.search(name)
+    return int(found[1]) if found else None

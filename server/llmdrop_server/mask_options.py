@@ -1,14 +1,13 @@
 """The mask that the options of `llmdrop serve` ask for."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask_file import MaskFile
-from llmdrop_vllm.masks.dialects import WINDOWS, Windows, check_either, windows_of
+from llmdrop_vllm.masks.dialects import WINDOWS, Windows, windows_of
 from llmdrop_vllm.masks.mask import DropMask
 
 LAYERS = re.compile(r"\d+(,\d+)*,?")
@@ -27,25 +26,23 @@ def mask_entries(
     if mask is not None:
         if attention or mlp:
             raise MaskError("--mask and --drop-attention/--drop-mlp exclude each other")
-        file = read_record(MaskFile, mask)
-        check_either(windows, file.attention)
-        return replace(file.mask, windows=windows or file.windows).to_config("runtime")
+        return read_record(MaskFile, mask).mask.seeing(windows).to_config("runtime")
     measured = None if scores is None else read_record(Scores, scores)
     layers = {kind: _layers(kind, text) for kind, text in asked.items() if text is not None and "," in text}
     counts = {
         kind: _count(kind, text, measured) for kind, text in asked.items() if text is not None and "," not in text
     }
-    if not layers and not counts:
-        # Of windows alone the config's own mask is not to be replaced.
-        depth = 1 + max((layer for layer, _ in windows), default=0)
-        return {WINDOWS: DropMask(depth, windows=windows).to_config()[WINDOWS]} if windows else {}
-    if measured is not None:
+    replaces = bool(layers or counts)
+    if not replaces and not windows:
+        return {}
+    if replaces and measured is not None:
         layers = _least_important(measured, counts) | layers
     # Without scores the model's depth is not known here: the engine's config hook checks the indices against it.
-    check_either(windows, layers.get("attention", ()))
     named = [layer for each in (*layers.values(), dict(windows)) for layer in each]
     depth = measured.num_hidden_layers if measured else 1 + max(named)
-    return DropMask(depth, **layers, windows=windows).to_config("runtime")
+    entries = DropMask(depth, layers.get("attention", ()), layers.get("mlp", ())).seeing(windows).to_config("runtime")
+    # Windows alone come on top of the config's mask, whatever that is.
+    return entries if replaces else {WINDOWS: entries[WINDOWS]}
 
 
 def windows_asked(layers: str | None, tokens: int | None) -> Windows:

@@ -131,22 +131,6 @@ def test_memory_is_counted_in_the_units_that_are_written(home, capsys):
         assert json.loads(capsys.readouterr().out)["memory_bytes"] == expected
 
 
-def test_windows_come_on_top_and_go_with_what_is_given_instead(home, tmp_path):
-    windows = ["--window-attention", "1,3", "--window", "64"]
-    for out, given in {"by hand": ["--mlp", "2"], "more": []}.items():
-        assert main(["apply", f"{home}/model", f"{tmp_path}/{out}", *windows, *given]) == 0
-    found = Checkpoint.open(tmp_path / "by hand")
-    assert found.mask == DropMask(8, mlp=(2,), windows=((1, 64), (3, 64)))
-    # The weights of windows alone are whole, and under names that nothing else loads.
-    assert [path.name for path in (tmp_path / "more").glob("*.safetensors")] == ["model.dropped.safetensors"]
-    assert main(["convert", f"{tmp_path}/more", f"{tmp_path}/said", "--dialect", "transformers"]) == 0
-    said = Checkpoint.open(tmp_path / "said")
-    assert said.mask.windows == found.mask.windows
-    assert said.config["architectures"] == ["DroppedLlamaForCausalLM"]
-    assert main(["apply", f"{tmp_path}/more", f"{tmp_path}/other", "--attention", "5"]) == 0
-    assert Checkpoint.open(tmp_path / "other").mask == DropMask(8, attention=(5,))
-
-
 def test_apply_without_a_mask_strips_a_published_checkpoint(tmp_path):
     published = write_checkpoint(tmp_path / "published", TINY_LLAMA | {"drop_attn_list": [5, 2], "drop_mlp_list": []})
     assert not Checkpoint.open(published).is_stripped
