@@ -81,6 +81,17 @@ def test_a_sublayer_that_was_gone_when_scored_says_so(open_page, server):
     expect(page.locator("#readout")).to_contain_text("Already gone when the model was scored")
 
 
+def test_layers_that_see_a_window_say_so(open_page, server):
+    server.drop = {**DROP, "mask": {"num_hidden_layers": 12, "attention": [], "mlp": [], "windows": [[3, 64]]}}
+    page = open_page()
+    expect(page.locator("#readout")).to_have_text(
+        "Dropped: 0 of 12 attention, 0 of 12 MLP sublayers. 1 attention sublayers see a window only. "
+        "Point at a cell for its numbers."
+    )
+    cell = page.locator("[data-layer='3'][data-sublayer=attention]")
+    expect(cell).to_have_attribute("aria-label", re.compile("Layer 3, attention: kept, sees the last 64 tokens"))
+
+
 @pytest.mark.parametrize("layers", [12, 128])
 def test_models_of_any_depth_fit_the_screen(open_page, server, layers):
     server.drop = deep_model(layers)
