@@ -30,7 +30,7 @@ from benchmarks.functions import more_functions
 from benchmarks.healing import evaluated, figures
 from benchmarks.healing_subject import Subject
 from benchmarks.healing_ways import CODER, DATA
-from benchmarks.own_prompts import LONGEST, beginning, own_prompts
+from benchmarks.own_prompts import LONGEST, beginning, like, own_prompts
 from benchmarks.record import RESULTS, finish
 from benchmarks.sampling import Sampler
 from benchmarks.table import rows
@@ -48,7 +48,8 @@ from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 
 CODE = {"more functions": 192, "more asked functions": 256}  # tokens of an answer
-OURS, OWN = "more answers", "many own prompts"
+OURS, OWN, LIKE = "more answers", "many own prompts", "prompts like ours"
+LONGEST_LIKE = 128
 TOKENS, TEMPERATURE = 256, 0.8
 FILE_BYTES = 15 * 2**20
 OF_PEFT, SCALE = "model.base_model.model.", 2.0  # of what adapters add, as `distill` sets them up
@@ -75,7 +76,7 @@ class Run:
 
 def sources(name: str) -> tuple[str, ...]:
     """What a model learns from here."""
-    return (OURS, OWN, *(CODE if name == CODER else ()))
+    return (OURS, OWN, LIKE, *(CODE if name == CODER else ()))
 
 
 def prepare(subject: Subject, count: int) -> None:
@@ -83,6 +84,7 @@ def prepare(subject: Subject, count: int) -> None:
     known = {kind: read_answers(subject.answers(kind))[1] for kind in DATA[subject.name]}
     ours = [json.dumps({"prompt": each.prompt}) + "\n" for each in known["answers"] if not each.held_out]
     write_atomically(_prompts(subject, OURS), "".join(ours))
+    like(subject.checkpoint, subject.answers("answers"), subject.directory / "wishes.jsonl")
     tokenizer = load_tokenizer(subject.checkpoint, "its model's belongs there")
     shown = [tokenizer.decode(each.prompt) for answers in known.values() for each in answers]
     for source in CODE if subject.name == CODER else ():
@@ -104,6 +106,10 @@ def sample(subject: Subject, batch: int, own: int, per_prompt: int) -> None:
     own_prompts(written, _prompts(subject, OWN), own)
     ask(OWN, _prompts(subject, OWN))
     ask(OURS, _prompts(subject, OURS), per_prompt=per_prompt)
+    wishes = subject.directory / "wishes.jsonl"
+    written = ask("written like ours", wishes, max_tokens=LONGEST_LIKE, temperature=1.0, per_prompt=2 * per_prompt)
+    own_prompts(written, _prompts(subject, LIKE), own)
+    ask(LIKE, _prompts(subject, LIKE))
     for source, tokens in CODE.items() if subject.name == CODER else ():
         ask(source, _prompts(subject, source), max_tokens=tokens)
 
@@ -136,14 +142,14 @@ def train(subject: Subject, run: Run, keep: Path | None) -> dict[str, Any]:
 
 
 def merge(subject: Subject, run: Run, keep: Path) -> dict[str, Any]:
-    """Make a checkpoint of adapters that were kept; what `healing.py` measures of it."""
+    """Make a checkpoint of adapters or weights that were kept; what `healing.py` measures of it."""
     out, mask = subject.directory / run.name, DropMask(subject.checkpoint.mask.num_hidden_layers, run.attention)
     measured = (subject.results / "healed" / f"{run.name}.json").exists()
     if not (measured or out.exists()):
         adapters = {
             name: tensor for path in sorted(keep.glob("*.safetensors")) for name, tensor in load_file(path).items()
         }
-        merged = {}
+        merged = {name.removeprefix("model."): each for name, each in adapters.items() if ".lora_" not in name}
         for name, down in adapters.items():
             owner, found, _ = name.removeprefix(OF_PEFT).partition(".lora_A.")
             if found:

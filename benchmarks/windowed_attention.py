@@ -15,12 +15,15 @@ SAMPLED = 64  # one query in so many tells what the first tokens weigh
 class Window:
     """What a layer attends to: the last `length` tokens, the `first` tokens beside them, and where there are `sinks`
     [heads] a logit that takes weight and gives nothing, or `values` [heads, head size].
+
+    Sinks stand in for tokens that have left the window, or are there `always`, as engines have them.
     """
 
     length: int
     first: int = 0
     sinks: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    always: bool = False
 
 
 @dataclass
@@ -38,9 +41,9 @@ class Weighed:
 
     def add(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
         """[1, heads, tokens, head size] each, key heads repeated."""
-        rows = torch.arange(self.length + self.first, query.shape[2], SAMPLED)
+        rows = torch.arange(self.length + self.first, query.shape[2], SAMPLED, device=query.device)
         scores = (query[0, :, rows] @ key[0].mT).float() * scale
-        gone = torch.arange(key.shape[2])[None] <= (rows - self.length)[:, None]
+        gone = torch.arange(key.shape[2], device=query.device)[None] <= (rows - self.length)[:, None]
         firsts = scores[..., : self.first]
         self.firsts = self.firsts + firsts.logsumexp(-1).sum(1)
         self.outside = self.outside + scores.masked_fill(~gone, -torch.inf).logsumexp(-1).sum(1)
@@ -51,14 +54,18 @@ class Weighed:
 def attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any, scaling: float, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    """As Transformers asks for it: [batch, heads, tokens, head size] in, [batch, tokens, heads, head size] out."""
+    """As Transformers asks for it: [batch, heads, tokens, head size] in, [batch, tokens, heads, head size] out.
+
+    Queries are those of all keys, or of the last one.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
     if (weighed := getattr(module, "weighed", None)) is not None:
         weighed.add(query, key, value, scaling)
     window: Window | None = getattr(module, "window", None)
-    if window is None or window.length >= query.shape[2]:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    if window is None or (window.length >= query.shape[2] and not window.always):
+        of_all = query.shape[2] == key.shape[2]
+        out = scaled_dot_product_attention(query, key, value, is_causal=of_all, scale=scaling)
     else:
         starts = range(0, query.shape[2], QUERIES)
         out = torch.cat([_block(window, query, key, value, start, scaling) for start in starts], 2)
@@ -69,19 +76,22 @@ def _block(
     window: Window, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, scale: float
 ) -> torch.Tensor:
     end = min(start + QUERIES, query.shape[2])
-    at = torch.arange(start, end)[:, None]
-    seen = torch.arange(max(0, start - window.length + 1), end)
-    if window.first and seen[0] > 0:
-        seen = torch.cat([torch.arange(min(window.first, int(seen[0]))), seen])
+    at = torch.arange(start, end, device=query.device)[:, None]
+    begin = max(0, start - window.length + 1)
+    seen = torch.arange(begin, end, device=query.device)
+    if window.first and begin > 0:
+        seen = torch.cat([torch.arange(min(window.first, begin), device=query.device), seen])
     allowed = (seen <= at) & ((seen > at - window.length) | (seen < window.first))
-    bias = torch.zeros(allowed.shape, dtype=query.dtype).masked_fill(~allowed, -torch.inf)
+    bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, -torch.inf)
     keys, values = key[:, :, seen], value[:, :, seen]
     if window.sinks is not None:
         keys, values = (pad(each, (0, 0, 0, 1)) for each in (keys, values))
         if window.values is not None:
             values[:, :, -1] = window.values.to(values.dtype)
         # Where nothing has left the window yet, nothing needs a stand-in.
-        stands = torch.where(at - window.length >= 0, window.sinks[:, None, None], -torch.inf)
+        stands = window.sinks[:, None, None].expand(-1, end - start, 1)
+        if not window.always:
+            stands = torch.where(at - window.length >= 0, stands, -torch.inf)
         bias = torch.cat([bias.expand(len(window.sinks), -1, -1), stands.to(bias.dtype)], -1)
     return scaled_dot_product_attention(query[:, :, start:end], keys, values, attn_mask=bias, scale=scale)
 
