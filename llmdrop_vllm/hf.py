@@ -27,8 +27,9 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.hf_windows import look_back
+from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.dialects import without_mask
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
 
@@ -142,7 +143,11 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
         for index in dropped:
             _drop_sublayer(layers[index], sublayer, index)
     name = family.attention.transformers_module
-    handles = [look_back(getattr(layers[index], name), tokens) for index, tokens in mask.windows]
+    kinds = layer_kinds(config_dict(model.config)) if mask.windows else ()
+    handles = [
+        look_back(getattr(layers[index], name), tokens, bare=kinds[index].name == "sliding")
+        for index, tokens in mask.windows
+    ]
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
         getattr(layers[index], name).layer_idx = entry

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.masks.stretches import STRETCH, stretches_back
 
 # Kernels that are told what a token sees by other means.
 WITH_OTHER_MASKS = ("flash", "flex", "paged")
@@ -14,9 +15,10 @@ OTHER_MASKS = "windows need Transformers' attention to be 'sdpa' or 'eager' (att
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-def look_back(attention: nn.Module, tokens: int) -> RemovableHandle:
-    """Let each token see the last `tokens` only, itself among them, until the handle is removed; keys and values of the
-    others are still kept. Of two windows the shorter one holds.
+def look_back(attention: nn.Module, tokens: int, *, bare: bool) -> RemovableHandle:
+    """Let each token see a window of so many and the first stretch of a text (`stretches`) until the handle is removed;
+    keys and values of the others are still kept. A `bare` one, of a module that has one by itself, is of the last
+    tokens and no others; of the two the shorter one holds.
     """
 
     def narrow(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -31,7 +33,7 @@ def look_back(attention: nn.Module, tokens: int) -> RemovableHandle:
         length = _keys(module, hidden.shape[1], mask, kwargs)
         if length <= tokens:
             return args, kwargs
-        return args, kwargs | {"attention_mask": _narrowed(mask, hidden, length, tokens)}
+        return args, kwargs | {"attention_mask": _narrowed(mask, hidden, length, tokens, bare)}
 
     return attention.register_forward_pre_hook(narrow, with_kwargs=True)
 
@@ -48,11 +50,21 @@ def _keys(module: Any, queries: int, mask: Any, kwargs: dict[str, Any]) -> int:
     return queries + (0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
 
 
-def _narrowed(mask: torch.Tensor | None, hidden: torch.Tensor, length: int, tokens: int) -> torch.Tensor:
+def _narrowed(mask: torch.Tensor | None, hidden: torch.Tensor, length: int, tokens: int, bare: bool) -> torch.Tensor:
     """[batch or 1, heads or 1, queries, keys], of the kind that it was."""
     keys = torch.arange(length, device=hidden.device)
     at = keys[length - hidden.shape[1] :, None]
-    seen = keys > at - tokens
     if mask is None:
-        return (seen & (keys <= at))[None, None]
+        return (_seen(keys, at, tokens, bare) & (keys <= at))[None, None]
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    # Padding at the left is no part of the text: where it begins is where the last token looks back to.
+    begins = allowed[..., -1:, :].int().argmax(-1, keepdim=True)
+    seen = _seen(keys - begins, at - begins, tokens, bare)
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def _seen(keys: torch.Tensor, at: torch.Tensor, tokens: int, bare: bool) -> torch.Tensor:
+    """[..., queries, keys], of keys up to a query; where keys stand [..., 1, keys], and queries [..., queries, 1]."""
+    if bare:
+        return keys > at - tokens
+    return (keys < STRETCH) | (keys // STRETCH >= at // STRETCH - stretches_back(tokens))

@@ -12,6 +12,7 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
 
+WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
 
 
@@ -87,12 +88,15 @@ class Decoder:
             kind = found[layer]
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
-            for said, span in {"it sees": kind.span, "the model's context is": context}.items():
-                if span is not None and span <= tokens:
+            if self.config.get("model_type") in WITH_ALIBI or self.config.get("alibi"):
+                raise MaskError("the model's ALiBi weighs keys by where they stand, which windows do not keep")
+            found[layer] = replace(kind, name="window" if kind.span is None else kind.name, span=tokens)
+            seen = found[layer].seen_in_full
+            for said, needed in {"it sees": kind.span, "the model's context is": context}.items():
+                if needed is not None and seen is not None and needed <= seen:
                     raise MaskError(
-                        f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {span} tokens"
+                        f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {needed} tokens"
                     )
-            found[layer] = replace(kind, name="sliding", span=tokens)
         return tuple(found)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import layer_count
+from llmdrop_vllm.masks.stretches import STRETCH, span
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -30,8 +31,8 @@ class LayerKind:
     """What a layer keeps of each token, and of how many.
 
     `name` is `full`, `compressed` (one latent vector stands for all keys and values), `sliding` (only the last `span`
-    tokens are needed) or `chunked` (tokens see those of their chunk of `span`). `values` are the numbers that a token
-    takes, in the KV cache's dtype.
+    tokens are needed), `window` (the first stretch and a window of `span` tokens: `stretches`) or `chunked` (tokens see
+    those of their chunk of `span`). `values` are the numbers that a token takes, in the KV cache's dtype.
     """
 
     name: str
@@ -54,7 +55,19 @@ class LayerKind:
         """
         if self.span is None:
             return context
+        if self.name == "window":
+            return min(context, STRETCH + span(self.span) - 1 + in_flight)
         return min(context, self.span + in_flight - (self.name == "sliding"))
+
+    @property
+    def begins_anywhere(self) -> bool:
+        """Whether what is held may begin within a block, as vLLM counts it."""
+        return self.name in ("sliding", "window")
+
+    @property
+    def seen_in_full(self) -> int | None:
+        """Tokens of the longest context of which nothing is out of sight; None where nothing ever is."""
+        return STRETCH + span(self.span) if self.name == "window" and self.span else self.span
 
 
 def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:

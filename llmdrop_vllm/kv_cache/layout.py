@@ -81,7 +81,7 @@ class KVLayout:
         """
         return sum(
             -(-group.kind.tokens_held(context, in_flight) // (block_tokens * group.tokens_ratio))
-            + (group.kind.name == "sliding")
+            + group.kind.begins_anywhere
             for group in self.groups
         )
 

@@ -145,7 +145,7 @@ class DropMask:
         said = [f"{attention}{_ranges(self.attention)}", f"MLP in {len(self.mlp)}{_ranges(self.mlp)}"]
         for tokens in sorted({tokens for _, tokens in self.windows}):
             layers = [layer for layer, its in self.windows if its == tokens]
-            said.append(f"attention to the last {tokens:,} tokens in {len(layers)}{_ranges(layers)}")
+            said.append(f"windows of {tokens:,} tokens in {len(layers)}{_ranges(layers)}")
         return ", ".join(said)
 
 

@@ -17,6 +17,7 @@ from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
+from llmdrop_vllm.serving.windows import check_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,6 +52,8 @@ class Droppable(nn.Module):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
             return
+        if decoder.mask.windows:
+            check_engine(vllm_config)
         self.dropping = self.dropping_class(decoder, vllm_config)
         with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
@@ -87,10 +90,6 @@ def _log(dropped: Dropping) -> None:
     layers = sorted(dropped.layer_index.values())
     stage = f" in pipeline stage {pp.rank_in_group} (layers {layers[0]}-{layers[-1]})" if pp.world_size > 1 else ""
     logger.warning("%s; %s%s%s", dropped.mask.summary(), dropped.kv_summary(), ranks, stage)
-    if dropped.mask.windows and dropped.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        logger.warning(
-            "windows save no memory here: vLLM's hybrid KV cache manager is off, and all layers keep all tokens"
-        )
 
 
 @cache

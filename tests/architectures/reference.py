@@ -14,7 +14,7 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from tests.architectures.cases import model_of
 
-WINDOW = 6  # of the first attention that is kept
+WINDOW = 1  # of the first attention that is kept: beside the first stretch of a text, a token sees its own
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -59,4 +59,5 @@ def windowed(architecture: str, mask: DropMask) -> DropMask:
     layer = mask.kept_attention[0]
     kind = decoder.kinds[layer]
     takes = kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)
-    return replace(mask, windows=((layer, WINDOW),)) if takes else mask
+    alibi = decoder.config.get("model_type") == "bloom"
+    return replace(mask, windows=((layer, WINDOW),)) if takes and not alibi else mask

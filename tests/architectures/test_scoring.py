@@ -8,11 +8,12 @@ import torch
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.reference import layers_of, skipping, windowed
 
-IDS = torch.stack([torch.arange(3, 43), torch.arange(103, 143)])
+IDS = (3 + 7 * torch.arange(2 * (2 * STRETCH + 20)) % 251).view(2, -1)  # with tokens that a window does not see
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
 
 

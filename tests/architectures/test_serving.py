@@ -21,11 +21,13 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.evaluation.engine import SWITCHING
+from llmdrop_vllm.masks.stretches import STRETCH
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import WINDOW, skipping, windowed
+from tests.architectures.reference import skipping, windowed
 from tests.engines import engine, greedy
 
 PROMPT = [*range(3, 43)]
+LONG = [3 + 7 * place % 251 for place in range(2 * STRETCH + 20)]  # with tokens that a window does not see
 MASKS = {
     "attention": DropMask(LAYERS, attention=(3, 1)),
     "MLP": DropMask(LAYERS, mlp=(0, 2)),
@@ -88,13 +90,13 @@ def exact_gelu(model: nn.Module) -> Iterator[None]:
 
 
 @cache
-def reference(architecture: str, mask: DropMask) -> list[float]:
+def reference(architecture: str, mask: DropMask, prompt: tuple[int, ...] = tuple(PROMPT)) -> list[float]:
     """Log-probability of each prompt token after the first."""
     model = model_of(architecture)
     family, windows = CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)
     with torch.no_grad(), skipping(model, family, mask), hf.dropped(model, family, windows), exact_gelu(model):
-        logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
-    return logprobs[range(len(PROMPT) - 1), PROMPT[1:]].tolist()
+        logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    return logprobs[range(len(prompt) - 1), prompt[1:]].tolist()
 
 
 @contextmanager
@@ -105,9 +107,9 @@ def running(directory: Path, architecture: str, **options: Any) -> Iterator[LLM]
         yield llm
 
 
-def served(directory: Path, architecture: str) -> tuple[list[float], tuple[int, int]]:
-    with running(directory, architecture) as llm:
-        _, _, logprobs = greedy(llm, PROMPT, tokens=2)
+def served(directory: Path, architecture: str, prompt: tuple[int, ...]) -> tuple[list[float], tuple[int, int]]:
+    with running(directory, architecture, max_model_len=len(LONG) + 2) as llm:
+        _, _, logprobs = greedy(llm, [*prompt], tokens=2)
         cache = llm.llm_engine.vllm_config.cache_config
         return logprobs, (cache.num_gpu_blocks, cache.block_size)
 
@@ -135,16 +137,16 @@ def switched(llm: LLM, mask: DropMask) -> list[float]:
 def test_served_with_a_mask_it_computes_what_transformers_does_without_the_sublayers(architecture, mask, tmp_path):
     whole, mask = MASKS[mask], windowed(architecture, MASKS[mask])
     directory = write(architecture, mask, tmp_path)
-    logprobs, (blocks, block_tokens) = served(directory, architecture)
-    expected = reference(architecture, mask)
+    prompt = tuple(LONG if mask.windows else PROMPT)
+    logprobs, (blocks, block_tokens) = served(directory, architecture, prompt)
+    expected = reference(architecture, mask, prompt)
     assert logprobs == pytest.approx(expected, abs=1e-4)
     config = json.loads((directory / "config.json").read_bytes())
-    assert blocks == KV_CACHE_BYTES // (
-        4 * block_tokens * Decoder.of(config, config["architectures"][0]).layout().block_values
-    )
-    # The comparison can fail: without the mask the numbers are others, and behind a window's end without it.
-    assert reference(architecture, DropMask(LAYERS)) != pytest.approx(expected, abs=1e-2)
-    if mask.windows:
-        without = reference(architecture, whole)
-        assert expected[: WINDOW - 1] == pytest.approx(without[: WINDOW - 1], abs=1e-5)
-        assert expected[WINDOW:] != pytest.approx(without[WINDOW:], abs=1e-3)
+    decoder = Decoder.of(config, config["architectures"][0])
+    assert blocks == KV_CACHE_BYTES // (4 * block_tokens * decoder.layout().block_values)
+    # The comparison can fail: without the mask the numbers are others, and where something is out of sight without it.
+    assert reference(architecture, DropMask(LAYERS), prompt) != pytest.approx(expected, abs=1e-2)
+    for layer, _ in mask.windows:
+        without, seen = reference(architecture, whole, prompt), decoder.kinds[layer].seen_in_full
+        assert expected[: seen - 1] == pytest.approx(without[: seen - 1], abs=1e-5)
+        assert expected[seen:] != pytest.approx(without[seen:], abs=1e-3)

@@ -41,8 +41,8 @@ def test_what_is_dropped_has_none():
 
 def test_they_are_told():
     assert MASK.summary() == (
-        "attention dropped in 2 of 6 layers [2,5], MLP in 1 [3], attention to the last 64 tokens in 1 [3], "
-        "attention to the last 1,024 tokens in 1 [1]"
+        "attention dropped in 2 of 6 layers [2,5], MLP in 1 [3], windows of 64 tokens in 1 [3], "
+        "windows of 1,024 tokens in 1 [1]"
     )
 
 

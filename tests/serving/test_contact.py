@@ -1,6 +1,7 @@
 """Every vLLM internal that this package touches, one test each: what fails here is what a new vLLM changed."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, Model
 from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.utils import parse_fine_tuned_lora_name
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, chunked_local_attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.registry import ModelRegistry
@@ -17,7 +18,10 @@ from vllm.model_executor.models.transformers.base import Base
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, is_pp_missing_parameter
 from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
@@ -28,6 +32,7 @@ from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
 from llmdrop_vllm.serving.plugin import register_with_vllm
 from llmdrop_vllm.serving.weights import forget_missing_layers
+from llmdrop_vllm.serving.window_cache import WindowManager, WindowSpec
 
 load_general_plugins()
 
@@ -114,6 +119,25 @@ def test_attention_is_told_of_its_window_and_its_place():
     parameters = inspect.signature(Attention.__init__).parameters
     assert parameters["per_layer_sliding_window"].default is None
     assert parameters["prefix"].default == ""
+    made = inspect.getsource(Attention.__init__)
+    assert made.index("self.attn_backend = ") < made.index("self.impl = ")  # the kernels' own, not asked for again
+
+
+def test_the_scheduler_asks_a_windows_manager_where_blocks_go_and_which_prefixes_are_there():
+    asked = inspect.getsource(SlidingWindowManager.remove_skipped_blocks)
+    assert "_remove_blocks_in_range(request_id, 0, num_skipped_blocks)" in asked
+    parameters = [*inspect.signature(SlidingWindowManager.find_longest_cache_hit).parameters]
+    assert parameters[:5] == [*inspect.signature(WindowManager.find_longest_cache_hit).parameters][:5]
+    window = WindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=256, window=64)
+    assert KVCacheSpecRegistry.get_manager_class(window) is WindowManager
+
+
+def test_builders_of_attention_take_a_batch_whose_rows_are_parts_of_requests():
+    """As vLLM's own for chunked attention."""
+    chunked = inspect.getsource(chunked_local_attention.create_chunked_local_attention_backend)
+    assert "def build(" in chunked
+    assert "def update_block_table(" in chunked
+    assert {field.name for field in fields(CommonAttentionMetadata)} >= {"seq_lens", "block_table_tensor", "num_reqs"}
 
 
 def test_the_transformers_backend_makes_an_attention_layer_where_its_fusers_say():
