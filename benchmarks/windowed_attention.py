@@ -7,6 +7,8 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from llmdrop_vllm.masks.stretches import STRETCH, stretches_back
+
 NAME, QUERIES = "llmdrop_windows", 512
 SAMPLED = 64  # one query in so many tells what the first tokens weigh
 
@@ -16,14 +18,15 @@ class Window:
     """What a layer attends to: the last `length` tokens, the `first` tokens beside them, and where there are `sinks`
     [heads] a logit that takes weight and gives nothing, or `values` [heads, head size].
 
-    Sinks stand in for tokens that have left the window, or are there `always`, as engines have them.
+    Sinks stand in for tokens that have left the window. With `stretches` windows begin where whole stretches do, as
+    they are served.
     """
 
     length: int
     first: int = 0
     sinks: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    always: bool = False
+    stretches: bool = False
 
 
 @dataclass
@@ -63,7 +66,7 @@ def attend(
     if (weighed := getattr(module, "weighed", None)) is not None:
         weighed.add(query, key, value, scaling)
     window: Window | None = getattr(module, "window", None)
-    if window is None or (window.length >= query.shape[2] and not window.always):
+    if window is None or window.length >= query.shape[2]:
         of_all = query.shape[2] == key.shape[2]
         out = scaled_dot_product_attention(query, key, value, is_causal=of_all, scale=scaling)
     else:
@@ -77,11 +80,13 @@ def _block(
 ) -> torch.Tensor:
     end = min(start + QUERIES, query.shape[2])
     at = torch.arange(start, end, device=query.device)[:, None]
-    begin = max(0, start - window.length + 1)
+    back = stretches_back(window.length)
+    begin = max(0, STRETCH * (start // STRETCH - back) if window.stretches else start - window.length + 1)
     seen = torch.arange(begin, end, device=query.device)
     if window.first and begin > 0:
         seen = torch.cat([torch.arange(min(window.first, begin), device=query.device), seen])
-    allowed = (seen <= at) & ((seen > at - window.length) | (seen < window.first))
+    near = seen // STRETCH >= at // STRETCH - back if window.stretches else seen > at - window.length
+    allowed = (seen <= at) & (near | (seen < window.first))
     bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, -torch.inf)
     keys, values = key[:, :, seen], value[:, :, seen]
     if window.sinks is not None:
@@ -89,9 +94,7 @@ def _block(
         if window.values is not None:
             values[:, :, -1] = window.values.to(values.dtype)
         # Where nothing has left the window yet, nothing needs a stand-in.
-        stands = window.sinks[:, None, None].expand(-1, end - start, 1)
-        if not window.always:
-            stands = torch.where(at - window.length >= 0, stands, -torch.inf)
+        stands = torch.where(at - window.length >= 0, window.sinks[:, None, None], -torch.inf)
         bias = torch.cat([bias.expand(len(window.sinks), -1, -1), stands.to(bias.dtype)], -1)
     return scaled_dot_product_attention(query[:, :, start:end], keys, values, attn_mask=bias, scale=scale)
 

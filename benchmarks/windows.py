@@ -1,19 +1,18 @@
 """Attention to the last W tokens in some layers: what is lost beyond W, and what could stand in for the first tokens.
 
-    apt-get install debian-handbook python3-doc
+    apt-get install debian-handbook
     python benchmarks/windows.py [--models smollm2] [--ways N]
 
 Perplexity by position and KL to the full model on documents of 8,192 tokens of prose, KL on the model's own words after
-long texts, and a needle: a number that is said at ten depths of a long text and asked for at its end. Sink logits are
-fitted, layers chosen and weights trained on other texts than those that are measured. Each way is a line; what is
-measured stays, and the same command goes on.
+long texts, and a needle: a number that is said at ten depths of a long text and asked for at its end. Weights are never
+changed; sink logits are fitted, and layers chosen, on other texts than those that are measured. Each way is a line; what
+is measured stays, and the same command goes on.
 """
 
 import argparse
 import json
 import math
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,34 +23,31 @@ from benchmarks.options import ending, models
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from benchmarks.windowed_attention import Window
+from benchmarks.windows_choice import least_lost
 from benchmarks.windows_subject import FITTED, MEASURED, MEASURED_SAYING, Subject, seconds_since
-from benchmarks.windows_training import Training, least_lost, trained
+from llmdrop_vllm.masks.stretches import STRETCH
 
 BINS = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 NEEDLES = (2048, 4096, 8000)
 CHOSEN_AT = 1024  # tokens of the window under which layers are chosen
+AS_SERVED = "first stretch, as served"
 STAND_INS = ("nothing", "first 4 tokens", "sink of the first 4", "sink of all outside", "sink with values")
 EVERY_SECOND, LAST, LEAST_LOST, RETRIEVING = "every second", "last", "least lost", "least lost with needles"
 
 
 @dataclass(frozen=True)
 class Way:
-    """Which layers, how long a window, what stands for the tokens that left it, and what is trained after it."""
+    """Which layers, how long a window, and what stands for the tokens that left it."""
 
     layers: str = RETRIEVING
     length: int = 1024
     stand_in: str = "first 4 tokens"
     share: float = 0.5
-    training: Training | None = None
 
     def __str__(self) -> str:
-        said = f"{self.layers}, {self.share:.0%}, W {self.length}, {self.stand_in}"
-        if self.training is None:
-            return said
-        return f"{said}, {'sinks and attention' if self.training.attention else 'sinks'} trained"
+        return f"{self.layers}, {self.share:.0%}, W {self.length}, {self.stand_in}"
 
 
-SINK = "sink of the first 4"
 WAYS = (
     *(Way(EVERY_SECOND, stand_in=each) for each in STAND_INS),
     *(Way(layers) for layers in (LAST, LEAST_LOST)),
@@ -59,9 +55,7 @@ WAYS = (
     *(Way(length=length) for length in (256, 512, 2048)),
     *(Way(share=share) for share in (0.25, 0.75)),
     Way(stand_in="nothing", share=0.25),
-    Way(stand_in=SINK, training=Training()),
-    Way(stand_in=SINK, training=Training(attention=True)),
-    Way(EVERY_SECOND, stand_in=SINK, training=Training(attention=True)),
+    *(Way(stand_in=AS_SERVED, share=share) for share in (0.5, 0.75)),
 )
 
 
@@ -82,6 +76,8 @@ def windows_of(subject: Subject, way: Way) -> dict[int, Window]:
         return dict.fromkeys(layers, Window(way.length))
     if way.stand_in == "first 4 tokens":
         return dict.fromkeys(layers, Window(way.length, first=4))
+    if way.stand_in == AS_SERVED:
+        return dict.fromkeys(layers, Window(way.length, first=STRETCH, stretches=True))
     stats = subject.weighed(way.length, 4)
     found = {}
     for layer in layers:
@@ -95,14 +91,10 @@ def measure(subject: Subject, way: Way | None) -> dict[str, Any]:
     """A line of the table; None is the full model."""
     begin = time.monotonic()
     windows = {} if way is None else windows_of(subject, way)
-    _ = subject.full, subject.own  # by the full model, before anything is trained
-    with ExitStack() as stack:
-        if way is not None and way.training is not None:
-            windows = stack.enter_context(trained(subject, windows, way.training))
-        nll, kl = subject.losses(windows, range(FITTED, FITTED + MEASURED))
-        own = subject.kl_of_own(windows)
-        hay = [token for ids in subject.documents[FITTED:] for token in ids[0].tolist()]
-        needles = {length: subject.found(subject.needles(length, MEASURED_SAYING, hay), windows) for length in NEEDLES}
+    nll, kl = subject.losses(windows, range(FITTED, FITTED + MEASURED))
+    own = subject.kl_of_own(windows)
+    hay = [token for ids in subject.documents[FITTED:] for token in ids[0].tolist()]
+    needles = {length: subject.found(subject.needles(length, MEASURED_SAYING, hay), windows) for length in NEEDLES}
     past = CHOSEN_AT if way is None else way.length
     return {
         "model": subject.name,

@@ -14,12 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from benchmarks.real_quality import prose
 from benchmarks.windowed_attention import NAME, Weighed, Window
-from llmdrop_vllm import InputError, hf
-from llmdrop_vllm.artifacts import write_atomically
+from llmdrop_vllm import hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.fetching.fetch import fetch
 
-MANUAL = Path("/usr/share/doc/python3.11/html/_sources")
 LENGTH, MEASURED, FITTED = 8192, 3, 2
 HEAD_ROWS = 1024
 DEPTHS = tuple(0.05 + 0.1 * place for place in range(10))
@@ -38,12 +36,8 @@ MEASURED_SAYING = Saying(
     "\nThe special number of Lisbon is {}. Remember it.\n",
     "\nQuestion: What is the special number of Lisbon?\nAnswer: The special number of Lisbon is",
 )
-# To choose layers and to train with; what is measured was never seen.
-FITTED_SAYINGS = (
-    Saying("\nNote: the red door opens with the code {}.\n", "\nThe code that opens the red door is"),
-    Saying("\nMrs. Albrecht can be reached at extension {}.\n", "\nQ: Which extension has Mrs. Albrecht?\nA: It is"),
-    Saying("\nLocker nineteen was rented out for {} crowns.\n", "\nThe rent of locker nineteen was"),
-)
+# To choose layers by; what is measured was never seen.
+FITTED_SAYING = Saying("\nNote: the red door opens with the code {}.\n", "\nThe code that opens the red door is")
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         found = hf.load(self.checkpoint.under(self.checkpoint.mask), dtype=torch.bfloat16, attn_implementation=NAME)
-        return found.to(self.device).eval().requires_grad_(False)
+        return found.to(self.device).eval()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -103,17 +97,6 @@ class Subject:
         spread = len(ids) // (FITTED + MEASURED)
         return tuple(self._tensor(ids[spread * n : spread * n + LENGTH]) for n in range(FITTED + MEASURED))
 
-    @cached_property
-    def manual(self) -> list[int]:
-        """Token ids of another book, to train on."""
-        path = self.directory / "manual.txt"
-        if not path.exists():
-            pages = sorted(MANUAL.rglob("*.rst.txt"))
-            if not pages:
-                raise InputError(f"{MANUAL} holds no pages; apt-get install python3-doc")
-            write_atomically(path, "\n\n".join(page.read_text(encoding="utf-8") for page in pages))
-        return self.ids(path.read_text())
-
     @contextmanager
     def windowed(self, windows: Mapping[int, Window]) -> Iterator[None]:
         """Within this context these layers see their windows only."""
@@ -137,7 +120,7 @@ class Subject:
 
     @cached_property
     def full(self) -> list[torch.Tensor]:
-        """The full model's hidden states of each document. To be asked for before weights change."""
+        """The full model's hidden states of each document."""
         with torch.inference_mode():
             return [self.hidden(ids)[0] for ids in self.documents]
 
