@@ -5,8 +5,8 @@
 
 Perplexity by position and KL to the full model on documents of 8,192 tokens of prose, KL on the model's own words after
 long texts, and a needle: a number that is said at ten depths of a long text and asked for at its end. Weights are never
-changed; sink logits are fitted, and layers chosen, on other texts than those that are measured. Each way is a line; what
-is measured stays, and the same command goes on.
+changed; sink logits are fitted, and layers chosen, on other texts than those that are measured. Each way is a line;
+what is measured stays, and the same command goes on.
 """
 
 import argparse

@@ -12,11 +12,13 @@ from llmdrop_vllm.masks.mask import DropMask
 class Compared(Record):
     """A mask that a search compared: KL to the full model, in nats per token, on the answers that masks were chosen by
     and on held-out ones. Intervals are 95%, by bootstrap over prompts; `difference` is to the first mask compared.
+    `windows` are the layers that were given one.
     """
 
     name: str
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
+    windows: tuple[int, ...] = ()
     kl: float
     held_out_kl: float
     held_out_interval: tuple[float, float]

@@ -85,6 +85,17 @@ def _add_choosing(add: Add) -> None:
     search.set_defaults(after_healing=False)  # of the scores, which are for cosine's mask
     options.add_precision(search)
 
+    example = "llmdrop windows MODEL --window 1024 --count 14 --out mask.json"
+    windows = add("windows", "choose layers whose attention needs a window only, by long texts", example, SEARCHING)
+    options.add_model(windows)
+    options.add_file(windows, "the mask")
+    what = "how many last tokens they see at least, beside the first ones of a text"
+    windows.add_argument("--window", type=values.count, required=True, metavar="TOKENS", help=what)
+    windows.add_argument("--count", type=values.count, metavar="N", help="layers with windows")
+    options.add_wanted(windows, "windows as it takes, in place of --count")
+    options.add_calibration(windows)
+    options.add_precision(windows)
+
 
 def _add_dropping(add: Add) -> None:
     drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8 --heal", HEALING)

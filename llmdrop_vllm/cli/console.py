@@ -61,19 +61,19 @@ def show_selection(chosen: Selection) -> None:
         print(f"note: {note}")
 
 
-def show_search(found: MaskFile) -> None:
+def show_search(found: MaskFile, on: str = "answers") -> None:
     """What was compared, and what was taken."""
     evidence = found.evidence
     assert evidence is not None, "a search gives evidence"
     print(
-        f"{evidence.judged:,} masks judged on {evidence.tokens:,} tokens of answers; compared on "
-        f"{evidence.held_out_tokens:,} held-out tokens of {evidence.held_out_prompts:,} answers:"
+        f"{evidence.judged:,} masks judged on {evidence.tokens:,} tokens of {on}; compared on "
+        f"{evidence.held_out_tokens:,} held-out tokens of {evidence.held_out_prompts:,} {on}:"
     )
     for each in evidence.compared:
         low, high = each.difference
         print(
             f"  {each.name:34} KL {each.held_out_kl:.4f}, {low:+.4f} to {high:+.4f} of {evidence.compared[0].name}'s; "
-            f"without {_layers(each)}"
+            f"{_said(each)}"
         )
     print(f"{found.method}: {found.mask.summary()}")
 
@@ -85,6 +85,11 @@ def show_finals(found: MaskFile) -> None:
     rows = [(_layers(each) or "nothing", *map(_score, each.scores.values())) for each in evidence.finalists]
     print_table(("without", *evidence.finalists[0].scores), rows)
     print(f"{found.method}: {found.mask.summary()}")
+
+
+def _said(each: Compared) -> str:
+    gone = [f"without {_layers(each)}"] if _layers(each) else []
+    return "; ".join([*gone, *([f"windows in {','.join(map(str, each.windows))}"] if each.windows else [])])
 
 
 def _layers(each: Compared | Finalist) -> str:

@@ -105,9 +105,9 @@ def add_selection(command: Parser) -> None:
     group.add_argument("--allow-padding", action="store_true", help="never trade importance against KV cache padding")
 
 
-def add_wanted(command: Parser) -> None:
+def add_wanted(command: Parser, instead: str = "sublayers as it takes, in place of --attention") -> None:
     """What an owner wants, in place of a number of attentions."""
-    group = command.add_argument_group("as many sublayers as it takes, in place of --attention, for")
+    group = command.add_argument_group(f"as many {instead}, for")
     group.add_argument("--kv-budget", type=share, metavar="50%", help="a KV cache of at most this share")
     group.add_argument("--requests", type=count, metavar="N", help="so many requests of --context in --memory")
     group.add_argument(

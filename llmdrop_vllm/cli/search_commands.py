@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from llmdrop_vllm.artifacts import Scores, read_record, write_record
+from llmdrop_vllm.artifacts import Scores, read_record, sha256, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
 from llmdrop_vllm.cli.console import show_finals, show_search
 from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
-from llmdrop_vllm.data.tokens import Calibration
+from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
+from llmdrop_vllm.data.tokens import Calibration, TokenIds
 from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.deciding import check_finals, decide
 from llmdrop_vllm.evaluation.goals import Wanted, mixes, wanted
@@ -20,6 +21,7 @@ from llmdrop_vllm.evaluation.masked_engines import Plan
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.stretches import STRETCH, span
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.trials import Searched
 from llmdrop_vllm.selection.candidates import Candidates
@@ -28,6 +30,7 @@ from llmdrop_vllm.selection.candidates import Candidates
 TOKENS_OF_EACH = 64
 TOKENS, HELD_OUT_TOKENS, SCORED_TOKENS = 2048, 4096, 32_768
 FINALISTS = 8
+LONG_TEXTS, TIMES_THE_WINDOW = 6, 4
 OF_TASKS = ("limit", "finalists", "run_generated_code")
 
 
@@ -37,15 +40,7 @@ def search(args: Namespace) -> None:
     check_search_options(args, searches=True)
     _check_finals(args)
     checkpoint = Checkpoint.open(args.model)
-    goal = wanted(
-        checkpoint,
-        kv_share=args.kv_budget,
-        requests=args.requests,
-        memory_bytes=args.memory,
-        decode_speedup=args.decode_speedup,
-        batch=args.batch,
-        context=args.context,
-    )
+    goal = wanted_of(checkpoint, args)
     # Refused before the scores: how many go depends on these only where layers differ in size.
     _spaces(checkpoint, Scores.unmeasured(checkpoint), goal, args)
     data = SearchData.of(checkpoint, args.answers, args)
@@ -66,6 +61,70 @@ def search(args: Namespace) -> None:
     write_record(found, args.out)
     forget(args.out)
     print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
+
+
+def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
+    """What the arguments say that a mask is wanted for."""
+    return wanted(
+        checkpoint,
+        kv_share=args.kv_budget,
+        requests=args.requests,
+        memory_bytes=args.memory,
+        decode_speedup=args.decode_speedup,
+        batch=args.batch,
+        context=args.context,
+    )
+
+
+def windows(args: Namespace) -> None:
+    """`llmdrop windows`."""
+    from llmdrop_vllm.scoring.scoring import precision
+    from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
+
+    check_new(args.out, args.overwrite)
+    checkpoint = Checkpoint.open(args.model)
+    goal = wanted_of(checkpoint, args)
+    if (args.count is None) == (goal is None):
+        raise InputError("give --count, or one of --requests and --decode-speedup")
+    if args.kv_budget is not None:
+        raise InputError("--kv-budget counts a token before any window has passed it; give --requests or --count")
+    texts = _long_texts(checkpoint, args)
+    if len(texts.sequences) < 2:
+        raise DataError("one text was given; layers are chosen by some, and compared on others")
+    own = len(checkpoint.mask.windows)
+    plan = WindowsPlan(
+        checkpoint,
+        args.window,
+        goal or (lambda mask: len(mask.windows) - own >= args.count),
+        *_parts(texts, -(-len(texts.sequences) // 3)),
+        *precision(checkpoint, args.device, args.dtype),
+    )
+    found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
+    show_search(found, "long texts")
+    write_record(found, args.out)
+    print(f"written to {args.out}; next: llmdrop serve {args.model} --mask {args.out}")
+
+
+def _long_texts(checkpoint: Checkpoint, args: Namespace) -> Calibration:
+    """Of text as long windows as show what is out of sight; token ids and answers as they are."""
+    data = args.data or EMBEDDED
+    as_it_is = data.endswith(".json") or (Path(data).is_file() and is_answers(Path(data)))
+    enough = max(TIMES_THE_WINDOW * args.window, 3 * (STRETCH + span(args.window)))
+    seq_len = None if as_it_is else min(enough, checkpoint.context or enough)
+    return load_calibration(
+        checkpoint, data, samples=args.samples or LONG_TEXTS, seq_len=args.seq_len or seq_len, seed=args.seed
+    )
+
+
+def _parts(texts: Calibration, held_out: int) -> tuple[Calibration, Calibration]:
+    """Those to choose by, and the last ones."""
+
+    def part(sequences: tuple[TokenIds, ...]) -> Calibration:
+        hashed = sha256(each.tolist() for each in sequences)
+        tokens = {"sequences": len(sequences), "tokens": sum(map(len, sequences)), "sha256": hashed}
+        return Calibration(sequences, texts.identity.model_copy(update=tokens))
+
+    return part(texts.sequences[:-held_out]), part(texts.sequences[-held_out:])
 
 
 def search_instead(args: Namespace) -> None:

@@ -146,7 +146,8 @@ class Judge:
 def _first_difference(one: DropMask, other: DropMask) -> int:
     """The first layer that two masks leave different things of; 0 where they are the same, for nothing is saved."""
     pairs = zip(one.dropped, other.dropped, strict=True)
-    return min((layer for ours, theirs in pairs for layer in ours ^ theirs), default=0)
+    windowed = {layer for layer, _ in {*one.windows} ^ {*other.windows}}
+    return min(windowed.union(*(ours ^ theirs for ours, theirs in pairs)), default=0)
 
 
 def _recorder(states: list[torch.Tensor]) -> Callable[..., None]:
