@@ -31,7 +31,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "vLLM no-op": {"color": "#E69F00", "marker": "^", "linestyle": ":"},
     "Transformers": {"color": "#D55E00", "marker": "D", "linestyle": "-."},
 }
-WINDOW = 1024  # tokens, of the picture that compares stand-ins
+WINDOW = 1024  # tokens, of the picture that compares choices of layers
+SHOWN = tuple(f", 50%, W {WINDOW}, {each}" for each in ("nothing", "first 4 tokens"))
 LIMIT = {"color": "#009E73", "alpha": 0.3}
 Lines = Sequence[Mapping[str, Any]]
 
@@ -140,20 +141,23 @@ def sequences_that_fit(result: Mapping[str, Any], axes: Axes) -> None:
 
 
 def loss_by_position(result: Mapping[str, Any], axes: Axes) -> None:
-    """Perplexity above the full model's, a curve for each way to window half of the layers at 1,024 tokens."""
-    model = result["points"][0]["model"]
-    points = [each for each in result["points"] if each["model"] == model]
-    full = next(each for each in points if each["way"] == "full")["perplexity"]
-    spans = [each for each in full if int(each.partition("-")[0]) >= WINDOW]
-    ways = [each for each in points if f"50%, W {WINDOW}," in each["way"]]
-    for place, each in enumerate(ways):
-        rises = [100 * (each["perplexity"][span] / full[span] - 1) for span in spans]
-        label = each["way"].replace(f", 50%, W {WINDOW}", "")
-        axes.plot(spans, rises, label=label, marker="osD^v*XP<>"[place % 10], color=f"C{place}")
+    """Perplexity above the full models', a curve for each choice of half of the layers that see 1,024 tokens, with the
+    first ones in sight and without.
+    """
+    for colour, model in enumerate(dict.fromkeys(each["model"] for each in result["points"])):
+        points = [each for each in result["points"] if each["model"] == model]
+        full = next(each for each in points if each["way"] == "full")["perplexity"]
+        spans = [each for each in full if int(each.partition("-")[0]) >= WINDOW]
+        shown = [each for each in points if each["way"].endswith(SHOWN) and "needles" not in each["way"]]
+        for each, marker in zip(shown, "osD^", strict=False):
+            rises = [100 * (each["perplexity"][span] / full[span] - 1) for span in spans]
+            label = f"{model.partition('-')[0]}: {each['way'].replace(f', 50%, W {WINDOW}', '')}"
+            axes.plot(spans, rises, label=label, marker=marker, color=f"C{colour}", alpha=1 if marker == "^" else 0.5)
     axes.axhline(5, color="#777777", linestyle=":", label="5%")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="position in the text, tokens", ylabel="perplexity above the full model's, %")
-    axes.set_title(f"{model}: half of the layers see the last {WINDOW:,} tokens, and what stands for the first ones")
+    axes.set_title(f"half of the layers see the last {WINDOW:,} tokens: which half, and what else is in sight")
 
 
 def drops_differ(result: Mapping[str, Any]) -> bool:
