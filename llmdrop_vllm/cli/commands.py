@@ -77,7 +77,11 @@ def inspect(args: Namespace) -> None:
     from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(
-        Checkpoint.open(args.model), memory_bytes=args.memory, kv_dtype=args.kv_dtype, context=args.context
+        Checkpoint.open(args.model),
+        memory_bytes=args.memory,
+        kv_dtype=args.kv_dtype,
+        context=args.context,
+        chunk=args.max_num_batched_tokens,
     )
     if args.json:
         print(found.model_dump_json(indent=2))

@@ -10,8 +10,8 @@ from llmdrop_vllm.masks.mask import DropMask
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192
-# vLLM computes so many tokens of prompts together, and a window keeps them until they are done.
-IN_FLIGHT_TOKENS = 2048
+# vLLM computes so many tokens of prompts together, and a window keeps them until they are done; and so many may do.
+IN_FLIGHT_TOKENS, SMALL_CHUNK_TOKENS = 2048, 512
 
 
 class Footprint(Record):
@@ -31,7 +31,8 @@ class Footprint(Record):
 
 class Inspection(Record):
     """A checkpoint with and without its mask. `stripped`: the dropped weights are gone from the files; `healing`: what
-    was done to those that are left.
+    was done to those that are left. Requests are those that fit while `chunk` tokens of prompts are computed together;
+    `requests_in_small_chunks`, with SMALL_CHUNK_TOKENS.
     """
 
     model: str
@@ -43,6 +44,8 @@ class Inspection(Record):
     disk_bytes: int
     memory_bytes: int
     context: int
+    chunk: int
+    requests_in_small_chunks: int
     kv_dtype: str
     kv_layout: str
     full: Footprint
@@ -54,8 +57,11 @@ class Inspection(Record):
         """For people, of a mask with windows: what they hold beside their own tokens."""
         if not self.mask.windows:
             return ""
-        counted = f"counted with chunks of {IN_FLIGHT_TOKENS:,} tokens of prompts, which windows hold too"
-        return f"{counted}: with fewer at once (--max-num-batched-tokens) they hold less"
+        counted = f"counted with chunks of {self.chunk:,} tokens of prompts, which windows hold too"
+        if self.requests_in_small_chunks <= self.dropped.requests:
+            return counted
+        fewer = f"with --max-num-batched-tokens {SMALL_CHUNK_TOKENS}, which prefills more slowly"
+        return f"{counted}; {fewer}, {self.requests_in_small_chunks:,} requests fit"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""
@@ -76,7 +82,12 @@ class Inspection(Record):
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, *, memory_bytes: int, kv_dtype: str | None = None, context: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    memory_bytes: int,
+    kv_dtype: str | None = None,
+    context: int | None = None,
+    chunk: int = IN_FLIGHT_TOKENS,
 ) -> Inspection:
     """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given.
 
@@ -89,7 +100,7 @@ def inspect_checkpoint(
     value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
-    def footprint(each: MaskedCheckpoint) -> Footprint:
+    def footprint(each: MaskedCheckpoint, chunk: int = chunk) -> Footprint:
         weight_bytes = sum(tensor.num_bytes for tensor in masked.kept.values())
         if each is whole:
             # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
@@ -98,7 +109,7 @@ def inspect_checkpoint(
         per_token = each.layout.token_values * value_bytes
         block_bytes = each.layout.block_values * value_bytes * BLOCK_TOKENS
         free_bytes = max(0, memory_bytes - weight_bytes)
-        blocks = each.layout.request_blocks(context, BLOCK_TOKENS, IN_FLIGHT_TOKENS)
+        blocks = each.layout.request_blocks(context, BLOCK_TOKENS, chunk)
         return Footprint(
             parameters=parameters[each.mask],
             weight_bytes=weight_bytes,
@@ -119,6 +130,8 @@ def inspect_checkpoint(
         disk_bytes=disk_bytes,
         memory_bytes=memory_bytes,
         context=context,
+        chunk=chunk,
+        requests_in_small_chunks=footprint(masked, SMALL_CHUNK_TOKENS).requests,
         kv_dtype=kv_dtype,
         kv_layout=masked.layout.describe(),
         full=footprint(whole),

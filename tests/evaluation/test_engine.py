@@ -124,15 +124,18 @@ def test_one_engine_answers_in_full_and_is_measured_under_a_mask(checkpoint, tex
     assert one.quality.perplexity.value == pytest.approx(two.quality.perplexity.value, rel=1e-5)
 
 
-def test_a_checkpoint_with_windows_is_compared_with_the_full_model(checkpoint, text, tmp_path):
+def test_a_checkpoint_with_windows_is_compared_with_the_full_model(checkpoint, tmp_path):
     """Its own config has windows, and the full model is asked without them."""
-    windows = DropMask(12, windows=[(layer, 8) for layer in range(0, 12, 2)])
+    windows = DropMask(12, windows=[(layer, 1) for layer in range(0, 12, 2)])
     write_checkpoint(plan_surgery(checkpoint, windows), tmp_path / "windowed")
-    windowed, measures = Checkpoint.open(tmp_path / "windowed"), Measures(text, CONTEXT, divergence_tokens=2 * CONTEXT)
+    windowed = Checkpoint.open(tmp_path / "windowed")
+    text, context = load_text(checkpoint, "held-out", context=400, windows=2)
+    measures = Measures(text, context, divergence_tokens=2 * context)
+    settings = replace(SETTINGS, max_model_len=context + 1)
     assert windowed.mask == windows
-    found, _ = evaluate_checkpoint(windowed, windows, measures, SETTINGS)
-    full, _ = evaluate_checkpoint(windowed, DropMask(12), measures, SETTINGS)
-    plain, _ = evaluate_checkpoint(checkpoint, DropMask(12), measures, SETTINGS)
+    found, _ = evaluate_checkpoint(windowed, windows, measures, settings)
+    full, _ = evaluate_checkpoint(windowed, DropMask(12), measures, settings)
+    plain, _ = evaluate_checkpoint(checkpoint, DropMask(12), measures, settings)
     assert found.quality.divergence.kl.value > 0.01
     assert full.quality.divergence.kl.value == 0
     assert full.quality.perplexity.value == pytest.approx(plain.quality.perplexity.value, rel=1e-5)

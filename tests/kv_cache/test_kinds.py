@@ -13,7 +13,7 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES
-from tests.tiny import TINY_LLAMA
+from tests.tiny import TINY_LLAMA, write_checkpoint
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Numbers of one token in one layer: 2 heads of 32 values, keys and values, unless the architecture says otherwise.
@@ -118,3 +118,25 @@ def test_kinds_that_config_json_leaves_to_the_architecture(architecture, tmp_pat
     assert score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json"))).kv_groups == expected
     found = inspect_checkpoint(checkpoint, memory_bytes=1 << 30)
     assert found.kv_layout == kv_layout([*map(LayerKind.parse, expected)]).describe()
+
+
+def test_a_window_holds_the_first_stretch_and_its_own():
+    kind = LayerKind("window", span=1024)
+    assert kind.tokens_held(8192, 256) == 128 + (1024 + 128) - 1 + 256
+    assert kind.tokens_held(1000, 256) == 1000
+    assert kind.seen_in_full == 128 + 1024 + 128
+    assert str(kind) == "window 1024"
+    assert LayerKind.parse("window 1024") == kind
+
+
+def test_inspect_says_what_smaller_chunks_of_prompts_give(tmp_path):
+    config = {**TINY_LLAMA, "max_position_embeddings": 8192, "llmdrop_windows": {"1": 512, "3": 512}}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, config))
+    found = inspect_checkpoint(checkpoint, memory_bytes=1 << 28)
+    small = inspect_checkpoint(checkpoint, memory_bytes=1 << 28, chunk=512)
+    assert found.full.requests < found.dropped.requests < small.dropped.requests == found.requests_in_small_chunks
+    assert (
+        f"--max-num-batched-tokens 512, which prefills more slowly, {small.dropped.requests} requests"
+        in found.chunk_note
+    )
+    assert small.chunk_note == "counted with chunks of 512 tokens of prompts, which windows hold too"

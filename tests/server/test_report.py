@@ -172,7 +172,7 @@ def test_windows_leave_room_for_more_of_the_longest_requests():
     config.max_in_flight_tokens = 128
     found = report(config)
     assert (found.served.kv_tokens, found.served.sequences) == (102_400, 100)
-    # Six layers keep 1,024 tokens, and six those of a window and a chunk, in blocks that begin anywhere.
-    blocks = 6 * 1024 // BLOCK + 6 * ((64 + 128) // BLOCK + 1)
+    # Six layers keep 1,024 tokens, and six a stretch, a window of two and a chunk, in blocks that begin anywhere.
+    blocks = 6 * 1024 // BLOCK + 6 * ((128 + 256 + 128) // BLOCK + 1)
     assert found.full.kv_tokens == 102_400 * blocks // (12 * 1024 // BLOCK) // BLOCK * BLOCK
-    assert found.summary.endswith("attention to the last 64 tokens in 6 [0,2,4,6,8,10]")
+    assert found.summary.endswith("windows of 64 tokens in 6 [0,2,4,6,8,10]")
