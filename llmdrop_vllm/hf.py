@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
-from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.decoder import Decoder, decoded
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.hf_windows import look_back
@@ -71,13 +71,13 @@ def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
 
 def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     """The Transformers config of a decoder, whatever its own config says of a mask, with this one."""
-    mask.check_attention_is_left()
+    decoder.check_attention_is_left(mask)
     entries = without_mask(decoder.config) | {"architectures": [decoder.architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
-    config = stock.from_dict(entries | (mask.to_config() if mask else {}))
+    config = stock.from_dict(decoded(entries) | (mask.to_config() if mask else {}))
     if mask:
         config.__class__ = _dropped_config(stock)
     return config
@@ -124,6 +124,14 @@ class DroppedSublayer(nn.Module):
         return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
 
 
+class DroppedNorm(nn.Identity):
+    """Stands where a norm was. Some layers ask a norm for the dtype of its weight before they call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0), persistent=False)
+
+
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     """The decoder's list of layers, whatever the architecture calls it."""
     for module in model.get_decoder().modules():
@@ -150,7 +158,8 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
     ]
     # Transformers reads the sequence length from entry 0 of the cache, which must not be a dropped layer's.
     for entry, index in enumerate(mask.kept_attention):
-        getattr(layers[index], name).layer_idx = entry
+        for module in _mixers(layers[index], family, index):
+            module.layer_idx = entry
     return handles
 
 
@@ -160,10 +169,9 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     run without a KV cache.
     """
     layers = decoder_layers(model, mask.num_hidden_layers)
-    attention = [getattr(layer, family.attention.transformers_module) for layer in layers]
-    before = [
-        (dict(layer._modules), getattr(each, "layer_idx", None)) for layer, each in zip(layers, attention, strict=True)
-    ]
+    before = [dict(layer._modules) for layer in layers]
+    mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
+    entries = [getattr(module, "layer_idx", None) for module in mixers]
     handles: list[RemovableHandle] = []
     try:
         handles += drop(model, family, mask)
@@ -171,14 +179,22 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
-        for layer, each, (modules, layer_idx) in zip(layers, attention, before, strict=True):
+        for layer, modules in zip(layers, before, strict=True):
             layer._modules.update(modules)
-            each.layer_idx = layer_idx
+        for module, entry in zip(mixers, entries, strict=True):
+            module.layer_idx = entry
+
+
+def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:
+    """A layer's attention or recurrent mixer, or both."""
+    mixer = family.mixer(index)
+    names = () if mixer is None else (mixer.transformers_module, *mixer.also)
+    return [getattr(layer, name) for name in names if getattr(layer, name, None) is not None]
 
 
 def _check_norms(layer: nn.Module, family: Family, index: int) -> None:
     """StableLM's config, for one, can ask for layers of another layout, where attention's norm is the MLP's as well."""
-    for sublayer in (family.attention, family.mlp):
+    for sublayer in filter(None, (family.mixer(index), family.mlp_of(index))):
         for name in set(sublayer.norms) - set(sublayer.optional):
             if getattr(layer, name, None) is None:
                 raise MaskError(f"layer {index} has no {name}; the family table's row {family.name!r} does not fit it")
@@ -186,16 +202,15 @@ def _check_norms(layer: nn.Module, family: Family, index: int) -> None:
 
 def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
     name = sublayer.transformers_module
-    if getattr(layer, name, None) is None:
+    parts = [part for part in (name, *sublayer.also) if getattr(layer, part, None) is not None]
+    if name not in (*parts, *sublayer.optional) or not parts:
         raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
-    substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
-    setattr(layer, name, substitute)
-    for also in sublayer.also:
-        if getattr(layer, also, None) is not None:
-            setattr(layer, also, DroppedSublayer())
+    for part in parts:
+        substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
+        setattr(layer, part, substitute if part == name else DroppedSublayer())
     for norm in sublayer.norms:
         if getattr(layer, norm, None) is not None:
-            setattr(layer, norm, nn.Identity())
+            setattr(layer, norm, DroppedNorm())
 
 
 class DroppedConfig(PretrainedConfig):
@@ -213,7 +228,11 @@ class DroppedConfig(PretrainedConfig):
         cached.__class__ = self.stock
         cached.num_hidden_layers = len(kept)
         if (layer_types := getattr(config, "layer_types", None)) is not None:
-            cached.layer_types = [layer_types[index] for index in kept]
+            kept_types = [layer_types[index] for index in kept]
+            try:
+                cached.layer_types = kept_types
+            except AttributeError:  # the class works them out
+                cached.__class__ = _listing(self.stock, tuple(kept_types))
         return cached
 
 
@@ -240,6 +259,12 @@ def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
     # Transformers looks at names after its own renaming.
     names = {*sublayer.names, sublayer.transformers_module}
     return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
+
+
+@cache
+def _listing(stock: type[PretrainedConfig], layer_types: tuple[str, ...]) -> type[PretrainedConfig]:
+    """A config class whose layers are these."""
+    return type(stock.__name__, (stock,), dict.fromkeys(("layer_types", "layers_block_type"), list(layer_types)))
 
 
 @cache

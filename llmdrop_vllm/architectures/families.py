@@ -7,6 +7,7 @@ Supporting a new architecture is one more row, or one more name in a row.
 from types import MappingProxyType
 
 from llmdrop_vllm.architectures.family import Family, Sublayer, attention
+from llmdrop_vllm.architectures.hybrids import HYBRIDS
 
 PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
 
@@ -269,6 +270,7 @@ FAMILIES = (
         attention("attn", "ln_1", "out_proj"),
         Sublayer("mlp", "ln_2", "c_proj"),
     ),
+    *HYBRIDS,
 )
 
 EXPLICIT_PREFIX = "Dropped"
@@ -285,7 +287,7 @@ def family_of(architecture: str, config: object = MappingProxyType({})) -> Famil
     is none. A config is a config.json dict or a config object; only architectures with several layouts ask for it.
     """
     rows = BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX), ())
-    return next((family for family in rows if family.fits(config)), None)
+    return next((family.of(config) for family in rows if family.fits(config)), None)
 
 
 def no_row(architecture: str) -> str:

@@ -1,8 +1,11 @@
 """What one row of the family table says: how a decoder layer names its sublayers and adds their outputs."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from llmdrop_vllm.masks.layer_types import NO_MIXER, RECURRENT, layer_types
+from llmdrop_vllm.masks.mask import config_dict, layer_count
 
 if TYPE_CHECKING:
     from llmdrop_vllm.masks.mask import DropMask
@@ -20,7 +23,9 @@ class Sublayer:
     `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
     `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.
     `transformers_adds_residual` is for modules that, in Transformers, get the residual stream as their second argument
-    and return it with their output added.
+    and return it with their output added. `vllm_fills` is for those that, in vLLM, write their output into their last
+    argument, which nobody has initialised, and return nothing. `vllm_parts` are what the module's input comes through
+    where vLLM's layer has no module for the whole, only its parts, each with how many values it returns.
     """
 
     module: str
@@ -34,6 +39,8 @@ class Sublayer:
     vllm_tuple: int = 0
     transformers_tuple: int = 0
     transformers_adds_residual: bool = False
+    vllm_fills: bool = False
+    vllm_parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -55,6 +62,11 @@ class Sublayer:
     def vllm_module(self) -> str:
         """The module's name in vLLM's decoder layer."""
         return self.in_vllm or self.module
+
+    @property
+    def vllm_modules(self) -> tuple[str, ...]:
+        """All modules of the sublayer in vLLM's decoder layer."""
+        return self.vllm_module, *(name for name, _ in self.vllm_parts), *self.also
 
     @property
     def transformers_module(self) -> str:
@@ -83,6 +95,10 @@ class Family:
     `parallel` layers give attention and MLP the same input: `x + attention(norm(x)) + mlp(norm(x))`. `scales_outputs`
     is for layers that, in vLLM, multiply what a sublayer returned before the next norm adds it to the residual stream,
     `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
+
+    In hybrids some layers have a recurrent mixer where others have attention, and both are what a mask calls attention:
+    `recurrent` is that sublayer, `recurrent_mlp` the MLP of such layers where it is laid out otherwise. `alone` is for
+    layers that have a mixer or an MLP, and not both. `layers` is what the config at hand has: see `layer_types`.
     """
 
     name: str
@@ -93,11 +109,50 @@ class Family:
     parallel: bool = False
     scales_outputs: bool = False
     transformers_layer_tuple: bool = False
+    recurrent: Sublayer | None = None
+    recurrent_mlp: Sublayer | None = None
+    alone: bool = False
+    layers: tuple[str, ...] = ()
+
+    def of(self, config: object) -> Self:
+        """The row for layers as this config.json dict or config object has them."""
+        if self.recurrent is None:
+            return self
+        entries = config_dict(config)
+        return replace(self, layers=layer_types(entries, layer_count(entries)) or ()) if entries else self
 
     def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
-        """Each sublayer with the layers that go without it."""
-        yield self.attention, mask.attention
-        yield self.mlp, mask.mlp
+        """Each kind of sublayer with the layers that go without it."""
+        for sublayer, layers in self.mixers(mask.num_hidden_layers):
+            yield sublayer, tuple(layer for layer in mask.attention if layer in layers)
+        for sublayer, layers in self.mlps(mask.num_hidden_layers):
+            yield sublayer, tuple(layer for layer in mask.mlp if layer in layers)
+
+    def mixers(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
+        """Each kind of what a mask calls attention, with the layers that have it."""
+        if not self.layers:
+            return iter([(self.attention, range(num_layers))])
+        return _by_sublayer(map(self.mixer, range(num_layers)))
+
+    def mlps(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
+        """Each kind of MLP, with the layers that have it."""
+        if not self.layers:
+            return iter([(self.mlp, range(num_layers))])
+        return _by_sublayer(map(self.mlp_of, range(num_layers)))
+
+    def mixer(self, layer: int) -> Sublayer | None:
+        """What a mask calls a layer's attention; None for a layer without one."""
+        kind = self.layers[layer] if self.layers else ""
+        if kind == NO_MIXER:
+            return None
+        return self.recurrent if kind == RECURRENT else self.attention
+
+    def mlp_of(self, layer: int) -> Sublayer | None:
+        """A layer's MLP; None for a layer that is a mixer alone."""
+        kind = self.layers[layer] if self.layers else ""
+        if self.alone and kind != NO_MIXER:
+            return None
+        return self.recurrent_mlp if kind == RECURRENT and self.recurrent_mlp else self.mlp
 
     def fits(self, config: object) -> bool:
         """Whether layers built from this config.json dict or config object have the layout."""
@@ -109,6 +164,14 @@ class Family:
             f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
             for key, values in self.when.items()
         )
+
+
+def _by_sublayer(per_layer: Iterable[Sublayer | None]) -> Iterator[tuple[Sublayer, set[int]]]:
+    found: dict[Sublayer, set[int]] = {}
+    for layer, sublayer in enumerate(per_layer):
+        if sublayer is not None:
+            found.setdefault(sublayer, set()).add(layer)
+    return iter(found.items())
 
 
 def _entry(config: object, key: str) -> Any:

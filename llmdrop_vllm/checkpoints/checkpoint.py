@@ -105,7 +105,7 @@ class Checkpoint:
         layers = tuple(range(self.mask.num_hidden_layers))
         # Where all sublayers of a kind are gone, no other layer shows what is missing.
         kinds = (DropMask(len(layers), attention=layers), DropMask(len(layers), mlp=layers))
-        return all(len(self.under(each).kept) < len(self.tensors) for each in kinds) and not (
+        return all(len(MaskedCheckpoint(self, each).kept) < len(self.tensors) for each in kinds) and not (
             self.under(self.decoder.whole).missing
         )
 
@@ -120,8 +120,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def under(self, mask: DropMask) -> "MaskedCheckpoint":
-        """What a mask means for this checkpoint. Raises MaskError for windows where attention takes none."""
-        self.decoder.check_windows(mask)
+        """What a mask means for this checkpoint. Raises MaskError for one that does not fit the layers."""
+        self.decoder.check(mask)
         return MaskedCheckpoint(self, mask)
 
     def _check_index(self, index: Mapping[str, str]) -> None:

@@ -73,13 +73,32 @@ class Decoder:
         kinds = self._windowed(kept)
         return kv_layout([kinds[layer] for layer in kept.kept_attention])
 
-    def check_windows(self, mask: DropMask) -> None:
-        """Raise MaskError for a mask's windows that attention does not take or notice."""
+    def check(self, mask: DropMask) -> None:
+        """Raise MaskError for a mask that drops what a layer does not have, or has windows that attention does not take
+        or notice.
+        """
+        if self.family is not None:
+            for what, kinds, dropped in (
+                ("mixer", self.family.mixers(mask.num_hidden_layers), mask.attention),
+                ("MLP", self.family.mlps(mask.num_hidden_layers), mask.mlp),
+            ):
+                if absent := sorted({*dropped}.difference(*(layers for _, layers in kinds))):
+                    raise MaskError(f"the mask drops the {what} of layers {absent}, which have none")
         if mask.windows:
             self._windowed(mask)
 
+    def check_attention_is_left(self, mask: DropMask) -> None:
+        """Raise MaskError where a mask leaves no attention, or recurrent mixers only."""
+        mask.check_attention_is_left()
+        if self.family is not None and self.family.layers:
+            if not any(self._own_kinds[layer].values for layer in mask.kept_attention):
+                raise MaskError(
+                    "the mask leaves no attention beside recurrent mixers; vLLM makes room for their states by the KV cache "
+                    "of attention, so at least one must remain"
+                )
+
     def _windowed(self, mask: DropMask) -> tuple[LayerKind, ...]:
-        """What layers store under a mask. Raises MaskError as `check_windows` does."""
+        """What layers store under a mask. Raises MaskError as `check` does."""
         found = list(self._own_kinds)
         # Scaled positions reach further than the config's own number.
         scaled = any((self.config.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
@@ -113,7 +132,16 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if model_type not in CONFIG_MAPPING:
         return config
     try:
-        known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+        known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(decoded(config)).to_dict()
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
         raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
     return {**config, **known}
+
+
+def decoded(entries: Any) -> Any:
+    """A config.json's entries as its writer had them: JSON knows no infinity, and Transformers writes an object for it."""
+    if isinstance(entries, Mapping):
+        if entries.keys() == {"__float__"}:
+            return float(entries["__float__"])
+        return {key: decoded(value) for key, value in entries.items()}
+    return [decoded(value) for value in entries] if isinstance(entries, list) else entries

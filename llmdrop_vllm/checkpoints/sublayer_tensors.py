@@ -20,11 +20,9 @@ def in_dropped_sublayer(name: str, family: Family, mask: DropMask) -> bool:
 
 def missing_weights(names: Iterable[str], family: Family, mask: DropMask) -> set[str]:
     """Weights of kept sublayers that are not among these tensor names, judged by what the other layers have."""
-    layers = set(range(mask.num_hidden_layers))
-    names = set(names)
-    missing = (
-        _missing_modules(names, sublayer, layers.difference(dropped)) for sublayer, dropped in family.sublayers(mask)
-    )
+    names, depth = set(names), mask.num_hidden_layers
+    missing = [_missing_modules(names, each, {*having}, mask.attention) for each, having in family.mixers(depth)]
+    missing += [_missing_modules(names, each, {*having}, mask.mlp) for each, having in family.mlps(depth)]
     return set().union(*missing)
 
 
@@ -33,20 +31,21 @@ def _in_sublayer(sublayer: Sublayer) -> re.Pattern[str]:
     return re.compile(rf"^(.*?)(\d+)\.((?:{'|'.join(sublayer.names)})\..+)$")
 
 
-def _missing_modules(names: set[str], sublayer: Sublayer, kept: set[int]) -> set[str]:
-    """Weights that one kept layer's sublayer lacks and another layer's sublayer of the same kind has.
+def _missing_modules(names: set[str], sublayer: Sublayer, having: set[int], dropped: Iterable[int]) -> set[str]:
+    """Weights that one kept layer's sublayer lacks and another layer's sublayer of the same kind has; `having` are the
+    layers with such a one, dropped or not.
 
     Layers may differ in kind (dense and mixture-of-experts MLPs in one model), so only a layer whose modules are a part
     of another's counts as incomplete.
     """
-    modules: dict[int, set[str]] = {layer: set() for layer in kept}
+    modules: dict[int, set[str]] = {layer: set() for layer in having}
     pattern, weight, prefix = _in_sublayer(sublayer), re.compile(rf"^(.+)\.(?:{WEIGHT_NAMES})$"), ""
     for name in names:
-        if (match := pattern.match(name)) and (module := weight.match(match[3])):
+        if (match := pattern.match(name)) and int(match[2]) in having and (module := weight.match(match[3])):
             prefix = match[1]
-            modules.setdefault(int(match[2]), set()).add(module[1])
+            modules[int(match[2])].add(module[1])
     missing = set()
-    for layer in kept:
+    for layer in having.difference(dropped):
         whole = max((its for its in modules.values() if modules[layer] < its), key=len, default=modules[layer])
         missing |= {f"{prefix}{layer}.{module}.weight" for module in whole - modules[layer]}
     return missing

@@ -64,8 +64,9 @@ class Sizes:
 
     def _request_bytes(self, masked: MaskedCheckpoint, in_flight: int) -> int:
         layout = masked.layout
-        blocks = layout.request_blocks(self.context, BLOCK_TOKENS, in_flight)
-        return int(blocks * layout.block_values * BLOCK_TOKENS * dtype_bytes(self.checkpoint.dtype))
+        block_tokens = layout.block_tokens(BLOCK_TOKENS)
+        blocks = layout.request_blocks(self.context, block_tokens, in_flight)
+        return int(blocks * layout.block_values * block_tokens * dtype_bytes(self.checkpoint.dtype))
 
 
 def wanted(

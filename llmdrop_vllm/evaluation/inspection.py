@@ -107,9 +107,10 @@ def inspect_checkpoint(
             stripped = round(weight_bytes * parameters[whole.mask] / parameters[masked.mask])
             weight_bytes = stripped if checkpoint.is_stripped else disk_bytes
         per_token = each.layout.token_values * value_bytes
-        block_bytes = each.layout.block_values * value_bytes * BLOCK_TOKENS
+        block_tokens = each.layout.block_tokens(BLOCK_TOKENS)
+        block_bytes = each.layout.block_values * value_bytes * block_tokens
         free_bytes = max(0, memory_bytes - weight_bytes)
-        blocks = each.layout.request_blocks(context, BLOCK_TOKENS, chunk)
+        blocks = each.layout.request_blocks(context, block_tokens, chunk)
         return Footprint(
             parameters=parameters[each.mask],
             weight_bytes=weight_bytes,

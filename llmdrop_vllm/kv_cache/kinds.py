@@ -1,11 +1,13 @@
 """What each layer's attention stores of the tokens it has seen, read from a config alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.kv_cache.states import state_values
 from llmdrop_vllm.masks.dialects import block_entry
+from llmdrop_vllm.masks.layer_types import HYBRID, NO_MIXER, RECURRENT, layer_types
 from llmdrop_vllm.masks.mask import layer_count
 from llmdrop_vllm.masks.stretches import STRETCH, span
 
@@ -31,22 +33,36 @@ class LayerKind:
     """What a layer keeps of each token, and of how many.
 
     `name` is `full`, `compressed` (one latent vector stands for all keys and values), `sliding` (only the last `span`
-    tokens are needed), `window` (the first stretch and a window of `span` tokens: `stretches`) or `chunked` (tokens see
-    those of their chunk of `span`). `values` are the numbers that a token takes, in the KV cache's dtype.
+    tokens are needed), `window` (the first stretch and a window of `span` tokens: `stretches`), `chunked` (tokens see
+    those of their chunk of `span`) or `none`. `values` are the numbers that a token takes, in the KV cache's dtype,
+    `state` those of a recurrent mixer's state, one for each request.
     """
 
     name: str
     values: int = 1
     span: int | None = None
+    state: int = 0
 
     def __str__(self) -> str:
-        return self.name if self.span is None else f"{self.name} {self.span}"
+        name = self.name if self.span is None else f"{self.name} {self.span}"
+        parts = (name if self.values else "", f"state {self.state}" if self.state else "")
+        return " + ".join(filter(None, parts)) or self.name
 
     @classmethod
     def parse(cls, text: str, values: int = 1) -> Self:
         """From what `str` of a kind gives: `sliding 4096`."""
+        *attention, last = text.split(" + ")
+        if last.startswith("state "):
+            state = int(last.removeprefix("state "))
+            return replace(cls.parse(attention[0], values), state=state) if attention else cls(NO_MIXER, 0, state=state)
         name, _, span = text.partition(" ")
         return cls(name, values, int(span) if span.isdecimal() else None)
+
+    @property
+    def parts(self) -> tuple[Self, ...]:
+        """What is stored apart: keys and values, and the state."""
+        attention = (replace(self, state=0),) if self.values else ()
+        return (*attention, type(self)(NO_MIXER, 0, state=self.state)) if self.state else attention
 
     def tokens_held(self, context: int, in_flight: int = 0) -> int:
         """Tokens of a request of `context` whose keys and values must be there at once, at most.
@@ -71,13 +87,13 @@ class LayerKind:
 
 
 def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    """Per decoder layer, what its attention stores if it has any.
+    """Per decoder layer, what its attention or recurrent mixer stores if it has any.
 
     Some architectures mix kinds though their config.json does not say it: Transformers' config objects do. Raises
     CheckpointError for a config that does not say the sizes, or says them for fewer layers than it has.
     """
     depth = layer_count(config)
-    types = config.get("layer_types") or [_usual_type(config)] * depth
+    types = layer_types(config, depth) or [_usual_type(config)] * depth
     if len(types) < depth:
         raise CheckpointError(f"layer_types names {len(types)} layers; the model has {depth}")
     return tuple(_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(depth))
@@ -108,6 +124,12 @@ def _settings(config: Mapping[str, Any], layer: int, kind: str) -> Mapping[str, 
 
 
 def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
+    if layer_type in (RECURRENT, NO_MIXER):
+        return LayerKind(NO_MIXER, 0, state=state_values(config) if layer_type == RECURRENT else 0)
+    return replace(_attention_kind(config, layer_type), state=state_values(config) if layer_type == HYBRID else 0)
+
+
+def _attention_kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
     if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
         return LayerKind("compressed", config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0))
     values = _values_of_heads(config)

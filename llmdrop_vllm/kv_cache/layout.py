@@ -14,6 +14,10 @@ from itertools import accumulate, product
 
 from llmdrop_vllm.kv_cache.kinds import LayerKind
 
+# Blocks that a request takes for each group of states: with prefix caching, which is vLLM's default, the state at the end
+# of a block is kept beside the one at hand (vLLM 0.32, `MambaSpec.max_memory_usage_bytes`).
+STATE_BLOCKS = 2
+
 # Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.
 MAX_KINDS = 3
 
@@ -40,14 +44,14 @@ class KVLayout:
 
     @property
     def layers(self) -> int:
-        """Attention layers that have a KV cache."""
-        return len(self.kinds)
+        """Layers that have keys and values or a state."""
+        return sum(bool(kind.values or kind.state) for kind in self.kinds)
 
     @cached_property
     def page_values(self) -> tuple[int, ...]:
         """Numbers that each layer stores per token of vLLM's block size: with several groups, all alike."""
         widest = max((kind.values for kind in self.kinds), default=0)
-        return tuple(kind.values for kind in self.kinds) if len(self.groups) == 1 else (widest,) * self.layers
+        return tuple(kind.values for kind in self.kinds) if len(self.groups) == 1 else (widest,) * len(self.kinds)
 
     @cached_property
     def block_values(self) -> int:
@@ -57,7 +61,8 @@ class KVLayout:
     @property
     def token_values(self) -> Fraction:
         """Numbers that a token takes in the KV cache, padding included, before any window has passed it."""
-        return sum((Fraction(self.block_values, group.tokens_ratio) for group in self.groups), Fraction(0))
+        grow = (group for group in self.groups if group.kind.values)  # a state takes as much for any number of tokens
+        return sum((Fraction(self.block_values, group.tokens_ratio) for group in grow), Fraction(0))
 
     @property
     def padding_share(self) -> float:
@@ -80,10 +85,18 @@ class KVLayout:
         A window may begin within a block, so there is one more for each group that has one.
         """
         return sum(
-            -(-group.kind.tokens_held(context, in_flight) // (block_tokens * group.tokens_ratio))
+            STATE_BLOCKS
+            if group.kind.state
+            else -(-group.kind.tokens_held(context, in_flight) // (block_tokens * group.tokens_ratio))
             + group.kind.begins_anywhere
             for group in self.groups
         )
+
+    def block_tokens(self, least: int) -> int:
+        """vLLM's block size where it would be `least` for attention alone: a block must have room for a state."""
+        widest = max((kind.values for kind in self.kinds), default=0)
+        state = max((kind.state for kind in self.kinds), default=0)
+        return least * max(1, -(-state // (least * widest))) if widest else least
 
     def describe(self) -> str:
         """For people: `KV cache stored as 34 layers for 30: 4 layers (13%) of padding`."""
@@ -101,26 +114,30 @@ class KVLayout:
 def kv_layout(kinds: Sequence[LayerKind]) -> KVLayout:
     """The layout for attention layers of these kinds, in layer order (vLLM 0.32, `get_kv_cache_groups`)."""
     kinds = tuple(kinds)
-    if len({_slots(kind) for kind in kinds}) < 2:
-        # Layers that need room for the same tokens make one group, whatever each of them stores.
-        return KVLayout(kinds, (KVGroup(tuple(range(len(kinds))), kinds[0]),) if kinds else ())
-    widest = max(kind.values for kind in kinds)
     positions: dict[LayerKind, list[int]] = {}
     for position, kind in enumerate(kinds):
-        positions.setdefault(kind, []).append(position)
+        for part in kind.parts:
+            positions.setdefault(part, []).append(position)
+    if len({*map(_slots, positions)}) < 2:
+        # Layers that need room for the same tokens make one group, whatever each of them stores.
+        storing = tuple(sorted(position for layers in positions.values() for position in layers))
+        return KVLayout(kinds, (KVGroup(storing, kinds[storing[0]]),) if storing else ())
+    widest = max(kind.values for kind in kinds)
     size = _group_size([len(layers) for layers in positions.values()])
     groups = []
     for kind, layers in positions.items():
         # vLLM deals the layers out in turn, so that each pipeline stage has its share of every group.
         num_groups = math.ceil(len(layers) / size)
         # Pages that do not divide the widest one are padded up to it.
-        ratio = 1 if widest % kind.values else widest // kind.values
+        ratio = widest // kind.values if kind.values and not widest % kind.values else 1
         groups += [KVGroup(tuple(layers[first::num_groups]), kind, ratio) for first in range(num_groups)]
     return KVLayout(kinds, tuple(groups))
 
 
 def _slots(kind: LayerKind) -> tuple[str, int | None]:
     """What decides for which tokens a layer needs room."""
+    if kind.state:
+        return "state", kind.state
     return ("full", None) if kind.span is None else (kind.name, kind.span)
 
 

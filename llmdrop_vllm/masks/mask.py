@@ -16,6 +16,7 @@ from llmdrop_vllm.masks.dialects import (
     rank_order,
     read_windows,
 )
+from llmdrop_vllm.masks.layer_types import layer_types
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -166,6 +167,8 @@ def layer_count(config: object) -> int:
         if value is not None:
             _check_count(key, value)
             return int(value)
+    if (types := layer_types(config_dict(config), None)) is not None:
+        return len(types)
     raise MaskError(f"the config has no layer count; expected one of {', '.join(LAYER_COUNT_KEYS)}")
 
 

@@ -124,13 +124,13 @@ class _Run:
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1
-        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer) as inside:
+        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer, index) as inside:
             for chunk in self.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
                 spans = self.batches.spans(chunk)
                 probe.tokens = min(span.stop for span in spans)
                 z = self.stream.through(layer, index, x)
-                sums.add(x, *inside(x), z, spans=spans)
+                sums.add(x, *inside(x, z), z, spans=spans)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
                     self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
@@ -148,14 +148,18 @@ class _Run:
         return {"means": means, "probe": probe.means(), "history": history}
 
     @contextmanager
-    def _inside(self, layer: nn.Module) -> Iterator[Callable[[torch.Tensor], list[torch.Tensor]]]:
-        """Within this context, the function given tells the streams inside the layer that just ran on an input.
+    def _inside(self, layer: nn.Module, index: int) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]]:
+        """Within this context, the function given tells the streams inside the layer that just made its output of an
+        input.
 
         They are the stream between attention and MLP, which the MLP's norm or the MLP itself is called with; where both
         run side by side, the input with what each of them adds.
         """
         added: list[torch.Tensor] = []
-        attention, mlp = self.family.attention, self.family.mlp
+        attention, mlp = self.family.mixer(index), self.family.mlp_of(index)
+        if attention is None or mlp is None:  # the stream is the same before what the layer lacks and behind it
+            yield lambda x, z: [x if attention is None else z]
+            return
         if self.family.parallel:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
             # A copy, for Falcon's layer adds attention's output to the MLP's in place.
@@ -169,7 +173,7 @@ class _Run:
                 raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
             handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
 
-        def streams(x: torch.Tensor) -> list[torch.Tensor]:
+        def streams(x: torch.Tensor, _z: torch.Tensor) -> list[torch.Tensor]:
             # OPT's layer gives the MLP's norm all tokens in one row.
             found = [x + each if self.family.parallel else each.view_as(x) for each in added]
             added.clear()
@@ -214,6 +218,10 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
 
 def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
     mask, num_layers = run.mask, run.mask.num_hidden_layers
+    no_attention, no_mlp = (
+        tuple(layer for layer in range(num_layers) if layer in gone or sublayer_of(layer) is None)
+        for gone, sublayer_of in ((mask.attention, run.family.mixer), (mask.mlp, run.family.mlp_of))
+    )
 
     def column(name: str, dropped: tuple[int, ...] = ()) -> tuple[float | None, ...]:
         return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
@@ -234,17 +242,17 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
     return Scores(
         num_hidden_layers=num_layers,
         similarity=Similarities(
-            attention=column("attention", mask.attention), mlp=column("mlp", mask.mlp), block=tuple(block)
+            attention=column("attention", no_attention), mlp=column("mlp", no_mlp), block=tuple(block)
         ),
         block_similarity_by_gap=by_gap,
         gap_tokens=len(run.gap_tokens),
         diagnostics=Diagnostics(
             attention=AttentionDiagnostics(
-                **sublayer("attention", mask.attention),
+                **sublayer("attention", no_attention),
                 concentration=probed(0),
                 first_token=probed(1),
             ),
-            mlp=SublayerDiagnostics(**sublayer("mlp", mask.mlp)),
+            mlp=SublayerDiagnostics(**sublayer("mlp", no_mlp)),
         ),
         kv_groups=tuple(map(str, run.checkpoint.decoder.kinds)),
         kv_values=tuple(kind.values for kind in run.checkpoint.decoder.kinds),

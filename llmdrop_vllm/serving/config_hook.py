@@ -93,8 +93,8 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
         _check_registered(architecture)
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(config)
-    decoder.mask.check_attention_is_left()
-    decoder.check_windows(decoder.mask)
+    decoder.check_attention_is_left(decoder.mask)
+    decoder.check(decoder.mask)
     return decoder
 
 

@@ -13,6 +13,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.decoder import Decoder
@@ -30,15 +31,26 @@ class SubstitutionError(RuntimeError):
     """vLLM built the model otherwise than the family table says; serving it would drop the wrong thing or nothing."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Bytes that layers keep: keys and values of each token, and states, one for each request."""
+
+    per_token: int = 0
+    per_request: int = 0
+
+    def __add__(self, other: "Stored") -> "Stored":
+        return Stored(self.per_token + other.per_token, self.per_request + other.per_request)
+
+
 @dataclass
 class Dropping:
     """One construction of one model: what was seen and what was replaced."""
 
     decoder: Decoder
     vllm_config: "VllmConfig"
-    # Bytes of one token on this rank, by vLLM's own specs.
-    kept_kv_bytes: int = 0
-    dropped_kv_bytes: int = 0
+    # On this rank, by vLLM's own specs.
+    kept: Stored = Stored()
+    dropped: Stored = Stored()
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
@@ -54,7 +66,11 @@ class Dropping:
         if module is None or isinstance(module, PPMissingLayer):
             return None
         for sublayer, dropped in self.family.sublayers(self.mask):
-            if name in (sublayer.vllm_module, *sublayer.also) and (index := _layer_index(module)) is not None:
+            if name not in sublayer.vllm_modules:
+                continue
+            index = self.layer_index.get(parent, _layer_index(module))
+            # Of a layer's two mixers, vLLM names the second one's parts as if it stood in a layer behind the last one.
+            if index is not None and index < self.mask.num_hidden_layers:
                 self.layer_index[parent] = index
                 if index in dropped:
                     self._substitute(parent, sublayer)
@@ -76,15 +92,14 @@ class Dropping:
     def forget(self, module: nn.Module) -> None:
         """Give back a dropped module's KV cache entry and its weights.
 
-        vLLM gives KV cache to every layer in the static forward context. The storage is freed by hand because modules
-        with reference cycles would otherwise hold it until the garbage collector runs.
+        vLLM gives KV cache to every layer in the static forward context, where recurrent ones stand under names that
+        they do not know. The storage is freed by hand because modules with reference cycles would otherwise hold it
+        until the garbage collector runs.
         """
         context = self.vllm_config.compilation_config.static_forward_context
-        for child in module.modules():
-            layer_name = getattr(child, "layer_name", None)
-            if context.get(layer_name) is child:
-                self.dropped_kv_bytes += self._kv_bytes([child])
-                del context[layer_name]
+        parts = {*module.modules()}
+        for name in [name for name, layer in context.items() if layer in parts]:
+            self.dropped += self._stored([context.pop(name)])
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
@@ -99,11 +114,14 @@ class Dropping:
 
     def substitutes_of(self, sublayer: Sublayer) -> Substitutes:
         """What stands in for each part of a dropped sublayer, by its name in vLLM's decoder layer."""
-        module = ZeroSublayer if sublayer.pre_norm is None else DroppedSublayer
-        found: Substitutes = {sublayer.vllm_module: partial(module, sublayer.vllm_tuple)}
-        found |= dict.fromkeys(sublayer.also, partial(ZeroSublayer, sublayer.vllm_tuple))
+        several = len(sublayer.vllm_modules) > 1
+        module = ZeroSublayer if sublayer.pre_norm is None or several else DroppedSublayer
+        found: Substitutes = dict.fromkeys(
+            (sublayer.vllm_module, *sublayer.also), partial(module, sublayer.vllm_tuple, sublayer.vllm_fills)
+        )
+        found |= {name: partial(ZeroSublayer, tuple_length) for name, tuple_length in sublayer.vllm_parts}
         if sublayer.pre_norm is not None:
-            found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or sublayer.also else DroppedNorm
+            found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or several else DroppedNorm
         if sublayer.post_norm is not None:
             found[sublayer.post_norm] = DroppedPostNorm
         return found
@@ -132,18 +150,30 @@ class Dropping:
             if layer in stage and not (attention and keeps_a_window(attention, tokens, self.vllm_config)):
                 found = "no attention that takes one" if attention is None else type(attention).__name__
                 raise SubstitutionError(f"layer {layer} was to have a window of {tokens} tokens; built was {found}")
-        self.kept_kv_bytes = self._kv_bytes(model.modules())
+        self.kept = self._stored(model.modules())
+        if self.dropped.per_request and not any(self.decoder.kinds[layer].state for layer in self.mask.kept_attention):
+            # vLLM would look for the states that this asks it to keep for prefixes.
+            self.vllm_config.cache_config.mamba_cache_mode = "none"
 
     def kv_summary(self) -> str:
-        """For people: `KV cache 98,304 bytes/token, 75% of the full model`."""
-        full = self.kept_kv_bytes + self.dropped_kv_bytes
-        share = self.kept_kv_bytes / full if full else 1.0
-        return f"KV cache {self.kept_kv_bytes:,} bytes/token, {share:.0%} of the full model"
+        """For people: `KV cache 98,304 bytes/token, 75% of the full model`, and the same of states where there are any."""
+        sizes = {"KV cache": ("token", self.kept.per_token, self.dropped.per_token)}
+        if self.kept.per_request or self.dropped.per_request:
+            sizes["recurrent state"] = ("request", self.kept.per_request, self.dropped.per_request)
+        return ", ".join(
+            f"{what} {kept:,} bytes/{unit}, {kept / (kept + dropped) if kept + dropped else 1:.0%} of the full model"
+            for what, (unit, kept, dropped) in sizes.items()
+        )
 
-    def _kv_bytes(self, modules: Iterable[nn.Module]) -> int:
-        attention = (module for module in modules if isinstance(module, AttentionLayerBase))
-        specs = (module.get_kv_cache_spec(self.vllm_config) for module in attention)
-        return sum(spec.page_size_bytes // spec.block_size for spec in specs if spec is not None)
+    def _stored(self, modules: Iterable[nn.Module]) -> Stored:
+        stored = Stored()
+        for module in modules:
+            if isinstance(module, AttentionLayerBase) and (spec := module.get_kv_cache_spec(self.vllm_config)):
+                if isinstance(spec, MambaSpec):
+                    stored += Stored(per_request=spec.state_content_size_bytes)
+                else:
+                    stored += Stored(per_token=spec.page_size_bytes // spec.block_size)
+        return stored
 
 
 @contextmanager

@@ -16,7 +16,12 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
-from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, check_all_loaded, forget_missing_layers
+from llmdrop_vllm.serving.weights import (
+    RefuseDroppedAdapters,
+    check_all_loaded,
+    forget_missing_layers,
+    without_dropped,
+)
 from llmdrop_vllm.serving.windows import check_engine
 
 if TYPE_CHECKING:
@@ -66,6 +71,8 @@ class Droppable(nn.Module):
 
     def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
         """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error."""
+        if self.dropping is not None:
+            weights = without_dropped(self, weights)
         if not self.expects_whole_checkpoint:
             return super().load_weights(weights)
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do

@@ -11,16 +11,20 @@ from vllm.model_executor.models.utils import PPMissingLayer
 class DroppedSublayer(PPMissingLayer):
     """In place of an attention or MLP module whose norm goes too: hands on what the dropped norm returned.
 
-    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
+    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None. `fills` is
+    for a module that wrote its output into its last argument.
     """
 
-    def __init__(self, tuple_length: int = 0) -> None:
+    def __init__(self, tuple_length: int = 0, fills: bool = False) -> None:
         super().__init__()
-        self.tuple_length = tuple_length
+        self.tuple_length, self.fills = tuple_length, fills
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """What stands in for the output, [tokens, hidden]: the hidden states among the arguments."""
-        output = self.output(_hidden_states(*args, **kwargs))
+        floating = _floating(*args, *kwargs.values())
+        output = self.output(floating[0])
+        if self.fills:
+            floating[-1].copy_(output)
         return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
 
     def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -32,8 +36,9 @@ class ZeroSublayer(DroppedSublayer):
     """In place of a module whose norm stays, or which has none: adds nothing to the residual stream."""
 
     def output(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Zeros."""
-        return torch.zeros_like(hidden_states)
+        """Zeros; in place of a linear layer as many as it returned."""
+        width = getattr(self, "output_size_per_partition", hidden_states.shape[-1])
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], width)
 
 
 class DroppedNorm(PPMissingLayer):
@@ -67,9 +72,9 @@ class DroppedPostNorm(PPMissingLayer):
     """In place of a norm after a dropped sublayer: a layer norm would make its bias of the zeros that it is given."""
 
 
-def _hidden_states(*args: object, **kwargs: object) -> torch.Tensor:
-    """The first floating-point tensor; positions and the like are integers."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value
-    raise TypeError("a dropped sublayer was called without hidden states")
+def _floating(*values: object) -> list[torch.Tensor]:
+    """Hidden states and what is of their kind; positions and the like are integers."""
+    found = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not found:
+        raise TypeError("a dropped sublayer was called without hidden states")
+    return found

@@ -1,9 +1,11 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import torch
 from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
@@ -20,6 +22,18 @@ def forget_missing_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         _model_to_pp_missing_layer_names.pop(id(module), None)
+
+
+def without_dropped(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights but those of dropped modules, by their names in vLLM's model.
+
+    Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to; Granite's
+    hybrids' does not, and renames none.
+    """
+    gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
+    return ((name, tensor) for name, tensor in weights if not name.startswith(gone))
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:

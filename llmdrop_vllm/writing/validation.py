@@ -17,7 +17,7 @@ def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
         raise MaskError(
             f"the mask is for {mask.num_hidden_layers} layers; {checkpoint.directory} has {own.num_hidden_layers}"
         )
-    mask.check_attention_is_left()
+    checkpoint.decoder.check_attention_is_left(mask)
     if not mask and not may_be_empty:
         raise MaskError(
             f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"

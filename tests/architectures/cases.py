@@ -69,6 +69,20 @@ YARN = {
         "mscale_all_dim": 1.0,
     }
 }
+RECURRENT, FULL = "linear_attention", "full_attention"
+HYBRID = {"layer_types": [RECURRENT, RECURRENT, FULL, FULL, RECURRENT]}
+MAMBA2 = HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+SHORT_CONVOLUTION = {
+    "layer_types": ["conv", "conv", FULL, FULL, "conv"],
+    "conv_L_cache": 3,
+    "block_auto_adjust_ff_dim": False,
+}
+GATED_DELTA_NET = HYBRID | {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,8 @@ class Case:
         stock = CONFIG_MAPPING[self.model_type]
         default = stock()
         computed = {key for key in TINY if isinstance(getattr(stock, key, None), property)}
-        entries = {key: value for key, value in TINY.items() if hasattr(default, key) and key not in computed}
+        known = default.to_dict()
+        entries = {key: value for key, value in TINY.items() if key in known and key not in computed}
         return stock(**entries | self.overrides, architectures=[self.architecture])
 
     def model(self, seed: int = 0) -> PreTrainedModel:
@@ -200,6 +215,27 @@ CASES = {
         Case("OPTForCausalLM", "opt", {"ffn_dim": 96, "word_embed_proj_dim": 128}),
         Case("PhiMoEForCausalLM", "phimoe", {"attention_bias": True, "lm_head_bias": True}, zeros=("lm_head.bias",)),
         Case("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", zeros=("e_score_correction_bias",)),
+        # Hybrids: recurrent mixers in all layers but two, or with attention beside them
+        Case("GraniteMoeHybridForCausalLM", "granitemoehybrid", MAMBA2 | {"shared_intermediate_size": 32}),
+        Case(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            MAMBA2 | {"shared_intermediate_size": 96, "num_local_experts": 0},
+            "dense",
+        ),
+        Case("FalconH1ForCausalLM", "falcon_h1", {key: MAMBA2[key] for key in MAMBA2 if key != "layer_types"} | {"mamba_d_ssm": 256}),
+        Case(
+            "NemotronHForCausalLM",
+            "nemotron_h",
+            {"hybrid_override_pattern": "*M-*-", "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16}
+            | {"n_groups": 1},
+        ),
+        Case("Lfm2ForCausalLM", "lfm2", SHORT_CONVOLUTION | {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 96}),
+        Case("Lfm2MoeForCausalLM", "lfm2_moe", SHORT_CONVOLUTION | {"num_dense_layers": 1}),
+        Case("JambaForCausalLM", "jamba", {"attn_layer_period": 3, "attn_layer_offset": 0, "mamba_dt_rank": 8}),
+        Case("Qwen3NextForCausalLM", "qwen3_next", GATED_DELTA_NET),
+        Case("Qwen3_5ForCausalLM", "qwen3_5_text", GATED_DELTA_NET),
+        Case("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", GATED_DELTA_NET),
         # Through vLLM's Transformers backend
         Case("ArceeForCausalLM", "arcee"),
         Case("CwmForCausalLM", "cwm"),

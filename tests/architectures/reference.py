@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from tests.architectures.cases import model_of
+from tests.architectures.cases import CASES, model_of
 
 WINDOW = 1  # of the first attention that is kept: beside the first stretch of a text, a token sees its own
 
@@ -21,6 +21,13 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, whatever the model calls them."""
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     return next(each for each in lists if len(each) == model.config.num_hidden_layers)
+
+
+def fitting(architecture: str, mask: DropMask) -> DropMask:
+    """A mask without what layers of this architecture do not have."""
+    family = CASES[architecture].family
+    attention = tuple(layer for layer in mask.attention if family.mixer(layer) is not None)
+    return replace(mask, attention=attention, mlp=tuple(layer for layer in mask.mlp if family.mlp_of(layer) is not None))
 
 
 @contextmanager
@@ -54,10 +61,12 @@ def _residual(_module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def windowed(architecture: str, mask: DropMask) -> DropMask:
-    """With a window in the first attention that is kept, where that takes one."""
+    """With a window in the first attention that is kept and takes one."""
     decoder = Decoder.of(model_of(architecture).config, architecture)
-    layer = mask.kept_attention[0]
-    kind = decoder.kinds[layer]
-    takes = kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)
-    alibi = decoder.config.get("model_type") == "bloom"
-    return replace(mask, windows=((layer, WINDOW),)) if takes and not alibi else mask
+    if decoder.config.get("model_type") == "bloom":  # ALiBi
+        return mask
+    for layer in mask.kept_attention:
+        kind = decoder.kinds[layer]
+        if kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW):
+            return replace(mask, windows=((layer, WINDOW),))
+    return mask

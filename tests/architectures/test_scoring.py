@@ -11,7 +11,7 @@ from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import layers_of, skipping, windowed
+from tests.architectures.reference import fitting, layers_of, skipping, windowed
 
 IDS = (3 + 7 * torch.arange(2 * (2 * STRETCH + 20)) % 251).view(2, -1)  # with tokens that a window does not see
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
@@ -22,7 +22,7 @@ def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
     model = model_of(architecture)
     checkpoint = Checkpoint.open(CASES[architecture].save(model, tmp_path / "full"))
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
-    mask = windowed(architecture, MASK)
+    mask = windowed(architecture, fitting(architecture, MASK))
     scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=mask)
     for index in range(LAYERS):
         with hf.dropped(model, CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)):

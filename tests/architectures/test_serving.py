@@ -23,7 +23,8 @@ from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.evaluation.engine import SWITCHING
 from llmdrop_vllm.masks.stretches import STRETCH
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import skipping, windowed
+from tests.architectures.kernels import kernels
+from tests.architectures.reference import fitting, skipping, windowed
 from tests.engines import engine, greedy
 
 PROMPT = [*range(3, 43)]
@@ -103,7 +104,7 @@ def reference(architecture: str, mask: DropMask, prompt: tuple[int, ...] = tuple
 def running(directory: Path, architecture: str, **options: Any) -> Iterator[LLM]:
     decoder = type(model_of(architecture).get_decoder())
     options = {"kv_cache_memory_bytes": KV_CACHE_BYTES} | FLOAT32 | options
-    with undecorated(decoder), engine(directory, **options) as llm:
+    with undecorated(decoder), kernels(), engine(directory, **options) as llm:
         yield llm
 
 
@@ -117,7 +118,7 @@ def served(directory: Path, architecture: str, prompt: tuple[int, ...]) -> tuple
 @pytest.mark.parametrize("architecture", CASES)
 def test_under_masks_that_are_switched_it_computes_what_transformers_does_without_the_sublayers(architecture, tmp_path):
     directory = CASES[architecture].save(model_of(architecture), tmp_path)
-    masks = (*MASKS.values(), DropMask(LAYERS), DropMask(LAYERS, mlp=(4,)))
+    masks = [fitting(architecture, each) for each in (*MASKS.values(), DropMask(LAYERS), DropMask(LAYERS, mlp=(4,)))]
     expected = [reference(architecture, mask) for mask in masks]
     with running(directory, architecture, **SWITCHING) as llm:
         found = [switched(llm, mask) for mask in masks]
@@ -135,7 +136,8 @@ def switched(llm: LLM, mask: DropMask) -> list[float]:
 @pytest.mark.parametrize("mask", BUILT)
 @pytest.mark.parametrize("architecture", CASES)
 def test_served_with_a_mask_it_computes_what_transformers_does_without_the_sublayers(architecture, mask, tmp_path):
-    whole, mask = MASKS[mask], windowed(architecture, MASKS[mask])
+    whole = fitting(architecture, MASKS[mask])
+    mask = windowed(architecture, whole)
     directory = write(architecture, mask, tmp_path)
     prompt = tuple(LONG if mask.windows else PROMPT)
     logprobs, (blocks, block_tokens) = served(directory, architecture, prompt)

@@ -11,7 +11,7 @@ from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES, LAYERS, model_of
-from tests.architectures.reference import skipping
+from tests.architectures.reference import fitting, skipping
 
 logging.disable_progress_bar()
 PROMPT = torch.arange(3, 43)[None]
@@ -48,7 +48,7 @@ def logits(model, family, mask):
 def test_a_stripped_checkpoint_computes_what_the_full_one_does_with_sublayers_skipped(architecture, full, tmp_path):
     family = CASES[architecture].family
     without = logits(model_of(architecture), family, FULL)
-    for number, mask in enumerate(MASKS):
+    for number, mask in enumerate(fitting(architecture, each) for each in MASKS):
         expected = logits(model_of(architecture), family, mask)
         assert (expected - without).abs().max() > 1e-2
         out = surgery(full, mask, tmp_path / f"stripped{number}")
@@ -63,19 +63,21 @@ def test_a_stripped_checkpoint_computes_what_the_full_one_does_with_sublayers_sk
 
 
 def test_stripping_takes_the_dropped_tensors_and_leaves_the_others_as_they_were(architecture, full, tmp_path):
-    out = surgery(full, BLOCKS, tmp_path / "stripped")
+    mask = fitting(architecture, BLOCKS)
+    out = surgery(full, mask, tmp_path / "stripped")
     before = load_file(full / "model.safetensors")
     after = load_file(out / "model.dropped.safetensors")
-    gone = {name for name in before if in_dropped_sublayer(name, CASES[architecture].family, BLOCKS)}
+    gone = {name for name in before if in_dropped_sublayer(name, CASES[architecture].family, mask)}
     assert gone
     assert before.keys() - after.keys() == gone
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
 def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architecture, full, tmp_path):
-    out = surgery(full, BLOCKS, tmp_path / "portable", portable=True)
+    mask = fitting(architecture, BLOCKS)
+    out = surgery(full, mask, tmp_path / "portable", portable=True)
     config = CASES[architecture].config()
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(out, attn_implementation="eager").eval()
-    expected = logits(model_of(architecture), CASES[architecture].family, BLOCKS)
+    expected = logits(model_of(architecture), CASES[architecture].family, mask)
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES, LAYERS, Case, model_of
-from tests.architectures.reference import skipping
+from tests.architectures.reference import fitting, skipping
 
 logging.disable_progress_bar()
 PROMPT = torch.arange(3, 43)[None]
@@ -82,7 +82,7 @@ def test_the_windows_of_these_tests_matter(architecture):
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_weights_of_dropped_sublayers_may_be_in_the_files(architecture, tmp_path):
-    whole, mask = model_of(architecture), MASKS[0]
+    whole, mask = model_of(architecture), fitting(architecture, MASKS[0])
     model = dropped(CASES[architecture], whole, mask, tmp_path, config_only=True)
     with torch.no_grad(), skipping(whole, CASES[architecture].family, mask):
         expected = whole(PROMPT).logits

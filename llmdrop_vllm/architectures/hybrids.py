@@ -1,0 +1,66 @@
+"""The family table's rows for hybrids, in which recurrent mixers stand in place of attention or beside it."""
+
+from llmdrop_vllm.architectures.family import MLP, Family, Sublayer, attention
+
+GATED_DELTA_NET = Sublayer("linear_attn", "input_layernorm", "out_proj")
+
+HYBRIDS = (
+    # Gated delta nets.
+    Family(
+        "qwen3_next",
+        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+        recurrent=GATED_DELTA_NET,
+    ),
+    Family(
+        "olmo_hybrid",
+        ("OlmoHybridForCausalLM",),
+        attention(pre_norm=None, post_norm="post_attention_layernorm"),
+        Sublayer("mlp", None, "down_proj", "post_feedforward_layernorm"),
+        recurrent=Sublayer("linear_attn", "input_layernorm", "o_proj", vllm_fills=True),
+        recurrent_mlp=MLP,
+    ),
+    # Short convolutions.
+    Family(
+        "lfm2",
+        ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"),
+        attention(pre_norm="operator_norm", output="out_proj"),
+        Sublayer("feed_forward", "ffn_norm", "w2"),
+        recurrent=Sublayer("conv", "operator_norm", "out_proj", in_vllm="short_conv", vllm_fills=True),
+    ),
+    # Mamba. In vLLM the attention's projections stand in the layer itself: the module is the last of them.
+    Family(
+        "jamba",
+        ("JambaForCausalLM",),
+        attention(in_vllm="o_proj", vllm_parts=(("qkv_proj", 2), ("attn", 0)), vllm_tuple=2),
+        Sublayer("feed_forward", "pre_ff_layernorm", "down_proj"),
+        recurrent=Sublayer("mamba", "input_layernorm", "out_proj", vllm_fills=True),
+    ),
+    # Mamba 2.
+    Family(
+        "granitemoehybrid",
+        ("GraniteMoeHybridForCausalLM",),
+        mlp=Sublayer(
+            "block_sparse_moe",
+            "post_attention_layernorm",
+            "output_linear",
+            also=("shared_mlp",),
+            optional=("block_sparse_moe", "shared_mlp"),
+        ),
+        recurrent=Sublayer("mamba", "input_layernorm", "out_proj"),
+    ),
+    Family(
+        "nemotron_h",
+        ("NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"),
+        attention("mixer", "norm"),
+        Sublayer("mixer", "norm", "down_proj"),
+        recurrent=Sublayer("mixer", "norm", "out_proj"),
+        alone=True,
+    ),
+    # Attention and Mamba 2 side by side in every layer.
+    Family(
+        "falcon_h1",
+        ("FalconH1ForCausalLM",),
+        attention(output="o_proj|out_proj", also=("mamba",), vllm_tuple=2),
+        Sublayer("feed_forward", "pre_ff_layernorm", "down_proj"),
+    ),
+)
