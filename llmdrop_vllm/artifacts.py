@@ -125,7 +125,7 @@ class Scores(Record):
     gap_tokens: int
     diagnostics: Diagnostics
     kv_groups: tuple[str, ...]
-    kv_values: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    kv_values: tuple[Annotated[int, Field(ge=0)], ...] = ()
     dropped: DropMask
     importance: Literal["1 - cosine similarity", "left after healing"] = "1 - cosine similarity"
     provenance: Provenance

@@ -207,7 +207,10 @@ def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
         raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
     for part in parts:
         substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
-        setattr(layer, part, substitute if part == name else DroppedSublayer())
+        substitute = substitute if part == name else DroppedSublayer()
+        for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
+            substitute.register_buffer(table, values, persistent=False)
+        setattr(layer, part, substitute)
     for norm in sublayer.norms:
         if getattr(layer, norm, None) is not None:
             setattr(layer, norm, DroppedNorm())
@@ -224,15 +227,16 @@ class DroppedConfig(PretrainedConfig):
         if not decoder or encoder:
             return config
         kept = DropMask.from_config(self).kept_attention
+        stock: type[PretrainedConfig] = self.stock
         cached = copy.copy(config)
-        cached.__class__ = self.stock
+        cached.__class__ = stock
         cached.num_hidden_layers = len(kept)
         if (layer_types := getattr(config, "layer_types", None)) is not None:
             kept_types = [layer_types[index] for index in kept]
             try:
                 cached.layer_types = kept_types
             except AttributeError:  # the class works them out
-                cached.__class__ = _listing(self.stock, tuple(kept_types))
+                cached.__class__ = _listing(stock, tuple(kept_types))
         return cached
 
 
@@ -249,6 +253,11 @@ class DroppedModel(PreTrainedModel):
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
         }
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: weights are renamed and tables filled as in the stock class, which else depends on the class's module."""
+        return False
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed."""

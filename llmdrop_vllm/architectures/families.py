@@ -257,7 +257,6 @@ FAMILIES = (
         Sublayer("fc2", "final_layer_norm", "weight|bias", also=("fc1",), vllm_tuple=2),
         when={"do_layer_norm_before": (True, None)},
     ),
-    # GPT-2's habits.
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPTBigCodeForCausalLM"),

@@ -62,5 +62,6 @@ HYBRIDS = (
         ("FalconH1ForCausalLM",),
         attention(output="o_proj|out_proj", also=("mamba",), vllm_tuple=2),
         Sublayer("feed_forward", "pre_ff_layernorm", "down_proj"),
+        transformers_layer_tuple=True,
     ),
 )

@@ -90,12 +90,12 @@ class Decoder:
     def check_attention_is_left(self, mask: DropMask) -> None:
         """Raise MaskError where a mask leaves no attention, or recurrent mixers only."""
         mask.check_attention_is_left()
-        if self.family is not None and self.family.layers:
-            if not any(self._own_kinds[layer].values for layer in mask.kept_attention):
-                raise MaskError(
-                    "the mask leaves no attention beside recurrent mixers; vLLM makes room for their states by the KV cache "
-                    "of attention, so at least one must remain"
-                )
+        is_hybrid = self.family is not None and self.family.layers
+        if is_hybrid and not any(self._own_kinds[layer].values for layer in mask.kept_attention):
+            raise MaskError(
+                "the mask leaves no attention beside recurrent mixers; vLLM makes room for their states by the KV "
+                "cache of attention, so at least one must remain"
+            )
 
     def _windowed(self, mask: DropMask) -> tuple[LayerKind, ...]:
         """What layers store under a mask. Raises MaskError as `check` does."""
@@ -139,7 +139,7 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def decoded(entries: Any) -> Any:
-    """A config.json's entries as its writer had them: JSON knows no infinity, and Transformers writes an object for it."""
+    """A config.json's entries as they were written: for infinity, which JSON lacks, Transformers puts an object."""
     if isinstance(entries, Mapping):
         if entries.keys() == {"__float__"}:
             return float(entries["__float__"])

@@ -106,17 +106,16 @@ def inspect_checkpoint(
             # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
             stripped = round(weight_bytes * parameters[whole.mask] / parameters[masked.mask])
             weight_bytes = stripped if checkpoint.is_stripped else disk_bytes
-        per_token = each.layout.token_values * value_bytes
-        block_tokens = each.layout.block_tokens(BLOCK_TOKENS)
-        block_bytes = each.layout.block_values * value_bytes * block_tokens
+        per_token, block = each.layout.token_values * value_bytes, each.layout.block_tokens(BLOCK_TOKENS)
+        block_bytes = each.layout.block_values * value_bytes * block
         free_bytes = max(0, memory_bytes - weight_bytes)
-        blocks = each.layout.request_blocks(context, block_tokens, chunk)
+        blocks = each.layout.request_blocks(context, block, chunk)
         return Footprint(
             parameters=parameters[each.mask],
             weight_bytes=weight_bytes,
             attention_layers=each.layout.layers,
             kv_bytes_per_token=int(per_token),
-            kv_tokens=int(free_bytes // (per_token * BLOCK_TOKENS)) * BLOCK_TOKENS,
+            kv_tokens=int(free_bytes // (per_token * block)) * block,
             request_bytes=blocks * block_bytes,
             requests=free_bytes // block_bytes // blocks,
         )

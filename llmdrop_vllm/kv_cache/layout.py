@@ -14,8 +14,8 @@ from itertools import accumulate, product
 
 from llmdrop_vllm.kv_cache.kinds import LayerKind
 
-# Blocks that a request takes for each group of states: with prefix caching, which is vLLM's default, the state at the end
-# of a block is kept beside the one at hand (vLLM 0.32, `MambaSpec.max_memory_usage_bytes`).
+# Blocks that a request takes for each group of states: with prefix caching, which is vLLM's default, the state at the
+# end of a block is kept beside the one at hand (vLLM 0.32, `MambaSpec.max_memory_usage_bytes`).
 STATE_BLOCKS = 2
 
 # Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.

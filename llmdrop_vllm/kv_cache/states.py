@@ -31,12 +31,14 @@ def _convolution(channels: int, kernel: int) -> int:
 def _gated_delta_net(config: Config) -> int:
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
-    return _convolution(2 * keys + values, config["linear_conv_kernel_dim"]) + values * config["linear_key_head_dim"]
+    state: int = values * config["linear_key_head_dim"]
+    return _convolution(2 * keys + values, config["linear_conv_kernel_dim"]) + state
 
 
 def _mamba(config: Config) -> int:
     inner = config["mamba_expand"] * config["hidden_size"]
-    return _convolution(inner, config["mamba_d_conv"]) + inner * config["mamba_d_state"]
+    state: int = inner * config["mamba_d_state"]
+    return _convolution(inner, config["mamba_d_conv"]) + state
 
 
 def _mamba2(inner: int, groups: int, state: int, kernel: int) -> int:
@@ -57,7 +59,9 @@ def _nemotron(config: Config) -> int:
 # By an entry that only configs with such a mixer have.
 COUNTS: Mapping[str, Callable[[Config], int]] = {
     "linear_num_key_heads": _gated_delta_net,
-    "conv_L_cache": lambda config: _convolution(config.get("conv_dim") or config["hidden_size"], config["conv_L_cache"]),
+    "conv_L_cache": lambda config: _convolution(
+        config.get("conv_dim") or config["hidden_size"], config["conv_L_cache"]
+    ),
     "mamba_n_heads": _mamba2_of,
     "mamba_num_heads": _nemotron,
     "mamba_dt_rank": _mamba,

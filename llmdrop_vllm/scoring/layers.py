@@ -166,6 +166,7 @@ class LayerStream:
                 setattr(module, name, torch.empty_like(table, device=self.device))
             if tables:
                 self.model._init_weights(module)
+                self.model._init_weights(self.decoder)  # who fills some: Falcon-H1's
 
     def _read_ahead(self, index: int) -> None:
         if index < len(self.layers):

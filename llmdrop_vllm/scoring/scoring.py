@@ -124,7 +124,11 @@ class _Run:
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1
-        with self.stream.layer(index) as layer, probing(AttentionProbe()) as probe, self._inside(layer, index) as inside:
+        with (
+            self.stream.layer(index) as layer,
+            probing(AttentionProbe()) as probe,
+            self._inside(layer, index) as inside,
+        ):
             for chunk in self.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
                 spans = self.batches.spans(chunk)
@@ -148,7 +152,9 @@ class _Run:
         return {"means": means, "probe": probe.means(), "history": history}
 
     @contextmanager
-    def _inside(self, layer: nn.Module, index: int) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]]:
+    def _inside(
+        self, layer: nn.Module, index: int
+    ) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]]:
         """Within this context, the function given tells the streams inside the layer that just made its output of an
         input.
 

@@ -156,7 +156,7 @@ class Dropping:
             self.vllm_config.cache_config.mamba_cache_mode = "none"
 
     def kv_summary(self) -> str:
-        """For people: `KV cache 98,304 bytes/token, 75% of the full model`, and the same of states where there are any."""
+        """For people: `KV cache 98,304 bytes/token, 75% of the full model`, and the same of states, if any."""
         sizes = {"KV cache": ("token", self.kept.per_token, self.dropped.per_token)}
         if self.kept.per_request or self.dropped.per_request:
             sizes["recurrent state"] = ("request", self.kept.per_request, self.dropped.per_request)

@@ -11,8 +11,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 class DroppedSublayer(PPMissingLayer):
     """In place of an attention or MLP module whose norm goes too: hands on what the dropped norm returned.
 
-    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None. `fills` is
-    for a module that wrote its output into its last argument.
+    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None. `fills`
+    is for a module that wrote its output into its last argument.
     """
 
     def __init__(self, tuple_length: int = 0, fills: bool = False) -> None:

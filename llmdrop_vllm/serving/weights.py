@@ -29,8 +29,8 @@ def without_dropped(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights but those of dropped modules, by their names in vLLM's model.
 
-    Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to; Granite's
-    hybrids' does not, and renames none.
+    Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to. The
+    one of Granite's hybrids does not, and renames none.
     """
     gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
     return ((name, tensor) for name, tensor in weights if not name.startswith(gone))

@@ -223,7 +223,11 @@ CASES = {
             MAMBA2 | {"shared_intermediate_size": 96, "num_local_experts": 0},
             "dense",
         ),
-        Case("FalconH1ForCausalLM", "falcon_h1", {key: MAMBA2[key] for key in MAMBA2 if key != "layer_types"} | {"mamba_d_ssm": 256}),
+        Case(
+            "FalconH1ForCausalLM",
+            "falcon_h1",
+            {key: MAMBA2[key] for key in MAMBA2 if key != "layer_types"} | {"mamba_d_ssm": 256},
+        ),
         Case(
             "NemotronHForCausalLM",
             "nemotron_h",

@@ -1,4 +1,4 @@
-"""Recurrent mixers on a CPU: plain PyTorch in place of kernels that vLLM's build for CPUs lacks or has in bfloat16 only.
+"""Recurrent mixers on a CPU: plain PyTorch for kernels that vLLM's build for CPUs lacks or has in bfloat16 only.
 
 Each replaces a kernel, and nothing of how a layer calls it or keeps its states.
 """
@@ -26,7 +26,9 @@ def kernels() -> Iterator[None]:
     with ExitStack() as patches:
         enter = patches.enter_context
         enter(patch.object(torch.ops.vllm, "cpu_gdn_attention_core", gated_delta_net))
-        enter(patch.multiple(mamba_mixer, selective_scan_fn=selective_scan, selective_state_update=selective_state_update))
+        enter(
+            patch.multiple(mamba_mixer, selective_scan_fn=selective_scan, selective_state_update=selective_state_update)
+        )
         # The one for CPUs takes [tokens, heads, size], as LFM2 calls it, for one head.
         enter(patch.object(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native))
         yield
@@ -104,13 +106,13 @@ def selective_state_update(
 ) -> None:
     """The same for one token of each request. u, delta: [requests, channels]; b, c: [requests, state]."""
     for request, slot in enumerate(options["state_batch_indices"].flatten().tolist()):
-        scanned = _scanned(
-            states[slot], u[request], softplus(delta[request] + bias), a, b[request], c[request]
-        )
+        scanned = _scanned(states[slot], u[request], softplus(delta[request] + bias), a, b[request], c[request])
         options["out"][request] = (scanned + u[request] * d) * silu(options["z"][request])
 
 
-def _scanned(state: torch.Tensor, u: torch.Tensor, step: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def _scanned(
+    state: torch.Tensor, u: torch.Tensor, step: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
     """What comes of one token, [channels]; `state` becomes the next one's."""
     state.copy_(state * (step[:, None] * a).exp() + (step * u)[:, None] * b)
     return state @ c

@@ -27,7 +27,9 @@ def fitting(architecture: str, mask: DropMask) -> DropMask:
     """A mask without what layers of this architecture do not have."""
     family = CASES[architecture].family
     attention = tuple(layer for layer in mask.attention if family.mixer(layer) is not None)
-    return replace(mask, attention=attention, mlp=tuple(layer for layer in mask.mlp if family.mlp_of(layer) is not None))
+    return replace(
+        mask, attention=attention, mlp=tuple(layer for layer in mask.mlp if family.mlp_of(layer) is not None)
+    )
 
 
 @contextmanager
