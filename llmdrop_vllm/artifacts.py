@@ -141,7 +141,7 @@ class Scores(Record):
         mask = checkpoint.mask
         depth = mask.num_hidden_layers
         attention, mlp = (
-            tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in (mask.attention, mask.mlp)
+            tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in checkpoint.family.absent(mask)
         )
         nothing = (None,) * depth
         columns = dict.fromkeys(SublayerDiagnostics.model_fields, nothing)

@@ -236,7 +236,7 @@ class DroppedConfig(PretrainedConfig):
             try:
                 cached.layer_types = kept_types
             except AttributeError:  # the class works them out
-                cached.__class__ = _listing(stock, tuple(kept_types))
+                cached.__class__ = _listing(stock, kept_types)
         return cached
 
 
@@ -270,10 +270,9 @@ def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
     return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
 
 
-@cache
-def _listing(stock: type[PretrainedConfig], layer_types: tuple[str, ...]) -> type[PretrainedConfig]:
+def _listing(stock: type[PretrainedConfig], layer_types: list[str]) -> type[PretrainedConfig]:
     """A config class whose layers are these."""
-    return type(stock.__name__, (stock,), dict.fromkeys(("layer_types", "layers_block_type"), list(layer_types)))
+    return type(stock.__name__, (stock,), dict.fromkeys(("layer_types", "layers_block_type"), layer_types))
 
 
 @cache

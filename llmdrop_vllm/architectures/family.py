@@ -128,6 +128,14 @@ class Family:
         for sublayer, layers in self.mlps(mask.num_hidden_layers):
             yield sublayer, tuple(layer for layer in mask.mlp if layer in layers)
 
+    def absent(self, mask: "DropMask") -> tuple[set[int], set[int]]:
+        """Layers that go without attention and without an MLP under a mask, those that never had one among them."""
+        layers = range(mask.num_hidden_layers)
+        return (
+            {*mask.attention} | {layer for layer in layers if self.mixer(layer) is None},
+            {*mask.mlp} | {layer for layer in layers if self.mlp_of(layer) is None},
+        )
+
     def mixers(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
         """Each kind of what a mask calls attention, with the layers that have it."""
         if not self.layers:

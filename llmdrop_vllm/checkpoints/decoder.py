@@ -78,12 +78,10 @@ class Decoder:
         or notice.
         """
         if self.family is not None:
-            for what, kinds, dropped in (
-                ("mixer", self.family.mixers(mask.num_hidden_layers), mask.attention),
-                ("MLP", self.family.mlps(mask.num_hidden_layers), mask.mlp),
-            ):
-                if absent := sorted({*dropped}.difference(*(layers for _, layers in kinds))):
-                    raise MaskError(f"the mask drops the {what} of layers {absent}, which have none")
+            no_mixer, no_mlp = self.family.absent(self.whole)
+            for what, absent in (("mixer", no_mixer & {*mask.attention}), ("MLP", no_mlp & {*mask.mlp})):
+                if absent:
+                    raise MaskError(f"the mask drops the {what} of layers {sorted(absent)}, which have none")
         if mask.windows:
             self._windowed(mask)
 

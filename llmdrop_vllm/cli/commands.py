@@ -225,8 +225,8 @@ def selection_of(
     """The mask that the arguments ask for."""
     methods = methods_of(args)
     if not args.iterative:
-        return select_mask(scores, *methods, protect=args.protect)
-    select_mask(scores, *methods, protect=args.protect)  # refused before the model is opened
+        return select_mask(scores, *methods, protect=args.protect, mixers=args.mixers)
+    select_mask(scores, *methods, protect=args.protect, mixers=args.mixers)  # refused before the model is opened
     if checkpoint is None:
         checkpoint = Checkpoint.open(args.model or scores.provenance.model.path)
         check_scored(scores, checkpoint)
@@ -238,7 +238,8 @@ def selection_of(
         gone = len(mask.attention) + len(mask.mlp)
         return scored_or_kept(f"without-{gone}", checkpoint, calibration, args, args.out, mask)
 
-    return iterative(scores, rescore, *(each for each in methods if isinstance(each, Ranked)), protect=args.protect)
+    ranked = (each for each in methods if isinstance(each, Ranked))
+    return iterative(scores, rescore, *ranked, protect=args.protect, mixers=args.mixers)
 
 
 def check_scored(scores: Scores, checkpoint: Checkpoint) -> None:

@@ -53,7 +53,9 @@ def drop(args: Namespace) -> None:
     """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
     checkpoint = Checkpoint.open(args.model)
     # What cannot be chosen or written is refused before the scores, which may take hours.
-    possible = select_mask(Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect).mask
+    possible = select_mask(
+        Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect, mixers=args.mixers
+    ).mask
     check_destination(plan_of(args, checkpoint, possible), args.out, overwrite=args.overwrite)
     if args.heal is not None:
         if args.config_only:

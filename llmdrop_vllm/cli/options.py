@@ -102,6 +102,7 @@ def add_selection(command: Parser) -> None:
     group.add_argument("--seed", type=int, default=0, help="for --random")
     group.add_argument("--iterative", action="store_true", help="score again after each drop")
     group.add_argument("--protect", type=layers, default=(), metavar="0,1,31", help="layers that keep everything")
+    group.add_argument("--mixers", choices=("all", "attention", "recurrent"), default="all", help="of a hybrid (all)")
     group.add_argument("--allow-padding", action="store_true", help="never trade importance against KV cache padding")
 
 

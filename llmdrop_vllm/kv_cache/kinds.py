@@ -59,6 +59,11 @@ class LayerKind:
         return cls(name, values, int(span) if span.isdecimal() else None)
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """What mixes tokens in the layer: `attention`, `recurrent`, or both."""
+        return ("attention",) * bool(self.values) + ("recurrent",) * bool(self.state)
+
+    @property
     def parts(self) -> tuple[Self, ...]:
         """What is stored apart: keys and values, and the state."""
         attention = (replace(self, state=0),) if self.values else ()

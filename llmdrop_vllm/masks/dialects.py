@@ -116,6 +116,17 @@ def _is_of_widths(config: Entries) -> bool:
     return any({*each} - {"skip"} for each in told) and not any("skip" in each for each in told)
 
 
+def _is_of_block_types(config: Entries) -> bool:
+    """Whether block_configs tells what Nemotron-H's layers are and how wide, not what they go without."""
+    blocks = config.get("block_configs")
+    return (
+        isinstance(blocks, Sequence)
+        and bool(blocks)
+        and all(block_entry(block, "block_type") is not None for block in blocks)
+        and not any(block_entry(block, key) for block in blocks for key, _ in NEMOTRON_NO_OP)
+    )
+
+
 def block_entry(block: object, key: str) -> Any:
     """A field of a Nemotron-NAS block config, which is a dict on disk and an object in that family's config class."""
     return block.get(key) if isinstance(block, Mapping) else getattr(block, key, None)
@@ -222,12 +233,18 @@ def _write_nemotron(num_layers: int, attention: tuple[int, ...], mlp: tuple[int,
 class Dialect:
     """One way to say a mask: the config keys it uses, how to read them, and whether they ask to drop anything at all.
 
-    `asks` is for configs that are not ours to judge: other architectures use the same keys for other things.
+    `asks` is for configs that are not ours to judge: other architectures use the same keys for other things; `foreign`
+    tells such a use.
     """
 
     keys: tuple[str, ...]
     read: Callable[[Entries, int], Indices]
     asks: Callable[[Entries], bool]
+    foreign: Callable[[Entries], bool] = lambda _config: False
+
+    def speaks(self, config: Entries) -> bool:
+        """Whether the config has an entry of this dialect."""
+        return any(key in config for key in self.keys) and not self.foreign(config)
 
 
 # The first that is present decides the rank order, so the only dialect that has one comes first. "runtime" is read as
@@ -235,7 +252,7 @@ class Dialect:
 DIALECTS = {
     "llm-drop": Dialect(("drop_attn_list", "drop_mlp_list"), _read_llm_drop, _asks_llm_drop),
     "transformers": Dialect(("per_layer_config",), _read_transformers, _asks_transformers),
-    "nemotron-nas": Dialect(("block_configs",), _read_nemotron, _asks_nemotron),
+    "nemotron-nas": Dialect(("block_configs",), _read_nemotron, _asks_nemotron, _is_of_block_types),
 }
 WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
     "llm-drop": _write_llm_drop,
@@ -251,4 +268,5 @@ def without_mask(config: Entries) -> dict[str, Any]:
     """The config's entries without any that say a mask, in whatever dialect."""
     keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER, WINDOWS}
     keys -= {"per_layer_config"} if _is_of_widths(config) else set()
+    keys -= {key for dialect in DIALECTS.values() if dialect.foreign(config) for key in dialect.keys}
     return {key: value for key, value in config.items() if key not in keys}

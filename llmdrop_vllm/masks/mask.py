@@ -82,7 +82,7 @@ class DropMask:
     def dialects(config: object) -> tuple[str, ...]:
         """Names of the dialects that the config speaks, whether or not they drop anything."""
         entries = config_dict(config)
-        return tuple(name for name, dialect in DIALECTS.items() if any(key in entries for key in dialect.keys))
+        return tuple(name for name, dialect in DIALECTS.items() if dialect.speaks(entries))
 
     @staticmethod
     def said_in(config: object) -> tuple[str, ...]:

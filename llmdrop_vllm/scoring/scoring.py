@@ -6,7 +6,7 @@ was added (arXiv 2406.15786). One decoder layer is in memory at a time; all sequ
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -224,15 +224,12 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
 
 def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
     mask, num_layers = run.mask, run.mask.num_hidden_layers
-    no_attention, no_mlp = (
-        tuple(layer for layer in range(num_layers) if layer in gone or sublayer_of(layer) is None)
-        for gone, sublayer_of in ((mask.attention, run.family.mixer), (mask.mlp, run.family.mlp_of))
-    )
+    no_attention, no_mlp = run.family.absent(mask)
 
-    def column(name: str, dropped: tuple[int, ...] = ()) -> tuple[float | None, ...]:
+    def column(name: str, dropped: Collection[int] = ()) -> tuple[float | None, ...]:
         return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
 
-    def sublayer(kind: str, dropped: tuple[int, ...]) -> dict[str, tuple[float | None, ...]]:
+    def sublayer(kind: str, dropped: Collection[int]) -> dict[str, tuple[float | None, ...]]:
         fields = {"magnitude_ratio": "ratio", "token_cosine_before": "before", "token_cosine_after": "after"}
         return {field: column(f"{kind}_{name}", dropped) for field, name in fields.items()}
 

@@ -12,6 +12,7 @@ from llmdrop_vllm.masks.dialects import is_int
 from llmdrop_vllm.masks.mask import DropMask
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
+Mixers = Literal["all", "attention", "recurrent"]
 NOUNS = {
     "attention": "attention sublayers",
     "mlp": "MLP sublayers",
@@ -38,11 +39,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a method picks from: the scores, the mask so far, and the layers that must stay as they are."""
+    """What a method picks from: the scores, the mask so far, and the layers that must stay as they are; of hybrids,
+    whether all that mixes tokens may go, or only attention, or only recurrent mixers.
+    """
 
     scores: Scores
     mask: DropMask
     protect: frozenset[int] = frozenset()
+    mixers: Mixers = "all"
 
     def units(self, kind: Kind) -> list[Unit]:
         """All that may go, attention before MLP, each in layer order."""
@@ -58,6 +62,8 @@ class Candidates:
 
     def _sublayers(self, similarities: Sequence[float | None], attention: bool) -> list[Unit]:
         gone = self.protect.union(self.mask.attention if attention else self.mask.mlp)
+        if attention and self.mixers != "all":
+            gone |= {layer for layer, kind in enumerate(self.scores.kinds) if self.mixers not in kind.mixers}
         return [
             Unit(layer, attention, not attention, value)
             for layer, value in enumerate(similarities)
@@ -74,13 +80,13 @@ class Candidates:
     def take(self, units: Iterable[Unit], count: int) -> list[Unit]:
         """The first `count` units, passing over one that would take the last attention sublayer: vLLM needs one."""
         taken: list[Unit] = []
-        attention_left = len(self.mask.kept_attention)
+        left = {layer for layer in self.mask.kept_attention if self.scores.kinds[layer].values}
         for unit in units:
             if len(taken) == count:
                 break
-            if not unit.attention or attention_left > 1:
+            if not unit.attention or left != {unit.layer}:
                 taken.append(unit)
-                attention_left -= unit.attention
+                left -= {unit.layer} if unit.attention else set()
         return taken
 
     def available(self, units: Sequence[Unit]) -> int:

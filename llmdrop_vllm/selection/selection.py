@@ -17,7 +17,7 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind
 from llmdrop_vllm.kv_cache.layout import cheapest_without_padding, kv_layout
 from llmdrop_vllm.masks.dialects import check_indices
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.selection.candidates import Candidates, Kind, Unit
+from llmdrop_vllm.selection.candidates import Candidates, Kind, Mixers, Unit
 from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share
 
@@ -125,7 +125,10 @@ class KVBudget:
         return f"attention by importance until the KV cache is {_percent(self.share)}"
 
     def pick(self, candidates: Candidates) -> Picked:
-        """The smallest number of drops that meets the budget: more of them may be stored in more layers."""
+        """The smallest number of drops that meets the budget: more of them may be stored in more layers. Recurrent
+        mixers store nothing of a token, so none goes.
+        """
+        candidates = replace(candidates, mixers="attention")
         kinds = candidates.scores.kinds
         full = kv_layout(kinds).token_values
         most = candidates.available(candidates.units("attention"))
@@ -144,9 +147,11 @@ class KVBudget:
         raise MaskError(f"kv budget is {_percent(self.share)}; expected at least {least}: {limits}")
 
 
-def select(scores: Scores, *methods: Method, protect: Iterable[int] = ()) -> Selection:
-    """Apply the methods in turn, each to what the ones before it left; layers of `protect` keep what they have."""
-    candidates = _candidates(scores, protect)
+def select(scores: Scores, *methods: Method, protect: Iterable[int] = (), mixers: Mixers = "all") -> Selection:
+    """Apply the methods in turn, each to what the ones before it left; layers of `protect` keep what they have, and of
+    a hybrid's mixers only those named may go.
+    """
+    candidates = _candidates(scores, protect, mixers)
     if not methods:
         raise MaskError("nothing was asked for; expected a number of sublayers or blocks, or a kv budget")
     notes: list[str] = []
@@ -158,15 +163,20 @@ def select(scores: Scores, *methods: Method, protect: Iterable[int] = ()) -> Sel
 
 
 def iterative(
-    scores: Scores, rescore: Callable[[DropMask], Scores], *methods: Ranked, protect: Iterable[int] = ()
+    scores: Scores,
+    rescore: Callable[[DropMask], Scores],
+    *methods: Ranked,
+    protect: Iterable[int] = (),
+    mixers: Mixers = "all",
 ) -> Selection:
     """Drop one sublayer or block at a time; `rescore` measures the model under the mask so far between two drops.
 
     Methods follow one another. KV padding is only reported: one drop at a time cannot choose numbers per kind.
     """
     protect = tuple(protect)
-    select(scores, *methods, protect=protect)  # What cannot be done is refused before the first slow pass.
-    candidates = _candidates(scores, protect)
+    # What cannot be done is refused before the first slow pass.
+    select(scores, *methods, protect=protect, mixers=mixers)
+    candidates = _candidates(scores, protect, mixers)
     notes: list[str] = []
     steps = [replace(method, count=1, avoid_padding=False) for method in methods for _ in range(method.count)]
     for number, step in enumerate(steps):
@@ -225,13 +235,15 @@ def _runs(candidates: Candidates, count: int) -> list[tuple[Unit, ...]]:
     return [run for run in runs if candidates.available(run) == count]
 
 
-def _candidates(scores: Scores, protect: Iterable[int]) -> Candidates:
+def _candidates(scores: Scores, protect: Iterable[int], mixers: Mixers) -> Candidates:
     protect = tuple(protect)
     check_indices("protect", protect, scores.num_hidden_layers)
-    return Candidates(scores, scores.dropped, frozenset(protect))
+    return Candidates(scores, scores.dropped, frozenset(protect), mixers)
 
 
 def _selection(candidates: Candidates, method: str, before: DropMask, notes: Iterable[str]) -> Selection:
+    if candidates.mixers != "all":
+        method += f", of {candidates.mixers} mixers only"
     if candidates.protect:
         method += f", protecting {', '.join(map(str, sorted(candidates.protect)))}"
     if before:

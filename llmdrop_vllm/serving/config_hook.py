@@ -178,7 +178,7 @@ def _set_partition(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
     plan = partition(mask, num_stages, _layer_cost(decoder, vllm_config), _stage_memory_bytes(vllm_config))
     if users := os.environ.get(PARTITION):
         sizes = [int(size) for size in users.split(",")]
-        attention = stage_attention(mask, sizes)
+        attention = stage_attention(mask, sizes, decoder.kinds)
         if 0 in attention:
             raise MaskError(
                 f"{PARTITION}={users} leaves stage {attention.index(0)} without attention, which vLLM cannot run; "

@@ -1,7 +1,7 @@
 """Pipeline stages for a dropped model: KV capacity is the minimum over stages, so attention must be balanced."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -29,19 +29,21 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     """Layers per pipeline stage: as much KV cache as possible first, then the fastest slowest stage.
 
     memory_bytes: what a stage has for weights and KV cache together; infinite where the KV cache has memory of its own.
-    Every stage keeps at least one attention sublayer, for vLLM cannot run one without. Raises MaskError where there are
-    fewer attention sublayers than stages.
+    Every stage keeps at least one attention sublayer, for vLLM cannot run one without; recurrent mixers do not count.
+    Raises MaskError where there are fewer attention sublayers than stages.
     """
-    if len(mask.kept_attention) < num_stages:
+    layers = range(mask.num_hidden_layers)
+    kinds = cost.kinds or (LayerKind("full"),) * len(layers)
+    attention = [layer for layer in mask.kept_attention if kinds[layer].values]
+    if len(attention) < num_stages:
         raise MaskError(
-            f"{len(mask.kept_attention)} attention sublayers remain for {num_stages} pipeline stages; every stage "
-            f"needs one: drop less or use --pipeline-parallel-size {len(mask.kept_attention)} or less"
+            f"{len(attention)} attention sublayers remain for {num_stages} pipeline stages; every stage "
+            f"needs one: drop less or use --pipeline-parallel-size {len(attention)} or less"
         )
     no_attention, no_mlp = mask.dropped
-    layers = range(mask.num_hidden_layers)
+    with_keys = [*accumulate((layer in attention for layer in layers), initial=0)]
     kept_attention = [*accumulate((layer not in no_attention for layer in layers), initial=0)]
     kept_mlp = [*accumulate((layer not in no_mlp for layer in layers), initial=0)]
-    kinds = cost.kinds or (LayerKind("full"),) * len(layers)
     layout = kv_layout([kinds[layer] for layer in mask.kept_attention])
     stored_in = stage_values(layout, mask.kept_attention, len(layers))
 
@@ -54,7 +56,7 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     def kv_cost(start: int, end: int) -> float:
         """Lower is better: the negative of the memory for each number that the stage stores per token."""
         stored = stored_in(start, end)
-        if not stored:
+        if with_keys[end] == with_keys[start]:
             return math.inf
         return stored if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / stored
 
@@ -66,11 +68,12 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     return [end - start for start, end in _best_split(len(layers), num_stages, compute_cost)]
 
 
-def stage_attention(mask: DropMask, layers_per_stage: list[int]) -> list[int]:
-    """How many attention sublayers each stage of a partition has."""
+def stage_attention(mask: DropMask, layers_per_stage: list[int], kinds: Sequence[LayerKind] = ()) -> list[int]:
+    """How many attention sublayers each stage of a partition has; `kinds` tell which mixers are recurrent, if any."""
     counts, start = [], 0
     for size in layers_per_stage:
-        counts.append(sum(start <= layer < start + size for layer in mask.kept_attention))
+        in_stage = (layer for layer in mask.kept_attention if start <= layer < start + size)
+        counts.append(sum(not kinds or kinds[layer].values > 0 for layer in in_stage))
         start += size
     return counts
 

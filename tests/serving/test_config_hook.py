@@ -61,9 +61,19 @@ REFUSED = {
         | {"drop_attn_list": [1]},
         "StableLmForCausalLM has no row .* for layers as this config has them, only for: use_parallel_residual false",
     ),
-    "a hybrid of attention and state-space layers": (
-        {"architectures": ["JambaForCausalLM"], "model_type": "jamba", "drop_attn_list": [1]},
-        "would be served undropped: JambaForCausalLM has no row in the family table",
+    "an attention-free model": (
+        {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "drop_attn_list": [1]},
+        "would be served undropped: FalconMambaForCausalLM has no row in the family table",
+    ),
+    "a hybrid without its last attention": (
+        {"architectures": ["JambaForCausalLM"], "model_type": "jamba", "drop_attn_list": [4]}
+        | {"num_hidden_layers": 8, "mamba_dt_rank": 4},
+        "leaves no attention beside recurrent mixers; .* at least one must remain",
+    ),
+    "an MLP of a layer that has none": (
+        {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "drop_mlp_list": [0, 1]}
+        | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4},
+        r"the mask drops the MLP of layers \[0\], which have none",
     ),
     "explicit name of a layout that has no row": (
         {"architectures": ["DroppedStableLmForCausalLM"], "model_type": "stablelm", "use_parallel_residual": True},
@@ -155,6 +165,7 @@ def test_a_draft_model_is_checked_like_any_other(checkpoint, tmp_path):
 def test_block_configs_that_drop_nothing_are_left_alone():
     class ModelConfig:
         hf_config = hf_text_config = {"num_hidden_layers": 1, "block_configs": [{"block_type": "moe"}]}
+        model, hf_config_path = "nowhere", None
 
     assert checked_decoder("NemotronHForCausalLM", ModelConfig()) is None
 

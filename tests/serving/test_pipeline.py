@@ -112,3 +112,13 @@ def test_no_other_partition_is_better(problem):
     best = min(judge(sizes) for sizes in every)
     assert ours == pytest.approx(best)
     assert ours[0] < math.inf
+
+
+def test_a_stage_of_recurrent_mixers_alone_is_not_made():
+    """vLLM would leave the blocks of its states unaligned."""
+    full, state = LayerKind("full", 64), LayerKind("none", 0, state=512)
+    kinds = (full, state, state, state, state, state, full, state)
+    sizes = partition(DropMask(8), 2, LayerCost(1, 3, kinds))
+    assert stage_attention(DropMask(8), sizes, kinds) == [1, 1]
+    with pytest.raises(MaskError, match="1 attention sublayers remain for 2 pipeline stages"):
+        partition(DropMask(8, attention=(6,)), 2, LayerCost(1, 3, kinds))
