@@ -123,9 +123,10 @@ def trained_names(model: Any, family: Family, mask: DropMask, options: TrainOpti
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     first = min((*mask.attention, *mask.mlp))
     found = []
+    _, no_mlp = family.absent(mask)
     for index, layer in enumerate(decoder_layers(model, mask.num_hidden_layers)):
-        kept = family.attention if index in mask.mlp else family.mlp
-        part = layer if options.parts == "all" else getattr(layer, kept.transformers_module)
+        kept = family.mixer(index) if index in no_mlp else family.mlp_of(index)
+        part = layer if options.parts == "all" or kept is None else getattr(layer, kept.transformers_module)
         if index >= first:
             found += [names[id(parameter)] for parameter in part.parameters()]
     return found

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.architectures.family import Sublayer
+from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
@@ -101,7 +101,7 @@ class Run:
             options.weighting,
         )
         self.chunks = self.streams.batches.chunks
-        self.units = units(teacher.mask, student.mask)
+        self.units = units(*(_with_absent(each.mask, self.family) for each in (teacher, student)))
         self.steps = self._steps(self.units) if options.closed_form else []
         self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
         self.scratch = Scratch(directory, asked, self.disk_bytes, SCRATCH_FILES)
@@ -149,7 +149,9 @@ class Run:
                 found.append(Step(depth, 0, partial(self._part, place, depth)))
             # While the teacher's stream stands before the layer.
             if place > first and self.options.later == "attention" and unit.layer not in self._halved:
-                found.append(Step(unit.layer, 1, partial(self._mend_attention, place, unit), self.family.attention))
+                found.append(
+                    Step(unit.layer, 1, partial(self._mend_attention, place, unit), self.family.mixer(unit.layer))
+                )
             found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
             depth = unit.target + 1
             if place >= first:
@@ -160,11 +162,13 @@ class Run:
     @property
     def _halved(self) -> set[int]:
         """Layers without attention or without an MLP."""
-        return {*self.mask.attention, *self.mask.mlp}
+        return set.union(*self.family.absent(self.mask))
 
     def _mended(self, unit: Unit) -> Sublayer:
         """Whose last projection takes over what the unit lost."""
-        return self.family.mlp if unit.mends == "mlp" else self.family.attention
+        mended = (self.family.mlp_of if unit.mends == "mlp" else self.family.mixer)(unit.layer)
+        assert mended is not None, f"layer {unit.layer} has no {unit.mends} to mend"
+        return mended
 
     def _go_on_with(self, changed: Collection[str]) -> None:
         """Let the student have these tensors of those that were changed, by the checkpoint's names."""
@@ -209,7 +213,7 @@ class Run:
             teacher.layer(index) as full,
             student.layer(index) as layer,
         ):
-            parameters = output_parameters(student, index, self.family.attention)
+            parameters = output_parameters(student, index, self._mended(replace(unit, mends="attention")))
             if projection(layer, parameters) is None:  # a descent for every layer would take too long
                 bar.update(len(self.chunks))
                 return {}
@@ -230,6 +234,12 @@ class Run:
         changed = tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
         self._go_on_with(changed)
         return changed
+
+
+def _with_absent(mask: DropMask, family: Family) -> DropMask:
+    """As if what layers never had were gone as well."""
+    attention, mlp = family.absent(mask)
+    return DropMask(mask.num_hidden_layers, tuple(sorted(attention)), tuple(sorted(mlp)))
 
 
 def _result(unit: Unit, mends: str, found: Refit, changed: tuple[str, ...], before: float) -> dict[str, Any]:

@@ -39,7 +39,10 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
     model = case.model()
     plain = Checkpoint.open(case.save(model, tmp_path / "plain"))
     family = plain.family
-    lost, kept = (family.attention, family.mlp) if gone == "attention" else (family.mlp, family.attention)
+    sublayers = family.mixer(LAYER), family.mlp_of(LAYER)
+    if None in sublayers:
+        pytest.skip("nothing is left in a layer that loses its only sublayer")
+    lost, kept = sublayers if gone == "attention" else reversed(sublayers)
     parameters = dict(model.named_parameters())
     zeroed, moved = (output_names(plain, sublayer) for sublayer in (lost, kept))
     assert zeroed
@@ -58,5 +61,5 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
         result = found.record.layers[0]
     left = result.error_after / result.error_before
     assert result.layer == LAYER
-    # Experts that few tokens see are stopped before they overfit.
-    assert left < (1e-5 if result.ridge else 0.2), result
+    # Experts that few tokens see are stopped before they overfit, and so are two mixers that share what they mend.
+    assert left < (1e-5 if result.ridge else 0.4 if family.attention.also else 0.2), result
