@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 from llmdrop_vllm.architectures.family import Family, Sublayer, attention
 from llmdrop_vllm.architectures.hybrids import HYBRIDS
+from llmdrop_vllm.architectures.refused import REFUSED
 
 PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
-
 FAMILIES = (
     Family(
         "llama",
@@ -273,12 +273,8 @@ FAMILIES = (
 )
 
 EXPLICIT_PREFIX = "Dropped"
-BY_ARCHITECTURE = MappingProxyType(
-    {
-        name: tuple(family for family in FAMILIES if name in family.architectures)
-        for name in (name for family in FAMILIES for name in family.architectures)
-    }
-)
+_ROWS = [(name, row) for row in FAMILIES for name in row.architectures]
+BY_ARCHITECTURE = MappingProxyType({name: tuple(row for its, row in _ROWS if its == name) for name, _ in _ROWS})
 
 
 def family_of(architecture: str, config: object = MappingProxyType({})) -> Family | None:
@@ -291,6 +287,8 @@ def family_of(architecture: str, config: object = MappingProxyType({})) -> Famil
 
 def no_row(architecture: str) -> str:
     """For an error where `family_of` found none: what is supported, and what to do about it."""
+    if reason := REFUSED.get(architecture.removeprefix(EXPLICIT_PREFIX)):
+        return f"{architecture} cannot go without sublayers: {reason}"
     if rows := BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX)):
         layouts = "; or ".join(family.describe_when() for family in rows)
         return f"{architecture} has no row in the family table for layers as this config has them, only for: {layouts}"

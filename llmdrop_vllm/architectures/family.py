@@ -1,11 +1,11 @@
 """What one row of the family table says: how a decoder layer names its sublayers and adds their outputs."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from llmdrop_vllm.masks.layer_types import NO_MIXER, RECURRENT, layer_types
-from llmdrop_vllm.masks.mask import config_dict, layer_count
+from llmdrop_vllm.masks.mask import config_dict
 
 if TYPE_CHECKING:
     from llmdrop_vllm.masks.mask import DropMask
@@ -97,8 +97,8 @@ class Family:
     `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
 
     In hybrids some layers have a recurrent mixer where others have attention, and both are what a mask calls attention:
-    `recurrent` is that sublayer, `recurrent_mlp` the MLP of such layers where it is laid out otherwise. `alone` is for
-    layers that have a mixer or an MLP, and not both. `layers` is what the config at hand has: see `layer_types`.
+    `recurrent` is that sublayer. `alone` is for layers that have a mixer or an MLP, and not both. `layers` is what the
+    config at hand has: see `layer_types`.
     """
 
     name: str
@@ -110,7 +110,6 @@ class Family:
     scales_outputs: bool = False
     transformers_layer_tuple: bool = False
     recurrent: Sublayer | None = None
-    recurrent_mlp: Sublayer | None = None
     alone: bool = False
     layers: tuple[str, ...] = ()
 
@@ -119,7 +118,7 @@ class Family:
         if self.recurrent is None:
             return self
         entries = config_dict(config)
-        return replace(self, layers=layer_types(entries, layer_count(entries)) or ()) if entries else self
+        return replace(self, layers=layer_types(entries, entries.get("num_hidden_layers")) or ())
 
     def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
         """Each kind of sublayer with the layers that go without it."""
@@ -138,15 +137,22 @@ class Family:
 
     def mixers(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
         """Each kind of what a mask calls attention, with the layers that have it."""
-        if not self.layers:
-            return iter([(self.attention, range(num_layers))])
-        return _by_sublayer(map(self.mixer, range(num_layers)))
+        return self._having(self.mixer, self.attention, num_layers)
 
     def mlps(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
-        """Each kind of MLP, with the layers that have it."""
+        """The MLP, with the layers that have it."""
+        return self._having(self.mlp_of, self.mlp, num_layers)
+
+    def _having(
+        self, sublayer_of: Callable[[int], Sublayer | None], usual: Sublayer, num_layers: int
+    ) -> Iterator[tuple[Sublayer, Collection[int]]]:
         if not self.layers:
-            return iter([(self.mlp, range(num_layers))])
-        return _by_sublayer(map(self.mlp_of, range(num_layers)))
+            return iter([(usual, range(num_layers))])
+        found: dict[Sublayer, set[int]] = {}
+        for layer in range(num_layers):
+            if (sublayer := sublayer_of(layer)) is not None:
+                found.setdefault(sublayer, set()).add(layer)
+        return iter(found.items())
 
     def mixer(self, layer: int) -> Sublayer | None:
         """What a mask calls a layer's attention; None for a layer without one."""
@@ -157,10 +163,7 @@ class Family:
 
     def mlp_of(self, layer: int) -> Sublayer | None:
         """A layer's MLP; None for a layer that is a mixer alone."""
-        kind = self.layers[layer] if self.layers else ""
-        if self.alone and kind != NO_MIXER:
-            return None
-        return self.recurrent_mlp if kind == RECURRENT and self.recurrent_mlp else self.mlp
+        return None if self.alone and self.layers and self.layers[layer] != NO_MIXER else self.mlp
 
     def fits(self, config: object) -> bool:
         """Whether layers built from this config.json dict or config object have the layout."""
@@ -172,14 +175,6 @@ class Family:
             f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
             for key, values in self.when.items()
         )
-
-
-def _by_sublayer(per_layer: Iterable[Sublayer | None]) -> Iterator[tuple[Sublayer, set[int]]]:
-    found: dict[Sublayer, set[int]] = {}
-    for layer, sublayer in enumerate(per_layer):
-        if sublayer is not None:
-            found.setdefault(sublayer, set()).add(layer)
-    return iter(found.items())
 
 
 def _entry(config: object, key: str) -> Any:

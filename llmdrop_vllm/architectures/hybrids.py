@@ -1,23 +1,30 @@
-"""The family table's rows for hybrids, in which recurrent mixers stand in place of attention or beside it."""
+"""The family table's rows for hybrids: with recurrent mixers in place of attention or beside it, or two attentions."""
 
-from llmdrop_vllm.architectures.family import MLP, Family, Sublayer, attention
+from llmdrop_vllm.architectures.family import Family, Sublayer, attention
 
 GATED_DELTA_NET = Sublayer("linear_attn", "input_layernorm", "out_proj")
 
 HYBRIDS = (
+    # Attention of two head sizes. E-models share keys and values between layers, which must not lose their donor.
+    Family(
+        "gemma4",
+        ("Gemma4ForCausalLM",),
+        attention(post_norm="post_attention_layernorm"),
+        Sublayer("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
+        when={"num_kv_shared_layers": (0, None), "num_experts": (None,)},
+    ),
     # Gated delta nets.
     Family(
         "qwen3_next",
         ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
         recurrent=GATED_DELTA_NET,
     ),
+    # Lightning attention, and multi-head latent attention in every so many layers.
     Family(
-        "olmo_hybrid",
-        ("OlmoHybridForCausalLM",),
-        attention(pre_norm=None, post_norm="post_attention_layernorm"),
-        Sublayer("mlp", None, "down_proj", "post_feedforward_layernorm"),
-        recurrent=Sublayer("linear_attn", "input_layernorm", "o_proj", vllm_fills=True),
-        recurrent_mlp=MLP,
+        "bailing_linear",
+        ("BailingMoeV2_5ForCausalLM",),
+        attention("attention", output="dense", in_vllm="self_attn"),
+        recurrent=Sublayer("attention", "input_layernorm", "dense", in_vllm="self_attn", vllm_fills=True),
     ),
     # Short convolutions.
     Family(

@@ -65,4 +65,5 @@ COUNTS: Mapping[str, Callable[[Config], int]] = {
     "mamba_n_heads": _mamba2_of,
     "mamba_num_heads": _nemotron,
     "mamba_dt_rank": _mamba,
+    "layer_group_size": lambda config: config["num_attention_heads"] * config["head_dim"] ** 2,  # Ling 2.5
 }

@@ -62,8 +62,6 @@ def _read_transformers(config: Entries, num_layers: int) -> Indices:
     layers = config["per_layer_config"]
     if not isinstance(layers, Mapping):
         raise MaskError(f"per_layer_config is {layers!r}; expected an object keyed by layer index")
-    if _is_of_widths(config):
-        return (), ()
     skipped: dict[str, list[int]] = {"attention": [], "mlp": []}
     for key, overrides in layers.items():
         where = f"per_layer_config[{key!r}]"
@@ -251,7 +249,7 @@ class Dialect:
 # LLM-Drop: vLLM merges --hf-overrides into the config before anyone sees it.
 DIALECTS = {
     "llm-drop": Dialect(("drop_attn_list", "drop_mlp_list"), _read_llm_drop, _asks_llm_drop),
-    "transformers": Dialect(("per_layer_config",), _read_transformers, _asks_transformers),
+    "transformers": Dialect(("per_layer_config",), _read_transformers, _asks_transformers, _is_of_widths),
     "nemotron-nas": Dialect(("block_configs",), _read_nemotron, _asks_nemotron, _is_of_block_types),
 }
 WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
@@ -267,6 +265,5 @@ ON_DISK = tuple(name for name in WRITERS if name != "runtime")
 def without_mask(config: Entries) -> dict[str, Any]:
     """The config's entries without any that say a mask, in whatever dialect."""
     keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER, WINDOWS}
-    keys -= {"per_layer_config"} if _is_of_widths(config) else set()
     keys -= {key for dialect in DIALECTS.values() if dialect.foreign(config) for key in dialect.keys}
     return {key: value for key, value in config.items() if key not in keys}

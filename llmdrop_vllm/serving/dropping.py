@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.distributed.parallel_state import get_pp_group
@@ -191,13 +192,15 @@ def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
     """With the plain attributes and empty parts of what it stands for.
 
     Constructors look into sublayers: Ernie's into each attention for its rotary embedding, those of mixtures of experts
-    into an MLP for its number of experts.
+    into an MLP for its number of experts, Plamo's into a norm for the weight that it gives a loader.
     """
     for name, value in vars(module).items():
         if isinstance(value, int | float | str) and not hasattr(stand_in, name):
             setattr(stand_in, name, value)
     for name, _ in module.named_children():
         stand_in.add_module(name, PPMissingLayer())
+    for name, _ in module.named_parameters(recurse=False):
+        setattr(stand_in, name, torch.empty(0))
     return stand_in
 
 

@@ -10,7 +10,7 @@ from llmdrop_vllm.checkpoints import nemotron
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.masks.dialects import ON_DISK, without_mask
+from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK, without_mask
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
 from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
@@ -104,7 +104,7 @@ def plan_surgery(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     check_mask(masked, may_be_empty=keep_dropped)
-    _check_windows(masked.mask, portable or for_nemotron)
+    _check_can_be_said(masked, dialect, portable)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
     nothing_goes = len(masked.kept) == len(checkpoint.tensors)
     keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or nothing_goes
@@ -145,8 +145,11 @@ def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped
         raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
 
 
-def _check_windows(mask: DropMask, for_others: bool) -> None:
-    if mask.windows and for_others:
+def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool) -> None:
+    if dialect in DIALECTS and DIALECTS[dialect].foreign(masked.checkpoint.config):
+        keys = ", ".join(DIALECTS[dialect].keys)
+        raise MaskError(f"the config's {keys} tells how wide layers are; say the mask in the dialect llm-drop")
+    if masked.mask.windows and (portable or dialect == "nemotron-nas"):
         raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
 
 

@@ -131,6 +131,8 @@ class Case:
                     spread = (tensor.shape[-1] if tensor.dim() > 1 else 100) ** -0.5
                     # Some parameters are bfloat16 whatever the model is: Apertus' activation in vLLM.
                     tensor.copy_((noise * spread + is_norm).bfloat16() * (not name.endswith(self.zeros)))
+                    if name.endswith("layer_scalar"):  # of a whole layer's output, which no sublayer is to blame for
+                        tensor.fill_(1)
         return model
 
     def write(self, directory: Path, seed: int = 0) -> Path:
@@ -185,6 +187,13 @@ CASES = {
         Case("GptOssForCausalLM", "gpt_oss"),
         Case("Gemma2ForCausalLM", "gemma2"),
         Case("Gemma3ForCausalLM", "gemma3_text"),
+        Case(
+            "Gemma4ForCausalLM",
+            "gemma4_text",
+            {"layer_types": ["sliding_attention"] * 4 + [FULL], "num_kv_shared_layers": 0, "sliding_window": 16}
+            | {"hidden_size_per_layer_input": 0, "global_head_dim": 64, "vocab_size_per_layer_input": 256}
+            | {"num_experts": None},
+        ),
         Case("Glm4ForCausalLM", "glm4"),
         Case("AfmoeForCausalLM", "afmoe", {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
         Case("HyperCLOVAXForCausalLM", "hyperclovax"),

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from llmdrop_vllm.errors import CheckpointError, InputError, OutputError
+from llmdrop_vllm.errors import CheckpointError, InputError, MaskError, OutputError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints.files import MASK, SMALL, content, put_nan, truncate
@@ -107,3 +107,13 @@ def test_a_shard_that_is_cut_after_planning_leaves_nothing_behind(parent):
     with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors ended early"):
         write(plan, parent / "out")
     assert content(parent) == before
+
+
+def test_a_dialect_whose_entry_already_tells_widths_is_refused(parent):
+    """The mask would take the place of Gemma 4's head sizes."""
+    path = parent / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"per_layer_config": {"1": {"head_dim": 32}}}))
+    with pytest.raises(
+        MaskError, match="per_layer_config tells how wide layers are; say the mask in the dialect llm-d"
+    ):
+        plan_surgery(parent / "model", MASK, dialect="transformers")
