@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.kv_cache.states import state_values
+from llmdrop_vllm.kv_cache.states import state_blocks, state_values
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.layer_types import HYBRID, NO_MIXER, RECURRENT, layer_types
 from llmdrop_vllm.masks.mask import layer_count
@@ -35,13 +35,14 @@ class LayerKind:
     `name` is `full`, `compressed` (one latent vector stands for all keys and values), `sliding` (only the last `span`
     tokens are needed), `window` (the first stretch and a window of `span` tokens: `stretches`), `chunked` (tokens see
     those of their chunk of `span`) or `none`. `values` are the numbers that a token takes, in the KV cache's dtype,
-    `state` those of a recurrent mixer's state, one for each request.
+    `state` those of a recurrent mixer's state, of which a request keeps `state_blocks`.
     """
 
     name: str
     values: int = 1
     span: int | None = None
     state: int = 0
+    state_blocks: int = 2
 
     def __str__(self) -> str:
         name = self.name if self.span is None else f"{self.name} {self.span}"
@@ -67,7 +68,7 @@ class LayerKind:
     def parts(self) -> tuple[Self, ...]:
         """What is stored apart: keys and values, and the state."""
         attention = (replace(self, state=0),) if self.values else ()
-        return (*attention, type(self)(NO_MIXER, 0, state=self.state)) if self.state else attention
+        return (*attention, replace(self, name=NO_MIXER, values=0, span=None)) if self.state else attention
 
     def tokens_held(self, context: int, in_flight: int = 0) -> int:
         """Tokens of a request of `context` whose keys and values must be there at once, at most.
@@ -129,9 +130,11 @@ def _settings(config: Mapping[str, Any], layer: int, kind: str) -> Mapping[str, 
 
 
 def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
-    if layer_type in (RECURRENT, NO_MIXER):
-        return LayerKind(NO_MIXER, 0, state=state_values(config) if layer_type == RECURRENT else 0)
-    return replace(_attention_kind(config, layer_type), state=state_values(config) if layer_type == HYBRID else 0)
+    no_attention = layer_type in (RECURRENT, NO_MIXER)
+    kind = LayerKind(NO_MIXER, 0) if no_attention else _attention_kind(config, layer_type)
+    if layer_type in (RECURRENT, HYBRID):
+        kind = replace(kind, state=state_values(config), state_blocks=state_blocks(config))
+    return kind
 
 
 def _attention_kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:

@@ -14,10 +14,6 @@ from itertools import accumulate, product
 
 from llmdrop_vllm.kv_cache.kinds import LayerKind
 
-# Blocks that a request takes for each group of states: with prefix caching, which is vLLM's default, the state at the
-# end of a block is kept beside the one at hand (vLLM 0.32, `MambaSpec.max_memory_usage_bytes`).
-STATE_BLOCKS = 2
-
 # Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.
 MAX_KINDS = 3
 
@@ -85,7 +81,7 @@ class KVLayout:
         A window may begin within a block, so there is one more for each group that has one.
         """
         return sum(
-            STATE_BLOCKS
+            group.kind.state_blocks
             if group.kind.state
             else -(-group.kind.tokens_held(context, in_flight) // (block_tokens * group.tokens_ratio))
             + group.kind.begins_anywhere

@@ -23,6 +23,13 @@ def state_values(config: Config) -> int:
     raise CheckpointError(f"the config has none of {', '.join(COUNTS)}, so recurrent states cannot be counted")
 
 
+def state_blocks(config: Config) -> int:
+    """States that a request keeps at most with prefix caching, which is vLLM's default: the one at hand, the one at the
+    end of the block before and, of Mamba 2, one within a prompt (`MambaSpec.max_memory_usage_bytes`).
+    """
+    return 2 + any(config.get(key) is not None for key in MAMBA2)
+
+
 def _convolution(channels: int, kernel: int) -> int:
     """The last inputs of a causal convolution, but for the one at hand."""
     return channels * (kernel - 1)
@@ -56,6 +63,7 @@ def _nemotron(config: Config) -> int:
     return _mamba2(inner, config["n_groups"], config["ssm_state_size"], config["conv_kernel"])
 
 
+MAMBA2 = ("mamba_n_heads", "mamba_num_heads")
 # By an entry that only configs with such a mixer have.
 COUNTS: Mapping[str, Callable[[Config], int]] = {
     "linear_num_key_heads": _gated_delta_net,

@@ -90,7 +90,8 @@ class Case:
     """An architecture's tiny model: Transformers' model type, and what its config needs beyond `TINY`.
 
     `layout` tells an architecture's models apart where their layers have other layouts. `zeros` are the endings of
-    names of parameters that vLLM, on CPUs at least, leaves out of its computation.
+    names of parameters that vLLM, on CPUs at least, leaves out of its computation. `needs` is a package that vLLM
+    imports with the model, and that not every installation has.
     """
 
     architecture: str
@@ -98,6 +99,7 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict)
     layout: str = ""
     zeros: tuple[str, ...] = ()
+    needs: str | None = None
 
     @property
     def name(self) -> str:
@@ -247,8 +249,8 @@ CASES = {
         Case("Lfm2MoeForCausalLM", "lfm2_moe", SHORT_CONVOLUTION | {"num_dense_layers": 1}),
         Case("JambaForCausalLM", "jamba", {"attn_layer_period": 3, "attn_layer_offset": 0, "mamba_dt_rank": 8}),
         Case("Qwen3NextForCausalLM", "qwen3_next", GATED_DELTA_NET),
-        Case("Qwen3_5ForCausalLM", "qwen3_5_text", GATED_DELTA_NET),
-        Case("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", GATED_DELTA_NET),
+        Case("Qwen3_5ForCausalLM", "qwen3_5_text", GATED_DELTA_NET, needs="torchvision"),
+        Case("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", GATED_DELTA_NET, needs="torchvision"),
         # Through vLLM's Transformers backend
         Case("ArceeForCausalLM", "arcee"),
         Case("CwmForCausalLM", "cwm"),

@@ -20,6 +20,7 @@ from vllm.model_executor.models import registry
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, FAMILIES
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.architectures.refused import REFUSED
 from tests.architectures.cases import CASES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -60,16 +61,26 @@ UNVERIFIED = {
     "MiniMaxM2ForCausalLM": ROUTER,
 }
 REASONS = {
+    **{name: REFUSED[name] for name in REFUSED if name in registry._TEXT_GENERATION_MODELS},
+    "OlmoHybridForCausalLM": "vLLM 0.32 does not know the names of its checkpoints' norms",
     "MistralLarge3ForCausalLM": "its checkpoints name tensors otherwise than DeepSeek's, whose class it uses",
     "TeleChat2ForCausalLM": "the constructor edits the attention and the MLP of every layer",
 }
 
 
+OURS = "plain PyTorch is in its place"
 # Verified with these parts left out of the comparison or made alike: what stock vLLM does otherwise than Transformers.
 REMARKS = {
     "AXK1ForCausalLM": "mixtures in all layers: for a dense one, vLLM wants a norm that it does not use",
     "BloomForCausalLM": "vLLM computes GELU exactly, Transformers approximately: 4e-4 apart with or without a mask",
     "Ernie4_5_MoeForCausalLM": "vLLM's router for CPUs leaves out the correction of the experts' scores, here zero",
+    **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), "vLLM's rotary kernel for CPUs is wrong there; " + OURS),
+    "JambaForCausalLM": "vLLM has no kernel for its state-space layers on CPUs; " + OURS,
+    "NemotronHForCausalLM": "dense MLPs: vLLM's mixtures for CPUs lack the activation of its experts",
+    **dict.fromkeys(
+        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+        "vLLM's gated delta nets for CPUs compute in bfloat16 only; " + OURS,
+    ),
     "PhiMoEForCausalLM": "vLLM leaves out the output head's bias, here zero",
 }
 
@@ -203,8 +214,10 @@ def table(entries: list[Entry]) -> str:
     for family in FAMILIES:
         ours = [entry for entry in entries if family.name in entry.rows]
         name = _name(family)
+        mixers = (_layout(each) for each in (family.attention, family.recurrent) if each is not None)
+        attention = " or ".join(dict.fromkeys(mixers))
         cells = (_names(ours, verified=True), _unverified([entry for entry in ours if not entry.verified]))
-        rows.append((name, _layout(family.attention), _layout(family.mlp), *cells))
+        rows.append((name, attention, _layout(family.mlp), *cells))
     supported = _markdown(("row", "attention", "MLP", "verified", "supported, not verified"), rows)
     remarks = [(f"`{name}`", remark) for name, remark in REMARKS.items()]
     without_row = _by_reason([entry for entry in entries if not entry.rows])

@@ -103,6 +103,8 @@ def reference(architecture: str, mask: DropMask, prompt: tuple[int, ...] = tuple
 
 @contextmanager
 def running(directory: Path, architecture: str, **options: Any) -> Iterator[LLM]:
+    if (package := CASES[architecture].needs) is not None:
+        pytest.importorskip(package)
     decoder = type(model_of(architecture).get_decoder())
     options = {"kv_cache_memory_bytes": KV_CACHE_BYTES} | FLOAT32 | options
     with undecorated(decoder), kernels(), engine(directory, **options) as llm:

@@ -39,6 +39,14 @@ def decilm() -> dict:
     return LLAMA | heads | names | {"num_hidden_layers": 5, "block_configs": blocks, "intermediate_size": 512}
 
 
+GRANITE_HYBRID = {key: value for key, value in SIZES.items() if key != "head_dim"} | {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 7,
+    "layer_types": ["mamba", "mamba", "attention", "mamba", "mamba", "attention", "mamba"],
+    **{"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2},
+    **{"num_local_experts": 0, "shared_intermediate_size": 64},
+}
 CONFIGS = {
     "full": LLAMA,
     "full, half of the attention dropped": LLAMA | {"drop_attn_list": [6, 5, 2, 0]},
@@ -64,6 +72,13 @@ CONFIGS = {
     | {"moe_layer_freq": [0] * 6, "layernorm_epsilon": 1e-6, "rope_theta": 1e4, "swa_rope_theta": 1e4}
     | {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "hidden_act": "silu"},
     "keys and values for fewer heads layer by layer": decilm(),
+    "attention and states": GRANITE_HYBRID,
+    "attention and states, dropped to one of each": GRANITE_HYBRID | {"drop_attn_list": [0, 1, 2, 3, 4]},
+    "states larger than a block of keys and values": GRANITE_HYBRID | {"mamba_d_state": 256},
+    "attention and a state in each layer": SIZES
+    | {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "num_hidden_layers": 4}
+    | {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+    | {"drop_attn_list": [2]},
     "latent vectors": SIZES
     | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     | LATENT
