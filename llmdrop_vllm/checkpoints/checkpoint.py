@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import no_row
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.any_model import as_base
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import local_directory, read_config, weight_files
 from llmdrop_vllm.checkpoints.nemotron import plain
@@ -55,7 +56,7 @@ class Checkpoint:
                     raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
                 tensors[tensor.name] = tensor
         # Under the model's own architecture, where it was renamed for the dialect nemotron-nas.
-        entries = plain(config)
+        entries = plain(as_base(config))
         names = entries.get("architectures")
         if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
             raise CheckpointError(f"{directory}/config.json has architectures {names!r}; expected one name")

@@ -1,0 +1,97 @@
+"""What the contract of all architectures leaves out: hybrids compiled or in bfloat16, models without a class."""
+
+import json
+
+import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoConfig, PretrainedConfig
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from llmdrop_vllm import DropMask
+from llmdrop_vllm.architectures.families import no_row
+from llmdrop_vllm.architectures.refused import REFUSED
+from tests.architectures.cases import CASES, FULL, LAYERS, model_of
+from tests.architectures.reference import skipping
+from tests.engines import engine, greedy
+from tests.tiny import tensor
+
+PROMPT = [*range(3, 43)]
+# Of each kind one goes and one stays.
+MASK = DropMask(LAYERS, attention=(0, 2), mlp=(1,))
+
+
+def runtime(mask):
+    return {"hf_overrides": mask.to_config("runtime")}
+
+
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "GraniteMoeHybridForCausalLM-dense", "FalconH1ForCausalLM"])
+def test_compiled_agrees_with_eager(name, tmp_path, monkeypatch):
+    """A short convolution, and Mamba 2 in place of attention and beside it."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
+    directory = CASES[name].save(model_of(name), tmp_path / "model")
+    found = []
+    for eager in (True, False):
+        with engine(directory, **runtime(MASK), enforce_eager=eager) as llm:
+            found.append(greedy(llm, PROMPT))
+    assert found[0][0] == found[1][0]
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_gated_delta_nets_by_vllms_own_kernels(eager, tmp_path, monkeypatch):
+    """In bfloat16: with a mask as near to float32 as without one."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    name = "Qwen3NextForCausalLM"
+    model = model_of(name)
+    directory = CASES[name].save(model, tmp_path / "model")
+    errors = []
+    for mask in (DropMask(LAYERS), MASK):
+        with torch.no_grad(), skipping(model, CASES[name].family, mask):
+            expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)[range(len(PROMPT) - 1), PROMPT[1:]]
+        with engine(directory, **runtime(mask), dtype="bfloat16", enforce_eager=eager) as llm:
+            found = torch.tensor(greedy(llm, PROMPT)[2])
+        errors.append((found - expected).abs().mean())
+    whole, masked = errors
+    assert masked < 1.5 * whole
+
+
+class Plamo3Config(PretrainedConfig):
+    model_type = "plamo3"
+
+
+def test_plamo_3_is_built_without_its_norms(tmp_path):
+    """Its constructor gives each norm's weight a loader, and that of a dropped one has none to give."""
+    AutoConfig.register("plamo3", Plamo3Config, exist_ok=True)
+    entries = {"architectures": ["Plamo3ForCausalLM"], "model_type": "plamo3", "num_hidden_layers": LAYERS}
+    entries |= {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256, "max_position_embeddings": 256}
+    entries |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6}
+    entries |= {"layer_types": [FULL] * LAYERS, "interleaved_sliding_window": [None] * LAYERS}
+    entries |= {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 1e4}}, "window_size": 256}
+    entries |= {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+
+    with engine(tmp_path, load_format="dummy") as llm:
+        (kept,) = llm.apply_model(lambda model: {name: tuple(each.shape) for name, each in model.named_parameters()})
+    # vLLM has packed these for the CPU.
+    packed = {"qkv_proj": (256, 64), "o_proj": (64, 128), "gate_up_proj": (192, 64), "down_proj": (64, 96)}
+    shapes = {name: packed.get(name.split(".")[-2], shape) for name, shape in kept.items()}
+    weights = {name: tensor(name, shape, 0) for name, shape in shapes.items()}
+    gone = [f".{layer}.mixer.o_proj." for layer in MASK.attention] + [f".{layer}.mlp.down_proj." for layer in MASK.mlp]
+    silent = {name: weights[name] * (not any(part in name for part in gone)) for name in weights}
+
+    def served(tensors, **options):
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with engine(tmp_path, **options) as llm:
+            return greedy(llm, PROMPT)
+
+    whole, expected, found = served(weights), served(silent), served(weights, **runtime(MASK))
+    assert expected[2] != pytest.approx(whole[2], abs=1e-2)
+    assert found[0] == expected[0]
+    assert found[2] == pytest.approx(expected[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_what_no_row_can_be_written_for_is_refused_with_the_reason(architecture):
+    assert no_row(architecture) == f"{architecture} cannot go without sublayers: {REFUSED[architecture]}"
