@@ -101,6 +101,10 @@ class Decoder:
         # Scaled positions reach further than the config's own number.
         scaled = any((self.config.get(key) or {}).get("factor") for key in ("rope_scaling", "rope_parameters"))
         context = None if scaled else self.context
+        if mask.windows and any(kind.state for kind in found):
+            raise MaskError(
+                "windows are not served beside recurrent mixers, whose states set the size of vLLM's blocks"
+            )
         for layer, tokens in mask.windows:
             kind = found[layer]
             if kind.name not in ("full", "sliding"):

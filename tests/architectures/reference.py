@@ -65,7 +65,8 @@ def _residual(_module: nn.Module, args: Any, output: Any) -> Any:
 def windowed(architecture: str, mask: DropMask) -> DropMask:
     """With a window in the first attention that is kept and takes one."""
     decoder = Decoder.of(model_of(architecture).config, architecture)
-    if decoder.config.get("model_type") == "bloom":  # ALiBi
+    is_hybrid = any(kind.state for kind in decoder.kinds)
+    if is_hybrid or decoder.config.get("model_type") == "bloom":  # which knows positions by ALiBi
         return mask
     for layer in mask.kept_attention:
         kind = decoder.kinds[layer]

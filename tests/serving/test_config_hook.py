@@ -70,6 +70,11 @@ REFUSED = {
         | {"num_hidden_layers": 8, "mamba_dt_rank": 4},
         "leaves no attention beside recurrent mixers; .* at least one must remain",
     ),
+    "a window beside recurrent mixers": (
+        {"architectures": ["JambaForCausalLM"], "model_type": "jamba", "llmdrop_windows": {"4": 64}}
+        | {"mamba_dt_rank": 4},
+        "windows are not served beside recurrent mixers",
+    ),
     "an MLP of a layer that has none": (
         {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "drop_mlp_list": [0, 1]}
         | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4},
