@@ -1,15 +1,18 @@
 """What a config says of a model's layers, worked out once: how they are laid out, what is gone, what each stores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of, put
+from llmdrop_vllm.checkpoints.tower import completed, only_mask, row_of, said_in, tower_of
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
+from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
 
 WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
@@ -18,23 +21,30 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama
 
 @dataclass(frozen=True)
 class Decoder:
-    """The layers that a config describes. `mask` is what it drops; `family` is None where the table has no row."""
+    """The layers that a config describes. `mask` is what it drops; `family` is None where the table has no row.
+
+    `config` are the decoder's own entries, `whole_config` the model's, of which those of a wrapper's tower are a part.
+    """
 
     architecture: str
     config: Mapping[str, Any]
     family: Family | None
     mask: DropMask
+    whole_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, config: object, architecture: str) -> Self:
         """From a config.json dict or a config object; the architecture's name may bear our prefix.
 
-        Raises MaskError for a mask that cannot be read. Without a row a config's mask is nobody's: nothing is dropped.
+        Raises MaskError for a mask that cannot be read, and for two that differ, beside a wrapper's tower and on top.
+        Without a row a config's mask is nobody's: nothing is dropped.
         """
-        entries = config_dict(config)
-        family = family_of(architecture, entries)
-        mask = DropMask.from_config(entries) if family else DropMask(layer_count(entries))
-        return cls(architecture.removeprefix(EXPLICIT_PREFIX), entries, family, mask)
+        plain = architecture.removeprefix(EXPLICIT_PREFIX)
+        whole = config_dict(config)
+        named, entries = tower_of(config, plain)
+        family = family_of(named, entries)
+        mask = only_mask(whole, entries) if family else DropMask(layer_count(entries))
+        return cls(plain, entries, family, mask, whole)
 
     @classmethod
     def of_masked(cls, config: object, architecture: str) -> Self | None:
@@ -42,7 +52,7 @@ class Decoder:
 
         A wrapper may build its text model with a config of its own, which tells nothing of layers.
         """
-        if not DropMask.said_in(config) or family_of(architecture, config) is None:
+        if not said_in(config) or row_of(config, architecture.removeprefix(EXPLICIT_PREFIX)) is None:
             return None
         found = cls.of(config, architecture)
         return found if found.mask else None
@@ -51,6 +61,20 @@ class Decoder:
     def whole(self) -> DropMask:
         """The mask that drops nothing."""
         return DropMask(self.mask.num_hidden_layers)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Keys of the entry of `whole_config` that the decoder's layer count stands in, and a mask beside it."""
+        return place_of(self.whole_config) if self.architecture in WRAPPERS else ()
+
+    def config_with(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's config with these entries for its mask, whatever it says itself of one."""
+        config = without_mask(self.whole_config)
+        return put(config, self.place, without_mask(at(config, self.place)) | dict(entries))
+
+    def override(self, mask: DropMask) -> dict[str, Any]:
+        """What `--hf-overrides` takes to put a mask in place of whatever the config says."""
+        return put({}, self.place, mask.to_config("runtime"))
 
     @property
     def context(self) -> int | None:
@@ -65,7 +89,7 @@ class Decoder:
     @cached_property
     def _own_kinds(self) -> tuple[LayerKind, ...]:
         """Without the mask's windows."""
-        return layer_kinds(_completed(self.config))
+        return layer_kinds(completed(self.config))
 
     def layout(self, mask: DropMask | None = None) -> KVLayout:
         """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
@@ -98,22 +122,3 @@ class Decoder:
                         f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {needed} tokens"
                     )
         return tuple(found)
-
-
-def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries with those that config.json leaves to the architecture, as far as Transformers is there and knows it.
-
-    Published configs of Gemma 2, for one, name a window, and not the layers that have none.
-    """
-    try:
-        from transformers import CONFIG_MAPPING
-    except ImportError:
-        return config
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        return config
-    try:
-        known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
-    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
-        raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
-    return {**config, **known}

@@ -62,8 +62,6 @@ def _read_transformers(config: Entries, num_layers: int) -> Indices:
     layers = config["per_layer_config"]
     if not isinstance(layers, Mapping):
         raise MaskError(f"per_layer_config is {layers!r}; expected an object keyed by layer index")
-    if _is_of_widths(config):
-        return (), ()
     skipped: dict[str, list[int]] = {"attention": [], "mlp": []}
     for key, overrides in layers.items():
         where = f"per_layer_config[{key!r}]"
@@ -108,7 +106,7 @@ def _read_nemotron(config: Entries, num_layers: int) -> Indices:
     return tuple(gone["attention"]), tuple(gone["mlp"])
 
 
-def _is_of_widths(config: Entries) -> bool:
+def is_of_widths(config: Entries) -> bool:
     """Whether per_layer_config tells head sizes and the like, and skips nothing: then it says no mask."""
     layers = config.get("per_layer_config")
     overrides = layers.values() if isinstance(layers, Mapping) else ()
@@ -250,5 +248,5 @@ ON_DISK = tuple(name for name in WRITERS if name != "runtime")
 def without_mask(config: Entries) -> dict[str, Any]:
     """The config's entries without any that say a mask, in whatever dialect."""
     keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER, WINDOWS}
-    keys -= {"per_layer_config"} if _is_of_widths(config) else set()
+    keys -= {"per_layer_config"} if is_of_widths(config) else set()
     return {key: value for key, value in config.items() if key not in keys}

@@ -13,6 +13,7 @@ from llmdrop_vllm.masks.dialects import (
     check_indices,
     check_windows,
     is_int,
+    is_of_widths,
     rank_order,
     read_windows,
 )
@@ -81,7 +82,8 @@ class DropMask:
     def dialects(config: object) -> tuple[str, ...]:
         """Names of the dialects that the config speaks, whether or not they drop anything."""
         entries = config_dict(config)
-        return tuple(name for name, dialect in DIALECTS.items() if any(key in entries for key in dialect.keys))
+        keys = entries.keys() - ({"per_layer_config"} if is_of_widths(entries) else set())
+        return tuple(name for name, dialect in DIALECTS.items() if not keys.isdisjoint(dialect.keys))
 
     @staticmethod
     def said_in(config: object) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, no_row
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
+from llmdrop_vllm.checkpoints.tower import row_of, said_in
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask
@@ -77,22 +78,23 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     Raises MaskError for a mask that cannot be served.
     """
     config = model_config.hf_config
-    if family_of(architecture, config) is None:
+    plain = architecture.removeprefix(EXPLICIT_PREFIX)
+    said = said_in(config)
+    if row_of(config, plain) is None:
         for each in (config, model_config.hf_text_config):
-            _refuse_unsupported(architecture, each)
-        if not architecture.startswith(EXPLICIT_PREFIX):
+            _refuse_unsupported(plain, each)
+        if plain == architecture:
             return None
-    _check_config_file(model_config)
-    said = DropMask.said_in(config)
+    _check_config_file(model_config, plain)
     if not said:
-        if architecture.startswith(EXPLICIT_PREFIX):
+        if plain != architecture:
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
         _check_registered(architecture)
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
-        _check_uniform(config)
+        _check_uniform(model_config.hf_text_config)
     decoder.mask.check_attention_is_left()
     decoder.check_windows(decoder.mask)
     return decoder
@@ -107,14 +109,14 @@ def _refuse_unsupported(architecture: str, config: object) -> None:
         )
 
 
-def _check_config_file(model_config: "ModelConfig") -> None:
+def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
     """Refuse a mask in config.json that did not reach vLLM's config: null, or another file was read instead."""
     path = Path(model_config.model) / "config.json"
     if model_config.hf_config_path is not None or not path.is_file():
         return
     entries = read_config(path.parent)
-    unseen = set(DropMask.said_in(entries)).difference(DropMask.said_in(model_config.hf_config))
-    if unseen and DropMask.from_config(entries):
+    unseen = set(said_in(entries)).difference(said_in(model_config.hf_config))
+    if unseen and Decoder.of(entries, architecture).mask:
         raise MaskError(
             f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
             "another file; use --config-format hf --load-format hf"

@@ -15,9 +15,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Sublayer
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
-from llmdrop_vllm.serving.windows import keeps_a_window, layer_in, windowed
+from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -111,7 +112,7 @@ class Dropping:
     def finish(self, model: nn.Module) -> None:
         """Raise SubstitutionError unless this rank built its layers and replaced all that the mask asks for there."""
         stage = self.stage_layers()
-        built = set(self.layer_index.values())
+        built = sorted(self.layer_index.values())
         expected = {
             (layer, name)
             for sublayer, dropped in self.family.sublayers(self.mask)
@@ -120,10 +121,11 @@ class Dropping:
             for name in self.substitutes_of(sublayer)
             if name not in sublayer.optional or (layer, name) in self.replaced
         }
-        if built != set(stage) or self.replaced != expected:
+        # A layer that was seen twice is of another part of the model, which bears the decoder's names.
+        if built != [*stage] or self.replaced != expected:
             raise SubstitutionError(
                 f"{type(model).__name__} was not built as the family table's row {self.family.name!r} says: "
-                f"layers {stage[0]} to {stage[-1]} expected, {sorted(built)} seen; "
+                f"layers {stage[0]} to {stage[-1]} expected, {built} seen; "
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
