@@ -36,12 +36,10 @@ def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quan
         filled = {id(parameters[name]) for name in loaded & parameters.keys()}
         missing |= {name for name, each in parameters.items() if layer_in(name) is not None and id(each) not in filled}
     # The checkpoint of a wrapper names its tower otherwise than vLLM does.
-    mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
-    seen = seen | {
-        mapped for name in seen if (mapped := WeightsMapper.get_rename_mapper(mapper).map_name(name)) is not None
-    }
+    renames = WeightsMapper.get_rename_mapper(getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper())
+    seen = seen.union(filter(None, map(renames.map_name, seen)))
     merged: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    for name in loaded:
+    for name in (each for each in loaded if layer_in(each) is not None):
         for part, sources in merged.items():
             if f".{part}." in name:
                 given = {name.replace(f".{part}.", f".{source}.") for source in sources}

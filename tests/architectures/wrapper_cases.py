@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -40,7 +41,7 @@ TINY_TOWER = {
 
 @dataclass(frozen=True)
 class WrapperCase:
-    """A wrapper's tiny model: Transformers' model type, its tower's where that can be chosen, and what else is needed."""
+    """A wrapper's tiny model: Transformers' model type, its tower's where that can be chosen, what else is needed."""
 
     architecture: str
     model_type: str
@@ -49,6 +50,7 @@ class WrapperCase:
     part: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     renames: dict[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,9 +78,12 @@ class WrapperCase:
         """As a checkpoint in the names that published ones have."""
         save(self.model(seed), self.architecture, directory)
         weights = directory / "model.safetensors"
-        tensors = {self._published(name): tensor for name, tensor in load_file(weights).items()}
+        tensors = {self._published(name): self._laid_out(name, each) for name, each in load_file(weights).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
         return directory
+
+    def _laid_out(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(1, 2).contiguous() if name.endswith(self.transposed or " ") else tensor
 
     def _published(self, name: str) -> str:
         ours = next((ours for ours in self.renames if name.startswith(ours)), "")
@@ -86,6 +91,7 @@ class WrapperCase:
 
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
+AUDIO = {"language_model.model.model.": "language_model.model."}
 WRAPPER_CASES = {
     case.name: case
     for case in (
@@ -99,25 +105,45 @@ WRAPPER_CASES = {
         WrapperCase("Qwen2VLForConditionalGeneration", "qwen2_vl"),
         WrapperCase("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
         WrapperCase("Qwen3VLForConditionalGeneration", "qwen3_vl"),
-        WrapperCase("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe"),
-        WrapperCase("Llama4ForConditionalGeneration", "llama4"),
+        WrapperCase(
+            "Qwen3VLMoeForConditionalGeneration",
+            "qwen3_vl_moe",
+            text={"norm_topk_prob": True},
+            transposed=("experts.gate_up_proj", "experts.down_proj"),
+        ),
+        WrapperCase("Llama4ForConditionalGeneration", "llama4", text={"num_experts_per_tok": 1}),
         WrapperCase("Idefics3ForConditionalGeneration", "idefics3", "llama"),
         WrapperCase("SmolVLMForConditionalGeneration", "smolvlm", "llama"),
         WrapperCase("InternVLForConditionalGeneration", "internvl", "qwen2"),
-        WrapperCase("Cohere2VisionForConditionalGeneration", "cohere2_vision", renames=VISION_MODEL),
+        WrapperCase(
+            "Cohere2VisionForConditionalGeneration",
+            "cohere2_vision",
+            renames={"model.vision_tower.": "model.vision_tower.vision_model."},
+        ),
         WrapperCase("Glm4vForConditionalGeneration", "glm4v"),
-        WrapperCase("Glm4vMoeForConditionalGeneration", "glm4v_moe"),
+        WrapperCase("Glm4vMoeForConditionalGeneration", "glm4v_moe", text={"head_dim": 32, "use_qk_norm": False}),
         WrapperCase("GlmOcrForConditionalGeneration", "glm_ocr"),
         WrapperCase("Blip2ForConditionalGeneration", "blip-2", "opt"),
-        WrapperCase("LightOnOCRForConditionalGeneration", "lighton_ocr", "qwen3"),
-        WrapperCase("Qwen2AudioForConditionalGeneration", "qwen2_audio", "qwen2"),
-        WrapperCase("VoxtralForConditionalGeneration", "voxtral", "llama"),
-        WrapperCase("GraniteSpeechForConditionalGeneration", "granite_speech", "granite"),
-        WrapperCase("Granite4VisionForConditionalGeneration", "granite4_vision"),
-        WrapperCase("GlmAsrForConditionalGeneration", "glmasr", "llama"),
+        WrapperCase(
+            "LightOnOCRForConditionalGeneration",
+            "lighton_ocr",
+            "qwen3",
+            overrides={"vision_feature_layer": -1, "projector_hidden_act": "gelu", "multimodal_projector_bias": False},
+        ),
+        WrapperCase("Qwen2AudioForConditionalGeneration", "qwen2_audio", "qwen2", renames=AUDIO),
+        WrapperCase("GraniteSpeechForConditionalGeneration", "granite_speech", "granite", renames=AUDIO),
+        WrapperCase(
+            "Granite4VisionForConditionalGeneration",
+            "granite4_vision",
+            "granite",
+            overrides={
+                "deepstack_layer_map": [[-1, 0]],
+                "downsample_rate": "1/2",
+                "use_image_newline_parameter": False,
+            },
+        ),
+        WrapperCase("GlmAsrForConditionalGeneration", "glmasr", "llama", renames=AUDIO),
         WrapperCase("PaddleOCRVLForConditionalGeneration", "paddleocr_vl"),
-        WrapperCase("Exaone4_5_ForConditionalGeneration", "exaone4_5"),
-        WrapperCase("AudioFlamingo3ForConditionalGeneration", "audioflamingo3", "qwen2"),
-        WrapperCase("QianfanOCRForConditionalGeneration", "qianfan_ocr"),
+        WrapperCase("Exaone4_5_ForConditionalGeneration", "exaone4_5", part={"num_key_value_heads": 2}),
     )
 }
