@@ -14,6 +14,14 @@ LISTS = ("layers", "h", "blocks")
 # A regular expression of everything before the number.
 BEFORE_LAYER = rf"(?:(?:{'|'.join(PARTS)})\.)*(?:{'|'.join(LISTS)})\."
 IN_LAYER = re.compile(rf"{BEFORE_LAYER}(\d+)(?:\.|$)")
+LEADING_PARTS = re.compile(rf"(?:(?:{'|'.join(PARTS)})\.)*")
+
+
+def within_decoder(name: str) -> str:
+    """What is left of a dotted name behind the parts that lead to the decoder, which checkpoints of one wrapper may
+    spell in several ways: `language_model.model.norm.weight` and `model.language_model.norm.weight` are one.
+    """
+    return LEADING_PARTS.sub("", name, count=1)
 
 
 def layer_in(name: str) -> int | None:

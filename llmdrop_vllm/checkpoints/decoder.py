@@ -12,7 +12,7 @@ from llmdrop_vllm.checkpoints.tower import completed, only_mask, row_of, said_in
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
-from llmdrop_vllm.masks.dialects import without_mask
+from llmdrop_vllm.masks.dialects import DIALECTS, without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
 
 WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
@@ -61,6 +61,11 @@ class Decoder:
     def whole(self) -> DropMask:
         """The mask that drops nothing."""
         return DropMask(self.mask.num_hidden_layers)
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Those in which the model's config says a mask, on top or beside the decoder's layer count."""
+        return tuple(name for name in DIALECTS if name in said_in(self.whole_config))
 
     @property
     def place(self) -> tuple[str, ...]:

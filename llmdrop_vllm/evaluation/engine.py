@@ -56,7 +56,7 @@ class EngineSettings:
 
         gpu = torch.cuda.is_available()
         # A mask that the checkpoint has already needs no override, whatever dialect says it.
-        override = {} if mask.effect == checkpoint.mask.effect else mask.to_config("runtime")
+        override = {} if mask.effect == checkpoint.mask.effect else checkpoint.decoder.override(mask)
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,

@@ -43,7 +43,7 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     checkpoint = masked.checkpoint
-    if checkpoint.decoder.config.get("model_type") not in CONFIG_MAPPING:
+    if checkpoint.decoder.whole_config.get("model_type") not in CONFIG_MAPPING:
         return None
     try:
         config = hf.transformers_config(masked)

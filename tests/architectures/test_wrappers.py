@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from vllm.config import ModelConfig
 
-from llmdrop_vllm import DropMask
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.architectures.wrappers import at
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.validation import output_projections
+from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.engines import engine, greedy
@@ -19,6 +24,8 @@ from tests.engines import engine, greedy
 PROMPT = [*range(3, 43)]
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
 KV_CACHE_BYTES = 1 << 26
+# Transformers runs these with images only.
+WANTS_IMAGES = {"Blip2ForConditionalGeneration-opt"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +67,40 @@ def test_dropping_is_zeroing_the_last_projections(wrapper, tmp_path):
     assert logprobs == pytest.approx(expected, abs=1e-4)
     layout = checkpoint.under(MASK).layout
     assert blocks == KV_CACHE_BYTES // (4 * block_tokens * layout.block_values)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPER_CASES)
+def test_the_toolkit_drops_from_the_tower_and_leaves_the_rest_as_it_was(wrapper, tmp_path):
+    case = WRAPPER_CASES[wrapper]
+    full = case.write(tmp_path / "full")
+    write_checkpoint(plan_surgery(full, MASK), tmp_path / "dropped")
+    before = load_file(full / "model.safetensors")
+    after = load_file(tmp_path / "dropped" / "model.dropped.safetensors")
+    gone = before.keys() - after.keys()
+    assert {layer_in(name) for name in gone} == {*MASK.attention, *MASK.mlp}
+    assert after.keys() <= before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    dropped = Checkpoint.open(tmp_path / "dropped")
+    assert (dropped.mask, dropped.is_stripped) == (MASK, True)
+    assert dropped.config["architectures"] == [f"Dropped{case.architecture}"]
+    assert at(dropped.config, dropped.decoder.place)["drop_attn_list"] == [*MASK.attention]
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPER_CASES if name not in WANTS_IMAGES])
+def test_transformers_computes_what_it_does_with_the_projections_zeroed(wrapper, tmp_path):
+    full = WRAPPER_CASES[wrapper].write(tmp_path / "full")
+    for name, options in {"dropped": {}, "portable": {"portable": True}}.items():
+        write_checkpoint(plan_surgery(full, MASK, **options), tmp_path / name)
+    prompt = torch.tensor([PROMPT])
+    ours = hf.from_pretrained(tmp_path / "dropped", attn_implementation="eager").eval()
+    with torch.no_grad():
+        found = ours(input_ids=prompt).logits
+    stock = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(WRAPPER_CASES[wrapper].config())]
+    portable = stock.from_pretrained(tmp_path / "portable", attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found, portable(input_ids=prompt).logits, rtol=0, atol=1e-4)
+    cached, plain = (
+        ours.generate(input_ids=prompt, max_new_tokens=4, do_sample=False, use_cache=use, pad_token_id=0)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, plain)

@@ -92,6 +92,14 @@ class WrapperCase:
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
 AUDIO = {"language_model.model.model.": "language_model.model."}
+
+
+def mrope(*sections: int, **entries: Any) -> dict[str, Any]:
+    """Rotary position embeddings in three sections, for a quarter, or so, of a head's size each."""
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections]}
+    return {"rope_parameters": parameters | entries}
+
+
 WRAPPER_CASES = {
     case.name: case
     for case in (
@@ -102,8 +110,8 @@ WRAPPER_CASES = {
         WrapperCase("Mistral3ForConditionalGeneration", "mistral3", "mistral"),
         WrapperCase("PaliGemmaForConditionalGeneration", "paligemma", "gemma", renames=VISION_MODEL),
         WrapperCase("Gemma3ForConditionalGeneration", "gemma3", renames=VISION_MODEL),
-        WrapperCase("Qwen2VLForConditionalGeneration", "qwen2_vl"),
-        WrapperCase("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        WrapperCase("Qwen2VLForConditionalGeneration", "qwen2_vl", text=mrope(4, 6, 6)),
+        WrapperCase("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", text=mrope(4, 6, 6)),
         WrapperCase("Qwen3VLForConditionalGeneration", "qwen3_vl"),
         WrapperCase(
             "Qwen3VLMoeForConditionalGeneration",
@@ -120,9 +128,13 @@ WRAPPER_CASES = {
             "cohere2_vision",
             renames={"model.vision_tower.": "model.vision_tower.vision_model."},
         ),
-        WrapperCase("Glm4vForConditionalGeneration", "glm4v"),
-        WrapperCase("Glm4vMoeForConditionalGeneration", "glm4v_moe", text={"head_dim": 32, "use_qk_norm": False}),
-        WrapperCase("GlmOcrForConditionalGeneration", "glm_ocr"),
+        WrapperCase("Glm4vForConditionalGeneration", "glm4v", text=mrope(2, 3, 3, partial_rotary_factor=0.5)),
+        WrapperCase(
+            "Glm4vMoeForConditionalGeneration",
+            "glm4v_moe",
+            text={"head_dim": 32, "use_qk_norm": False} | mrope(2, 3, 3, partial_rotary_factor=0.5),
+        ),
+        WrapperCase("GlmOcrForConditionalGeneration", "glm_ocr", text=mrope(2, 3, 3, partial_rotary_factor=0.5)),
         WrapperCase("Blip2ForConditionalGeneration", "blip-2", "opt"),
         WrapperCase(
             "LightOnOCRForConditionalGeneration",
@@ -132,18 +144,8 @@ WRAPPER_CASES = {
         ),
         WrapperCase("Qwen2AudioForConditionalGeneration", "qwen2_audio", "qwen2", renames=AUDIO),
         WrapperCase("GraniteSpeechForConditionalGeneration", "granite_speech", "granite", renames=AUDIO),
-        WrapperCase(
-            "Granite4VisionForConditionalGeneration",
-            "granite4_vision",
-            "granite",
-            overrides={
-                "deepstack_layer_map": [[-1, 0]],
-                "downsample_rate": "1/2",
-                "use_image_newline_parameter": False,
-            },
-        ),
         WrapperCase("GlmAsrForConditionalGeneration", "glmasr", "llama", renames=AUDIO),
-        WrapperCase("PaddleOCRVLForConditionalGeneration", "paddleocr_vl"),
+        WrapperCase("PaddleOCRVLForConditionalGeneration", "paddleocr_vl", text=mrope(4, 6, 6)),
         WrapperCase("Exaone4_5_ForConditionalGeneration", "exaone4_5", part={"num_key_value_heads": 2}),
     )
 }
