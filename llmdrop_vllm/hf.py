@@ -260,10 +260,11 @@ def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 @cache
 def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreTrainedModel]:
     name = f"{EXPLICIT_PREFIX}{architecture}"
-    # Transformers knows renamed weights by the class's name, GPT-NeoX' output head for one, or by the model's type,
-    # which it does not heed in a class that is not its own.
-    for known in (stock.__name__, stock.config_class.model_type):
-        if (conversions := get_checkpoint_conversion_mapping(known)) is not None:
-            register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-            break
+    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one. It knows
+    # a wrapper's by the model's type, which it does not heed in a class that is not its own.
+    conversions = get_checkpoint_conversion_mapping(stock.__name__)
+    if conversions is None and architecture in WRAPPERS:
+        conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return type(name, (DroppedModel, stock), {})

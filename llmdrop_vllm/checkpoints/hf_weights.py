@@ -6,6 +6,7 @@ Transformers 5 merges, for one, a mixture's experts into one parameter; its own 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -32,11 +33,14 @@ def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = N
     return reverted
 
 
-def is_converted(model: PreTrainedModel) -> bool:
-    """Whether any of the model's parameters is named or stored otherwise in its checkpoints."""
+def is_converted(model: PreTrainedModel, tensors: Mapping[str, StoredTensor] = MappingProxyType({})) -> bool:
+    """Whether any of the model's parameters is named or stored otherwise in its checkpoints, of which these are one's
+    tensors by name.
+    """
     state = model.state_dict()
-    stored = revert_weight_conversion(model, state)
-    return any(stored.get(name) is not parameter for name, parameter in state.items())
+    reverted = revert_weight_conversion(model, state)
+    shapes = ((tuple(each.shape), tensors[name].shape) for name, each in reverted.items() if name in tensors)
+    return any(reverted.get(name) is not each for name, each in state.items()) or any(a != b for a, b in shapes)
 
 
 def declare_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

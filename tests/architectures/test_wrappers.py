@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from vllm.config import ModelConfig
 
 from llmdrop_vllm import DropMask, hf
@@ -18,14 +17,12 @@ from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.validation import output_projections
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import LAYERS
-from tests.architectures.wrapper_cases import WRAPPER_CASES
+from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 from tests.engines import engine, greedy
 
 PROMPT = [*range(3, 43)]
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
 KV_CACHE_BYTES = 1 << 26
-# Transformers runs these with images only.
-WANTS_IMAGES = {"Blip2ForConditionalGeneration-opt"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +92,7 @@ def test_transformers_computes_what_it_does_with_the_projections_zeroed(wrapper,
     ours = hf.from_pretrained(tmp_path / "dropped", attn_implementation="eager").eval()
     with torch.no_grad():
         found = ours(input_ids=prompt).logits
-    stock = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(WRAPPER_CASES[wrapper].config())]
-    portable = stock.from_pretrained(tmp_path / "portable", attn_implementation="eager").eval()
+    portable = WRAPPER_CASES[wrapper].load(tmp_path / "portable")
     with torch.no_grad():
         torch.testing.assert_close(found, portable(input_ids=prompt).logits, rtol=0, atol=1e-4)
     cached, plain = (

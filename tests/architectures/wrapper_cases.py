@@ -72,7 +72,13 @@ class WrapperCase:
     def model(self, seed: int = 0) -> PreTrainedModel:
         """In float32, with every parameter random."""
         config = self.config()
+        config._attn_implementation = "eager"
         return randomized(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)](config).float().eval(), seed)
+
+    def load(self, directory: Path) -> PreTrainedModel:
+        """A checkpoint of this case in Transformers' own class."""
+        stock = MODEL_FOR_MULTIMODAL_LM_MAPPING[CONFIG_MAPPING[self.model_type]]
+        return stock.from_pretrained(directory, attn_implementation="eager").eval()
 
     def write(self, directory: Path, seed: int = 0) -> Path:
         """As a checkpoint in the names that published ones have."""
@@ -92,6 +98,8 @@ class WrapperCase:
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
 AUDIO = {"language_model.model.model.": "language_model.model."}
+# Transformers runs these with images only.
+WANTS_IMAGES = {"Blip2ForConditionalGeneration-opt"}
 
 
 def mrope(*sections: int, **entries: Any) -> dict[str, Any]:
