@@ -260,8 +260,8 @@ def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 @cache
 def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreTrainedModel]:
     name = f"{EXPLICIT_PREFIX}{architecture}"
-    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one. It knows
-    # a wrapper's by the model's type, which it does not heed in a class that is not its own.
+    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one. A
+    # wrapper's it knows by the model's type, which it does not heed in a class that is not its own.
     conversions = get_checkpoint_conversion_mapping(stock.__name__)
     if conversions is None and architecture in WRAPPERS:
         conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
