@@ -8,7 +8,7 @@ from typing import Any, Self
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of, put
-from llmdrop_vllm.checkpoints.tower import completed, only_mask, row_of, said_in, tower_of
+from llmdrop_vllm.checkpoints.tower import completed, drops, only_mask, row_of, said_in, tower_of
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
@@ -50,9 +50,9 @@ class Decoder:
     def of_masked(cls, config: object, architecture: str) -> Self | None:
         """As `of`; None where the config says no mask, or one that drops nothing, or the table has no row.
 
-        A wrapper may build its text model with a config of its own, which tells nothing of layers.
+        A wrapper may build its text model with its own config, which tells nothing of layers.
         """
-        if not said_in(config) or row_of(config, architecture.removeprefix(EXPLICIT_PREFIX)) is None:
+        if not drops(config) or row_of(config, architecture.removeprefix(EXPLICIT_PREFIX)) is None:
             return None
         found = cls.of(config, architecture)
         return found if found.mask else None

@@ -38,6 +38,11 @@ def said_in(config: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def drops(config: object) -> bool:
+    """Whether a config asks to drop anything, on top or beside its tower's entries, without judging what it says."""
+    return any(DropMask.dialects_that_drop(entries) for entries in (config, _own_entries(config)))
+
+
 def only_mask(config: Mapping[str, Any], tower: Mapping[str, Any]) -> DropMask:
     """The mask beside the tower's entries, or the one on top of the config. Raises MaskError for two that differ."""
     on_top = {key: config[key] for key in config.keys() - without_mask(config).keys()}

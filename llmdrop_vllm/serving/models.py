@@ -55,8 +55,8 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        inside = _building.get()
-        decoder = None if inside else Decoder.of_masked(vllm_config.model_config.hf_config, self.architecture)
+        config = vllm_config.model_config.hf_config
+        decoder = None if _building.get() else Decoder.of_masked(config, self.architecture)
         if decoder is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
