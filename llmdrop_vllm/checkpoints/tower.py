@@ -22,7 +22,9 @@ def tower_of(config: object, architecture: str) -> tuple[str, Mapping[str, Any]]
     entries = _own_entries(config)
     if isinstance(config, Mapping):
         known = known_config(config)
-        entries = completed(entries) if known is None else {**entries, **config_dict(known.get_text_config())}
+        # Of what is said nothing is taken back: vLLM's class for a type of model may read other entries than this one.
+        said = {key: value for key, value in entries.items() if value is not None}
+        entries = completed(entries) if known is None else {**config_dict(known.get_text_config()), **said}
     return WRAPPERS[architecture] or _named(entries), entries
 
 

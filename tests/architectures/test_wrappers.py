@@ -12,10 +12,12 @@ from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import at
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.validation import output_projections
 from llmdrop_vllm.writing.write import write_checkpoint
+from tests.architectures.bare_wrappers import BARE, last_projections, made_up_weights, write
 from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 from tests.engines import engine, greedy
@@ -100,3 +102,20 @@ def test_transformers_computes_what_it_does_with_the_projections_zeroed(wrapper,
         for use in (True, False)
     )
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("wrapper", BARE)
+def test_dropping_is_zeroing_in_a_wrapper_that_transformers_does_not_make(wrapper, tmp_path):
+    decoder = Decoder.of(json.loads((write(wrapper, tmp_path) / "config.json").read_bytes()), wrapper)
+    with made_up_weights():
+        tokens, logprobs, (blocks, block_tokens) = served(
+            tmp_path, load_format="dummy", hf_overrides=MASK.to_config("runtime")
+        )
+    with made_up_weights(last_projections(decoder.family, MASK)):
+        expected_tokens, expected, _ = served(tmp_path, load_format="dummy")
+    with made_up_weights():
+        whole = served(tmp_path, load_format="dummy")[1]
+    assert tokens == expected_tokens
+    assert logprobs == pytest.approx(expected, abs=1e-4)
+    assert whole != pytest.approx(expected, abs=1e-1)
+    assert blocks == KV_CACHE_BYTES // (4 * block_tokens * decoder.layout(MASK).block_values)
