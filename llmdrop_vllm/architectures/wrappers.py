@@ -24,6 +24,7 @@ _TOWERS: dict[str, tuple[str, ...]] = {
     ),
     "ChatGLMModel": ("GLM4VForCausalLM",),
     "DeepseekV2ForCausalLM": ("KimiVLForConditionalGeneration", "KimiK25ForConditionalGeneration"),
+    "Ernie4_5_MoeForCausalLM": ("Ernie4_5_VLMoeForConditionalGeneration",),
     "Ernie4_5ForCausalLM": ("PaddleOCRVLForConditionalGeneration",),
     "Exaone4ForCausalLM": ("Exaone4_5_ForConditionalGeneration",),
     "Gemma3ForCausalLM": ("Gemma3ForConditionalGeneration",),
@@ -32,6 +33,8 @@ _TOWERS: dict[str, tuple[str, ...]] = {
     "GraniteForCausalLM": ("Granite4VisionForConditionalGeneration",),
     "LlamaForCausalLM": (
         *("GlmAsrForConditionalGeneration", "Idefics3ForConditionalGeneration", "KananaVForConditionalGeneration"),
+        # MiniCPM-V's towers are of several kinds, all with Llama's layers.
+        *("MiniCPMO", "MiniCPMV"),
         *("Phi3VForCausalLM", "Phi4MMForCausalLM", "SmolVLMForConditionalGeneration"),
     ),
     "Llama4ForCausalLM": ("Llama4ForConditionalGeneration",),
@@ -52,7 +55,10 @@ _TOWERS: dict[str, tuple[str, ...]] = {
         *("MossTranscribeDiarizeForConditionalGeneration", "Qwen3ASRForConditionalGeneration"),
         *("Qwen3ASRRealtimeGeneration", "Qwen3VLForConditionalGeneration"),
     ),
-    "Qwen3MoeForCausalLM": ("Qwen3OmniMoeForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+    "Qwen3MoeForCausalLM": (
+        *("InternS1ProForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
+        "Qwen3VLMoeForConditionalGeneration",
+    ),
 }
 WRAPPERS = MappingProxyType({name: tower for tower, names in _TOWERS.items() for name in names})
 # Where a config keeps its decoder's entries; the first that is there counts.

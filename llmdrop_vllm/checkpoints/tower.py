@@ -8,7 +8,7 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.dialects import without_mask
-from llmdrop_vllm.masks.mask import DropMask, config_dict
+from llmdrop_vllm.masks.mask import DropMask, config_dict, has_layer_count, layer_count
 
 
 def tower_of(config: object, architecture: str) -> tuple[str, Mapping[str, Any]]:
@@ -22,9 +22,10 @@ def tower_of(config: object, architecture: str) -> tuple[str, Mapping[str, Any]]
     entries = _own_entries(config)
     if isinstance(config, Mapping):
         known = known_config(config)
-        # Of what is said nothing is taken back: vLLM's class for a type of model may read other entries than this one.
-        said = {key: value for key, value in entries.items() if value is not None}
-        entries = completed(entries) if known is None else {**config_dict(known.get_text_config()), **said}
+        told = {} if known is None else config_dict(known.get_text_config())
+        # vLLM may have a class of its own for a type of model, and this one not read the same entries.
+        heeded = told and (not has_layer_count(entries) or layer_count(entries) == layer_count(told))
+        entries = {**entries, **told} if heeded else completed(entries)
     return WRAPPERS[architecture] or _named(entries), entries
 
 

@@ -13,7 +13,7 @@ from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
-from llmdrop_vllm.checkpoints.tower import row_of, said_in
+from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask
@@ -82,7 +82,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     said = said_in(config)
     if row_of(config, plain) is None:
         for each in (config, model_config.hf_text_config):
-            _refuse_unsupported(plain, each)
+            _refuse_unsupported(tower_of(config, plain)[0] or plain, each)
         if plain == architecture:
             return None
     _check_config_file(model_config, plain)
