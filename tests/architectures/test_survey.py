@@ -87,7 +87,7 @@ def test_the_readme_has_the_generated_table_of_wrappers():
 def test_every_wrapper_of_the_registry_stands_in_the_table_once():
     names = wrapper_survey.wrappers()
     assert set(WRAPPERS) <= set(names)
-    assert wrapper_survey.VERIFIED <= set(WRAPPERS)
+    assert set(WRAPPERS) >= wrapper_survey.VERIFIED
     assert not set(wrapper_survey.REASONS) & set(WRAPPERS)
     generated = wrapper_survey.table()
     assert not [name for name in names if generated.count(f"`{name}`") != 1]

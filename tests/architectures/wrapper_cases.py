@@ -1,8 +1,8 @@
 """One tiny random checkpoint per wrapper, made by Transformers' own classes from its own config class."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,6 +55,10 @@ class WrapperCase:
     @property
     def name(self) -> str:
         return "-".join(filter(None, (self.architecture, self.tower)))
+
+    def with_overrides(self, **entries: Any) -> Self:
+        """The case with these entries on top of its config."""
+        return replace(self, overrides=self.overrides | entries)
 
     def config(self) -> PretrainedConfig:
         stock = CONFIG_MAPPING[self.model_type]
