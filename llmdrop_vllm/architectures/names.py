@@ -6,6 +6,7 @@ import re
 # `audio_tower`, `talker` or `mtp`, is of another part of the model, whose blocks have `self_attn` and `mlp` as well.
 PARTS = (
     *("model", "transformer", "decoder", "gpt_neox", "backbone", "layers"),
+    "draft_model",
     # towers of wrappers
     *("language_model", "text_model", "language", "text", "llm", "thinker", "openpangu"),
     r"transformer\.encoder",  # ChatGLM

@@ -112,7 +112,7 @@ class Dropping:
     def finish(self, model: nn.Module) -> None:
         """Raise SubstitutionError unless this rank built its layers and replaced all that the mask asks for there."""
         stage = self.stage_layers()
-        built = sorted(self.layer_index.values())
+        built = set(self.layer_index.values())
         expected = {
             (layer, name)
             for sublayer, dropped in self.family.sublayers(self.mask)
@@ -121,14 +121,16 @@ class Dropping:
             for name in self.substitutes_of(sublayer)
             if name not in sublayer.optional or (layer, name) in self.replaced
         }
-        # A layer that was seen twice is of another part of the model, which bears the decoder's names.
-        if built != [*stage] or self.replaced != expected:
+        if built != set(stage) or self.replaced != expected:
             raise SubstitutionError(
                 f"{type(model).__name__} was not built as the family table's row {self.family.name!r} says: "
-                f"layers {stage[0]} to {stage[-1]} expected, {built} seen; "
+                f"layers {stage[0]} to {stage[-1]} expected, {sorted(built)} seen; "
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
+        for name, module in model.named_modules():
+            if module in self.substitutes and layer_in(name) != self.layer_index[module]:
+                raise SubstitutionError(f"{name} was taken for decoder layer {self.layer_index[module]}")
         for layer, tokens in self.mask.windows:
             attention = self.windowed.get(layer)
             if layer in stage and not (attention and keeps_a_window(attention, tokens, self.vllm_config)):
