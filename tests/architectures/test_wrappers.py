@@ -1,19 +1,28 @@
 """Every wrapper with a tiny model: a mask drops sublayers of its tower, and nothing else of it is touched."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
+from vllm.model_executor.models import registry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import at
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.serving.config_hook import ConfigHook
+from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.validation import output_projections
 from llmdrop_vllm.writing.write import write_checkpoint
@@ -22,6 +31,7 @@ from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 from tests.engines import engine, greedy
 
+pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
 PROMPT = [*range(3, 43)]
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
 KV_CACHE_BYTES = 1 << 26
@@ -119,3 +129,33 @@ def test_dropping_is_zeroing_in_a_wrapper_that_transformers_does_not_make(wrappe
     assert logprobs == pytest.approx(expected, abs=1e-4)
     assert whole != pytest.approx(expected, abs=1e-1)
     assert blocks == KV_CACHE_BYTES // (4 * block_tokens * decoder.layout(MASK).block_values)
+
+
+@contextmanager
+def without_the_plugin() -> Iterator[None]:
+    """Within this context vLLM's registries are as they were before the plugin came."""
+    models = {
+        name: registry._LazyRegisteredModel(module_name=registry._resolve_module_name(module), class_name=class_name)
+        for name, (module, class_name) in registry._VLLM_MODELS.items()
+    }
+    hooks = {name: hook.inner for name, hook in MODELS_CONFIG_MAP.items() if isinstance(hook, ConfigHook)}
+    hooks = {name: hook for name, hook in hooks.items() if hook is not None and not name.startswith(EXPLICIT_PREFIX)}
+    with (
+        patch.dict(registry.ModelRegistry.models, models, clear=True),
+        patch.dict(MODELS_CONFIG_MAP, hooks, clear=True),
+        patch.dict(_MODEL_ARCH_BY_HASH, clear=True),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("wrapper", WRAPPER_CASES)
+def test_a_wrapper_without_a_mask_is_served_as_without_the_plugin(wrapper, tmp_path):
+    """Bit for bit."""
+    WRAPPER_CASES[wrapper].write(tmp_path)
+    ours = served(tmp_path)
+    with without_the_plugin(), patch.object(Droppable, "__init__", forbidden):
+        assert served(tmp_path) == ours
+
+
+def forbidden(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the plugin's class was built")

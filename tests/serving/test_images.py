@@ -23,6 +23,7 @@ from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.engines import engine
 
+pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
 WORDS = ["<unk>", "<s>", "</s>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 PROMPTS = {"llava": "<image> a b c", "qwen": "<|vision_start|> <|image_pad|> <|vision_end|> a b c"}

@@ -22,6 +22,7 @@ from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.engines import engine, greedy
 
+pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
 PROMPT = [*range(3, 43)]
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
 OTHER = DropMask(LAYERS, attention=(3,))
