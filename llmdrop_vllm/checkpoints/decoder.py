@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
@@ -77,9 +78,9 @@ class Decoder:
         config = without_mask(self.whole_config)
         return put(config, self.place, without_mask(at(config, self.place)) | dict(entries))
 
-    def override(self, mask: DropMask) -> dict[str, Any]:
-        """What `--hf-overrides` takes to put a mask in place of whatever the config says."""
-        return put({}, self.place, mask.to_config("runtime"))
+    def override(self, mask: DropMask, others: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """What `--hf-overrides` takes to put a mask in place of whatever the config says, beside other overrides."""
+        return put(others, self.place, {**(at(others, self.place) or {}), **mask.to_config("runtime")})
 
     @property
     def context(self) -> int | None:

@@ -159,3 +159,12 @@ def test_a_wrapper_without_a_mask_is_served_as_without_the_plugin(wrapper, tmp_p
 
 def forbidden(*args: object, **kwargs: object) -> None:
     raise AssertionError("the plugin's class was built")
+
+
+def test_a_dropped_wrapper_is_served_by_its_name_and_refused_without_the_plugin(tmp_path):
+    case = WRAPPER_CASES["Qwen3VLForConditionalGeneration"]
+    write_checkpoint(plan_surgery(case.write(tmp_path / "full"), MASK), tmp_path / "dropped")
+    ours = served(tmp_path / "dropped")
+    assert ours == served(tmp_path / "full", hf_overrides=MASK.to_config("runtime"))
+    with without_the_plugin(), pytest.raises(ValueError, match=r"DroppedQwen3VLForConditionalGeneration.*not supported"):
+        served(tmp_path / "dropped")

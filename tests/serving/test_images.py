@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -22,27 +20,11 @@ from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.engines import engine
+from tests.words import WORDS, tokenizer
 
 pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
-WORDS = ["<unk>", "<s>", "</s>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 PROMPTS = {"llava": "<image> a b c", "qwen": "<|vision_start|> <|image_pad|> <|vision_end|> a b c"}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = [*WORDS, *"abcdefghijklmnopqrstuvwxyz"]
-    model = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
-        additional_special_tokens=WORDS[3:],
-    )
-    found.image_token, found.image_token_id = "<image>", 3
-    return found
 
 
 def llava(directory: Path) -> Path:
