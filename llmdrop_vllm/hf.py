@@ -235,7 +235,8 @@ class DroppedModel(PreTrainedModel):
         # Of a wrapper, the decoder makes its cache by its own config, whose class it was chosen by.
         for part in self.get_decoder().modules():
             if isinstance(part, PreTrainedModel) and not isinstance(part.config, DroppedConfig):
-                part.config.__class__ = _dropped_config(type(part.config))
+                own: Any = type(part.config)
+                part.config.__class__ = _dropped_config(own)
         self._keys_to_ignore_on_load_unexpected = {
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
