@@ -148,3 +148,12 @@ def test_a_published_flat_config_keeps_its_mask_where_its_layers_are_counted():
 def test_every_wrapper_of_the_table_is_one_of_vllm_and_droppable():
     for name in WRAPPERS:
         assert ModelRegistry.models[name].module_name == "llmdrop_vllm.serving.models", name
+
+
+def test_compiled_agrees_with_eager(full, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    tokens, *logprobs = outputs(full, hf_overrides=MASK.to_config())
+    compiled, *others = outputs(full, hf_overrides=MASK.to_config(), enforce_eager=False)
+    assert compiled == tokens
+    for eager, other in zip(logprobs, others, strict=True):
+        assert other == pytest.approx(eager, abs=1e-4)
