@@ -79,8 +79,14 @@ class Decoder:
         return put(config, self.place, without_mask(at(config, self.place)) | dict(entries))
 
     def override(self, mask: DropMask, others: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """What `--hf-overrides` takes to put a mask in place of whatever the config says, beside other overrides."""
-        return put(others, self.place, {**(at(others, self.place) or {}), **mask.to_config("runtime")})
+        """What `--hf-overrides` takes to put a mask in place of whatever the config says, beside other overrides.
+
+        On top, where every engine's config class leaves it, and in place of one beside a wrapper's tower.
+        """
+        said = mask.to_config("runtime")
+        if self.place and DropMask.said_in(at(self.whole_config, self.place)):
+            others = put(others, self.place, {**(at(others, self.place) or {}), **said})
+        return {**others, **said}
 
     @property
     def context(self) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, no_row
+from llmdrop_vllm.architectures.wrappers import at, place_of
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
@@ -20,6 +21,7 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
 
 MODELS_MODULE = "llmdrop_vllm.serving.models"
@@ -86,6 +88,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
         if plain == architecture:
             return None
     _check_config_file(model_config, plain)
+    _check_place(config)
     if not said:
         if plain != architecture:
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
@@ -121,6 +124,14 @@ def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
             f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
             "another file; use --config-format hf --load-format hf"
         )
+
+
+def _check_place(config: "PretrainedConfig") -> None:
+    """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
+    entries = config.to_dict()
+    place = place_of(entries)
+    if place and set(DropMask.said_in(at(entries, place))).difference(said_in(config)):
+        raise MaskError(f"{'.'.join(place)} has a drop mask that {type(config).__name__} does not read; put it on top")
 
 
 def _check_registered(architecture: str) -> None:

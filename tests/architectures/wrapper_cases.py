@@ -86,7 +86,11 @@ class WrapperCase:
 
     def write(self, directory: Path, seed: int = 0) -> Path:
         """As a checkpoint in the names that published ones have."""
-        save(self.model(seed), self.architecture, directory)
+        return self.save(self.model(seed), directory)
+
+    def save(self, model: PreTrainedModel, directory: Path) -> Path:
+        """Save a model of this case, likewise."""
+        save(model, self.architecture, directory)
         weights = directory / "model.safetensors"
         tensors = {self._published(name): self._laid_out(name, each) for name, each in load_file(weights).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
