@@ -3,13 +3,13 @@
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, no_row
-from llmdrop_vllm.architectures.wrappers import at, place_of
+from llmdrop_vllm.architectures.wrappers import PLACES, at
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
@@ -128,10 +128,12 @@ def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
 
 def _check_place(config: "PretrainedConfig") -> None:
     """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
-    entries = config.to_dict()
-    place = place_of(entries)
-    if place and set(DropMask.said_in(at(entries, place))).difference(said_in(config)):
-        raise MaskError(f"{'.'.join(place)} has a drop mask that {type(config).__name__} does not read; put it on top")
+    entries, seen = config.to_dict(), said_in(config)
+    for place in PLACES:
+        found = at(entries, place)
+        if isinstance(found, Mapping) and set(DropMask.said_in(found)).difference(seen):
+            kind = type(config).__name__
+            raise MaskError(f"{'.'.join(place)} has a drop mask that {kind} does not read; put it on top of the config")
 
 
 def _check_registered(architecture: str) -> None:

@@ -1,22 +1,20 @@
 """Where a wrapper's mask may stand, what of the model it may touch, and what vLLM does with it beside serving."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING
 from vllm.config import ModelConfig
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.registry import ModelRegistry
 
-from llmdrop_vllm import DropMask, MaskError
+from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.serving.config_hook import checked_decoder
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
@@ -130,20 +128,14 @@ def test_an_adapter_for_what_was_dropped_is_refused(full, tmp_path):
         llm.llm_engine.add_lora(LoRARequest("adapter", 1, str(tmp_path)))
 
 
-def test_a_mask_may_stand_under_the_name_that_config_json_has_for_the_tower(tmp_path):
-    write("Ovis", tmp_path)
+def test_a_mask_under_a_name_that_the_config_class_does_not_read_is_refused(tmp_path):
+    """vLLM's config of Ovis reads `llm_config` when it is made, and keeps it under another name."""
     nested = {"llm_config": MASK.to_config()}
-    with made_up_weights():
-        expected = outputs(tmp_path, load_format="dummy", hf_overrides=MASK.to_config())
-        assert outputs(tmp_path, load_format="dummy", hf_overrides=nested) == expected
-        assert outputs(tmp_path, load_format="dummy") != expected
-
-
-def test_a_mask_under_a_name_that_the_config_class_does_not_read_is_refused():
-    config = PretrainedConfig(num_hidden_layers=LAYERS, language_config={"drop_attn_list": [1]})
-    model = SimpleNamespace(hf_config=config, hf_text_config=config, hf_config_path=None, model="nowhere")
-    with pytest.raises(MaskError, match=r"language_config has a drop mask that PretrainedConfig does not read"):
-        checked_decoder("Qwen2VLForConditionalGeneration", model)
+    with (
+        made_up_weights(),
+        pytest.raises(ValueError, match=r"llm_config has a drop mask that OvisConfig does not read"),
+    ):
+        outputs(write("Ovis", tmp_path), load_format="dummy", hf_overrides=nested)
 
 
 def test_a_config_that_says_little_is_completed():
