@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.serving.window_backend import window_backend
 from llmdrop_vllm.serving.window_cache import WindowSpec
-
-from llmdrop_vllm.architectures.names import layer_in
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
