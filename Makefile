@@ -34,7 +34,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
-$(VENV)/ready: pyproject.toml docker/setup.sh docker/name_vllm_cpu.py
+$(VENV)/ready: pyproject.toml docker/setup.sh docker/name_vllm_cpu.py docker/torchvision_without_ops.py
 	PYTHON=$(PYTHON) bash docker/setup.sh $(VENV) dev
 	touch $@
 

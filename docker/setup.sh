@@ -38,8 +38,9 @@ fi
 }
 
 if [ "$ENGINE" = cpu ]; then
-    # From PyPI these come as CUDA builds, which raise at import and take Transformers down with them. vLLM serves text
-    # without them.
+    # From PyPI these come as CUDA builds, which raise at import and take Transformers down with them. Multimodal models
+    # want torchvision's transforms, which are Python; text is served without any of them.
+    "$venv/bin/python" -c "import torchvision" >/dev/null 2>&1 || "$venv/bin/python" docker/torchvision_without_ops.py
     for package in torchvision torchaudio torchcodec; do
         "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" || continue
         "$venv/bin/python" -c "import $package" >/dev/null 2>&1 ||

@@ -19,16 +19,19 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.architectures.names import BEFORE_LAYER
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
-from llmdrop_vllm.checkpoints.decoder import Decoder, decoded
+from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
+from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
-from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
@@ -72,13 +75,14 @@ def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
 def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     """The Transformers config of a decoder, whatever its own config says of a mask, with this one."""
     decoder.check_attention_is_left(mask)
-    entries = without_mask(decoder.config) | {"architectures": [decoder.architecture]}
+    entries = decoder.config_with({}) | {"architectures": [decoder.architecture]}
     model_type = entries.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
-    config = stock.from_dict(decoded(entries) | (mask.to_config() if mask else {}))
+    config = stock.from_dict(decoded(entries))
     if mask:
+        config.get_text_config().update(mask.to_config())
         config.__class__ = _dropped_config(stock)
     return config
 
@@ -89,9 +93,12 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises CheckpointError where Transformers knows the config and has no model for it.
     """
     stock = config.stock if isinstance(config, DroppedConfig) else type(config)
-    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"Transformers has no causal language model for model_type {config.model_type!r}")
-    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+    is_wrapper = config.architectures[0] in WRAPPERS
+    classes = MODEL_FOR_MULTIMODAL_LM_MAPPING if is_wrapper else MODEL_FOR_CAUSAL_LM_MAPPING
+    if stock not in classes:
+        kind = "multimodal" if is_wrapper else "causal"
+        raise CheckpointError(f"Transformers has no {kind} language model for model_type {config.model_type!r}")
+    made: Any = classes[stock]
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
     return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
 
@@ -151,7 +158,7 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
         for index in dropped:
             _drop_sublayer(layers[index], sublayer, index)
     name = family.attention.transformers_module
-    kinds = layer_kinds(config_dict(model.config)) if mask.windows else ()
+    kinds = layer_kinds(config_dict(model.config.get_text_config())) if mask.windows else ()
     handles = [
         look_back(getattr(layers[index], name), tokens, bare=kinds[index].name == "sliding")
         for index, tokens in mask.windows
@@ -226,8 +233,8 @@ class DroppedConfig(PretrainedConfig):
         config = super().get_text_config(decoder=decoder, encoder=encoder)
         if not decoder or encoder:
             return config
-        kept = DropMask.from_config(self).kept_attention
-        stock: type[PretrainedConfig] = self.stock
+        kept = DropMask.from_config(config).kept_attention
+        stock: type[PretrainedConfig] = getattr(config, "stock", type(config))
         cached = copy.copy(config)
         cached.__class__ = stock
         cached.num_hidden_layers = len(kept)
@@ -245,10 +252,15 @@ class DroppedModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        family = family_of(type(self).__name__, config)
+        decoder = Decoder.of(config, type(self).__name__)
+        family, mask = decoder.family, decoder.mask
         assert family is not None, f"{type(self).__name__} was made without a row in the family table"
-        mask = DropMask.from_config(config)
         drop(self, family, mask)
+        # Of a wrapper, the decoder makes its cache by its own config, whose class it was chosen by.
+        for part in self.get_decoder().modules():
+            if isinstance(part, PreTrainedModel) and not isinstance(part.config, DroppedConfig):
+                own: Any = type(part.config)
+                part.config.__class__ = _dropped_config(own)
         self._keys_to_ignore_on_load_unexpected = {
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
@@ -267,7 +279,7 @@ class DroppedModel(PreTrainedModel):
 def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
     # Transformers looks at names after its own renaming.
     names = {*sublayer.names, sublayer.transformers_module}
-    return rf"\.({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
+    return rf"^{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
 
 
 def _listing(stock: type[PretrainedConfig], layer_types: list[str]) -> type[PretrainedConfig]:
@@ -283,7 +295,11 @@ def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 @cache
 def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreTrainedModel]:
     name = f"{EXPLICIT_PREFIX}{architecture}"
-    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one.
-    if (conversions := get_checkpoint_conversion_mapping(stock.__name__)) is not None:
+    # Transformers knows some architectures' renamed weights by the class's name: GPT-NeoX' output head, for one. A
+    # wrapper's it knows by the model's type, which it does not heed in a class that is not its own.
+    conversions = get_checkpoint_conversion_mapping(stock.__name__)
+    if conversions is None and architecture in WRAPPERS:
+        conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return type(name, (DroppedModel, stock), {})

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import no_row
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.checkpoints.any_model import as_base
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import local_directory, read_config, weight_files
@@ -66,6 +67,10 @@ class Checkpoint:
         checkpoint = cls(
             directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
         )
+        if all(layer_in(name) is None for name in tensors):
+            raise CheckpointError(
+                f"{directory} has no decoder layers, only tensors like {min(tensors, default='none')}"
+            )
         checkpoint._check_index(index)
         return checkpoint
 
@@ -87,7 +92,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Of the weights, as the config names it; bfloat16 where it names none that a KV cache can have."""
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
+        said = (config.get(key) for config in (self.config, self.decoder.config) for key in ("dtype", "torch_dtype"))
+        name = str(next(filter(None, said), "bfloat16"))
         return name if name in DTYPE_BYTES else "bfloat16"
 
     @property

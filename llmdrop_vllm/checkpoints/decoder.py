@@ -1,15 +1,19 @@
 """What a config says of a model's layers, worked out once: how they are laid out, what is gone, what each stores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Self
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of
 from llmdrop_vllm.architectures.family import Family
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of, put
+from llmdrop_vllm.checkpoints.tower import completed, drops, only_mask, row_of, said_in, tower_of
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
+from llmdrop_vllm.masks.dialects import DIALECTS, without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
 
 WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
@@ -18,31 +22,38 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama
 
 @dataclass(frozen=True)
 class Decoder:
-    """The layers that a config describes. `mask` is what it drops; `family` is None where the table has no row."""
+    """The layers that a config describes. `mask` is what it drops; `family` is None where the table has no row.
+
+    `config` are the decoder's own entries, `whole_config` the model's, of which those of a wrapper's tower are a part.
+    """
 
     architecture: str
     config: Mapping[str, Any]
     family: Family | None
     mask: DropMask
+    whole_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, config: object, architecture: str) -> Self:
         """From a config.json dict or a config object; the architecture's name may bear our prefix.
 
-        Raises MaskError for a mask that cannot be read. Without a row a config's mask is nobody's: nothing is dropped.
+        Raises MaskError for a mask that cannot be read, and for two that differ, beside a wrapper's tower and on top.
+        Without a row a config's mask is nobody's: nothing is dropped.
         """
-        entries = config_dict(config)
-        family = family_of(architecture, entries)
-        mask = DropMask.from_config(entries) if family else DropMask(layer_count(entries))
-        return cls(architecture.removeprefix(EXPLICIT_PREFIX), entries, family, mask)
+        plain = architecture.removeprefix(EXPLICIT_PREFIX)
+        whole = config_dict(config)
+        named, entries = tower_of(config, plain)
+        family = family_of(named, entries)
+        mask = only_mask(whole, entries) if family else DropMask(layer_count(entries))
+        return cls(plain, entries, family, mask, whole)
 
     @classmethod
     def of_masked(cls, config: object, architecture: str) -> Self | None:
         """As `of`; None where the config says no mask, or one that drops nothing, or the table has no row.
 
-        A wrapper may build its text model with a config of its own, which tells nothing of layers.
+        A wrapper may build its text model with its own config, which tells nothing of layers.
         """
-        if not DropMask.said_in(config) or family_of(architecture, config) is None:
+        if not drops(config) or row_of(config, architecture.removeprefix(EXPLICIT_PREFIX)) is None:
             return None
         found = cls.of(config, architecture)
         return found if found.mask else None
@@ -51,6 +62,31 @@ class Decoder:
     def whole(self) -> DropMask:
         """The mask that drops nothing."""
         return DropMask(self.mask.num_hidden_layers)
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Those in which the model's config says a mask, on top or beside the decoder's layer count."""
+        return tuple(name for name in DIALECTS if name in said_in(self.whole_config))
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Keys of the entry of `whole_config` that the decoder's layer count stands in, and a mask beside it."""
+        return place_of(self.whole_config) if self.architecture in WRAPPERS else ()
+
+    def config_with(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's config with these entries for its mask, whatever it says itself of one."""
+        config = without_mask(self.whole_config)
+        return put(config, self.place, without_mask(at(config, self.place)) | dict(entries))
+
+    def override(self, mask: DropMask, others: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """What `--hf-overrides` takes to put a mask in place of whatever the config says, beside other overrides.
+
+        On top, where every engine's config class leaves it, and in place of one beside a wrapper's tower.
+        """
+        said = mask.to_config("runtime")
+        if self.place and DropMask.said_in(at(self.whole_config, self.place)):
+            others = put(others, self.place, {**(at(others, self.place) or {}), **said})
+        return {**others, **said}
 
     @property
     def context(self) -> int | None:
@@ -65,7 +101,7 @@ class Decoder:
     @cached_property
     def _own_kinds(self) -> tuple[LayerKind, ...]:
         """Without the mask's windows."""
-        return layer_kinds(_completed(self.config))
+        return layer_kinds(completed(self.config))
 
     def layout(self, mask: DropMask | None = None) -> KVLayout:
         """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
@@ -119,31 +155,3 @@ class Decoder:
                         f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {needed} tokens"
                     )
         return tuple(found)
-
-
-def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries with those that config.json leaves to the architecture, as far as Transformers is there and knows it.
-
-    Published configs of Gemma 2, for one, name a window, and not the layers that have none.
-    """
-    try:
-        from transformers import CONFIG_MAPPING
-    except ImportError:
-        return config
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        return config
-    try:
-        known: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(decoded(config)).to_dict()
-    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
-        raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
-    return {**config, **known}
-
-
-def decoded(entries: Any) -> Any:
-    """A config.json's entries as they were written: for infinity, which JSON lacks, Transformers puts an object."""
-    if isinstance(entries, Mapping):
-        if entries.keys() == {"__float__"}:
-            return float(entries["__float__"])
-        return {key: decoded(value) for key, value in entries.items()}
-    return [decoded(value) for value in entries] if isinstance(entries, list) else entries

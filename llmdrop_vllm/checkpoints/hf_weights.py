@@ -6,6 +6,7 @@ Transformers 5 merges, for one, a mixture's experts into one parameter; its own 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from llmdrop_vllm.architectures.names import within_decoder
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
@@ -30,11 +33,14 @@ def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = N
     return reverted
 
 
-def is_converted(model: PreTrainedModel) -> bool:
-    """Whether any of the model's parameters is named or stored otherwise in its checkpoints."""
+def is_converted(model: PreTrainedModel, tensors: Mapping[str, StoredTensor] = MappingProxyType({})) -> bool:
+    """Whether any of the model's parameters is named or stored otherwise in its checkpoints, of which these are one's
+    tensors by name.
+    """
     state = model.state_dict()
-    stored = revert_weight_conversion(model, state)
-    return any(stored.get(name) is not parameter for name, parameter in state.items())
+    reverted = revert_weight_conversion(model, state)
+    shapes = ((tuple(each.shape), tensors[name].shape) for name, each in reverted.items() if name in tensors)
+    return any(reverted.get(name) is not each for name, each in state.items()) or any(a != b for a, b in shapes)
 
 
 def declare_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -66,9 +72,11 @@ def load_converted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
 def find_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Where each tensor of the model's checkpoints is stored, by name; `model` may be on the meta device.
 
-    Raises CheckpointError for a parameter that is missing and for one whose shape or dtype the model cannot take. Tied
-    weights may be missing.
+    Of a wrapper they are those of its decoder and its output head. Raises CheckpointError for a parameter that is
+    missing and for one whose shape or dtype the model cannot take. Tied weights may be missing.
     """
+    if checkpoint.architecture in WRAPPERS:
+        return _find_tower(checkpoint, model)
     prefix = f"{model.base_model_prefix}."
     bare = not any(name.startswith(prefix) for name in checkpoint.tensors)  # saved from the model without its head
     tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
@@ -79,6 +87,25 @@ def find_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, St
             _check_tensor(stored, tuple(parameter.shape))
             found[name] = stored
         elif name not in (tied or ()) and not (bare and not name.startswith(prefix)):
+            raise CheckpointError(f"{checkpoint.directory} lacks {name}, which {checkpoint.architecture} needs")
+    return found
+
+
+def _find_tower(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    ours = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}
+    names = [name for name, each in model.state_dict(keep_vars=True).items() if id(each) in ours]
+    stored_by = {within_decoder(name): stored for name, stored in checkpoint.tensors.items()}
+    is_tied = any(getattr(each, "tie_word_embeddings", False) for each in (model.config, parts[0].config))
+    found = {}
+    for name, parameter in checkpoint_tensors(model, names).items():
+        stored = stored_by.get(within_decoder(name))
+        if stored is not None:
+            shape = tuple(parameter.shape)
+            # A mixture's experts are stored one way or the other: Transformers tells by the sizes.
+            _check_tensor(stored, (*shape[:-2], *shape[:-3:-1]) if stored.shape != shape and len(shape) == 3 else shape)
+            found[name] = stored
+        elif not (is_tied and within_decoder(name) == "lm_head.weight"):
             raise CheckpointError(f"{checkpoint.directory} lacks {name}, which {checkpoint.architecture} needs")
     return found
 

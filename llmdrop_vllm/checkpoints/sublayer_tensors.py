@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.masks.mask import DropMask
 
 # A module has its weight under one of these names, quantized or not; scales and zero points it may have or not.
@@ -28,7 +29,7 @@ def missing_weights(names: Iterable[str], family: Family, mask: DropMask) -> set
 
 def _in_sublayer(sublayer: Sublayer) -> re.Pattern[str]:
     """Matches a tensor's name as (everything up to the layer index, the index, the rest)."""
-    return re.compile(rf"^(.*?)(\d+)\.((?:{'|'.join(sublayer.names)})\..+)$")
+    return re.compile(rf"^({BEFORE_LAYER})(\d+)\.((?:{'|'.join(sublayer.names)})\..+)$")
 
 
 def _missing_modules(names: set[str], sublayer: Sublayer, having: set[int], dropped: Iterable[int]) -> set[str]:

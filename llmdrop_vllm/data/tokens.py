@@ -34,7 +34,7 @@ class Calibration:
 
 def vocab_size(checkpoint: Checkpoint) -> int:
     """Of the model. Raises CheckpointError where the config does not say."""
-    size = checkpoint.config.get("vocab_size")
+    size = checkpoint.decoder.config.get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise CheckpointError(f"{checkpoint.directory}/config.json: vocab_size is {size!r}; expected 1 or more")
     return size

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import TokenIds
 from llmdrop_vllm.errors import InputError
@@ -55,8 +56,11 @@ class EngineSettings:
         import torch
 
         gpu = torch.cuda.is_available()
+        overrides = self.options.get("hf_overrides", {})
         # A mask that the checkpoint has already needs no override, whatever dialect says it.
-        override = {} if mask.effect == checkpoint.mask.effect else mask.to_config("runtime")
+        if mask.effect != checkpoint.mask.effect:
+            # Beside the user's own, or the full model would be measured as the dropped one.
+            overrides = checkpoint.decoder.override(mask, overrides)
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -71,9 +75,10 @@ class EngineSettings:
             "log_level": "ERROR",
             **(self._whole_prompts() if self.seeded and not gpu else {}),
             **(SWITCHING if self.switching else {}),
+            # What is measured is text: of a wrapper its tower alone is built.
+            **({"language_model_only": True} if checkpoint.architecture in WRAPPERS else {}),
             **self.options,
-            # Beside the user's own overrides, or the full model would be measured as the dropped one.
-            "hf_overrides": {**self.options.get("hf_overrides", {}), **override},
+            "hf_overrides": overrides,
         }
 
 

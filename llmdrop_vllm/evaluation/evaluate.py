@@ -140,5 +140,5 @@ def evaluate_checkpoint(
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    layers, tokens = checkpoint.mask.num_hidden_layers, checkpoint.config.get("vocab_size")
+    layers, tokens = checkpoint.mask.num_hidden_layers, checkpoint.decoder.config.get("vocab_size")
     return f"{checkpoint.architecture}, {layers} layers, vocabulary {tokens}"

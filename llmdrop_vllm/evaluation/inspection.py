@@ -123,7 +123,7 @@ def inspect_checkpoint(
     return Inspection(
         model=str(checkpoint.directory),
         architecture=checkpoint.architecture,
-        dialects=DropMask.dialects(checkpoint.config),
+        dialects=checkpoint.decoder.dialects,
         mask=masked.mask,
         summary=masked.mask.summary(),
         stripped=checkpoint.is_stripped,

@@ -160,6 +160,11 @@ def config_dict(config: object) -> Mapping[str, Any]:
     return to_dict()
 
 
+def has_layer_count(entries: Mapping[str, Any]) -> bool:
+    """Whether a config's entries say how many decoder layers there are."""
+    return any(entries.get(key) is not None for key in LAYER_COUNT_KEYS)
+
+
 def layer_count(config: object) -> int:
     """Number of decoder layers, under whichever of the usual keys the config has it."""
     for key in LAYER_COUNT_KEYS:

@@ -49,14 +49,14 @@ class LayerStream:
         with torch.device("meta"):
             self.model = made(config).eval()
         declare_dtype(self.model, dtype)
-        self.decoder: nn.Module = self.model.get_decoder()
+        self.decoder: PreTrainedModel = self.model.get_decoder()
         self.layers = decoder_layers(self.model, masked.mask.num_hidden_layers)
         names = {id(module): name for name, module in self.model.named_modules()}
         self.decoder_prefix, self.layers_prefix = (
             f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)
         )
         self.tensors = find_tensors(checkpoint, self.model)
-        self.is_converted = is_converted(self.model)
+        self.is_converted = is_converted(self.model, self.tensors)
         self.buffers: dict[tuple[str, int], bytearray] = {}
         self.hidden_size: int = config.get_text_config().hidden_size
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
@@ -165,8 +165,8 @@ class LayerStream:
             for name, table in tables.items():
                 setattr(module, name, torch.empty_like(table, device=self.device))
             if tables:
-                self.model._init_weights(module)
-                self.model._init_weights(self.decoder)  # who fills some: Falcon-H1's
+                self.decoder._init_weights(module)
+                self.decoder._init_weights(self.decoder)  # who fills some: Falcon-H1's
 
     def _read_ahead(self, index: int) -> None:
         if index < len(self.layers):

@@ -3,22 +3,25 @@
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, no_row
+from llmdrop_vllm.architectures.wrappers import PLACES, at
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
+from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
 
 MODELS_MODULE = "llmdrop_vllm.serving.models"
@@ -77,22 +80,24 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     Raises MaskError for a mask that cannot be served.
     """
     config = model_config.hf_config
-    if family_of(architecture, config) is None:
+    plain = architecture.removeprefix(EXPLICIT_PREFIX)
+    said = said_in(config)
+    if row_of(config, plain) is None:
         for each in (config, model_config.hf_text_config):
-            _refuse_unsupported(architecture, each)
-        if not architecture.startswith(EXPLICIT_PREFIX):
+            _refuse_unsupported(tower_of(config, plain)[0] or plain, each)
+        if plain == architecture:
             return None
-    _check_config_file(model_config)
-    said = DropMask.said_in(config)
+    _check_config_file(model_config, plain)
+    _check_place(config)
     if not said:
-        if architecture.startswith(EXPLICIT_PREFIX):
+        if plain != architecture:
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
         _check_registered(architecture)
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
-        _check_uniform(config)
+        _check_uniform(model_config.hf_text_config)
     decoder.check_attention_is_left(decoder.mask)
     decoder.check(decoder.mask)
     return decoder
@@ -107,18 +112,28 @@ def _refuse_unsupported(architecture: str, config: object) -> None:
         )
 
 
-def _check_config_file(model_config: "ModelConfig") -> None:
+def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
     """Refuse a mask in config.json that did not reach vLLM's config: null, or another file was read instead."""
     path = Path(model_config.model) / "config.json"
     if model_config.hf_config_path is not None or not path.is_file():
         return
     entries = read_config(path.parent)
-    unseen = set(DropMask.said_in(entries)).difference(DropMask.said_in(model_config.hf_config))
-    if unseen and DropMask.from_config(entries):
+    unseen = set(said_in(entries)).difference(said_in(model_config.hf_config))
+    if unseen and Decoder.of(entries, architecture).mask:
         raise MaskError(
             f"{path} has a drop mask ({', '.join(sorted(unseen))}) that vLLM does not see, for it took the config from "
             "another file; use --config-format hf --load-format hf"
         )
+
+
+def _check_place(config: "PretrainedConfig") -> None:
+    """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
+    entries, seen = config.to_dict(), said_in(config)
+    for place in PLACES:
+        found = at(entries, place)
+        if isinstance(found, Mapping) and set(DropMask.said_in(found)).difference(seen):
+            kind = type(config).__name__
+            raise MaskError(f"{'.'.join(place)} has a drop mask that {kind} does not read; put it on top of the config")
 
 
 def _check_registered(architecture: str) -> None:

@@ -17,9 +17,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from llmdrop_vllm.architectures.family import Sublayer
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
-from llmdrop_vllm.serving.windows import keeps_a_window, layer_in, windowed
+from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -146,6 +147,9 @@ class Dropping:
                 f"not replaced: {sorted(expected - self.replaced)}, "
                 f"replaced unasked: {sorted(self.replaced - expected)}"
             )
+        for name, module in model.named_modules():
+            if module in self.substitutes and layer_in(name) != self.layer_index[module]:
+                raise SubstitutionError(f"{name} was taken for decoder layer {self.layer_index[module]}")
         for layer, tokens in self.mask.windows:
             attention = self.windowed.get(layer)
             if layer in stage and not (attention and keeps_a_window(attention, tokens, self.vllm_config)):

@@ -5,6 +5,9 @@ every process can create the same class from the string alone.
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +43,15 @@ BACKEND_MODULE = "vllm.model_executor.models.transformers"
 logger = init_logger("vllm.llmdrop")
 
 
+# Whether a model that drops is being built.
+_building: ContextVar[bool] = ContextVar("_building", default=False)
+
+
 class Droppable(nn.Module):
     """Mixed in before a stock model class: builds it without the sublayers that the config's mask drops.
 
-    Without a mask, construction and loading are the stock class's own.
+    Without a mask, construction and loading are the stock class's own; so they are for a model inside of one that
+    drops: the outermost knows the checkpoint and sees every decoder layer, whatever class builds it.
     """
 
     architecture: str
@@ -52,7 +60,8 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        decoder = Decoder.of_masked(vllm_config.model_config.hf_config, self.architecture)
+        config = vllm_config.model_config.hf_config
+        decoder = None if _building.get() else Decoder.of_masked(config, self.architecture)
         if decoder is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
@@ -60,7 +69,7 @@ class Droppable(nn.Module):
         if decoder.mask.windows:
             check_engine(vllm_config)
         self.dropping = self.dropping_class(decoder, vllm_config)
-        with dropping(self.dropping) as dropped:
+        with dropping(self.dropping) as dropped, _outermost():
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
         forget_missing_layers(self)
@@ -80,6 +89,15 @@ class Droppable(nn.Module):
         loaded: set[str] = super().load_weights(_recorded(weights, seen))
         check_all_loaded(self, loaded, seen, quantized=self.quantized)
         return loaded
+
+
+@contextmanager
+def _outermost() -> Iterator[None]:
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
 
 
 def _recorded(weights: "Iterable[tuple[str, torch.Tensor]]", seen: set[str]) -> "Iterable[tuple[str, torch.Tensor]]":

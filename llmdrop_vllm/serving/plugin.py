@@ -6,6 +6,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
 from llmdrop_vllm.serving.nemotron_nas import register_config
 
@@ -20,7 +21,7 @@ def register_with_vllm() -> None:
         # that nothing else has asked before would end the engine with an illegal instruction.
         torch.cpu._init_amx()
     register_config()
-    for architecture in BY_ARCHITECTURE:
+    for architecture in (*BY_ARCHITECTURE, *WRAPPERS):
         entry = ModelRegistry.models.get(architecture)
         stock = getattr(entry, "module_name", MODELS_MODULE)
         if stock == MODELS_MODULE:  # this vLLM lacks the architecture, or it is registered already
@@ -29,6 +30,8 @@ def register_with_vllm() -> None:
         ModelRegistry.register_model(architecture, target)
         ModelRegistry.register_model(EXPLICIT_PREFIX + architecture, target)
     for architecture in [*ModelRegistry.get_supported_archs()]:
-        inner = MODELS_CONFIG_MAP.get(architecture)
-        if not isinstance(inner, ConfigHook):
+        if not isinstance(MODELS_CONFIG_MAP.get(architecture), ConfigHook):
+            # What vLLM has for an architecture is for it under our name as well.
+            inner = MODELS_CONFIG_MAP.get(architecture.removeprefix(EXPLICIT_PREFIX))
+            inner = inner.inner if isinstance(inner, ConfigHook) else inner
             MODELS_CONFIG_MAP[architecture] = ConfigHook(architecture, inner)

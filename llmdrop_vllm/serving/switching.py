@@ -12,6 +12,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
 
 from llmdrop_vllm.architectures.family import Sublayer
+from llmdrop_vllm.architectures.names import is_layer_list
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, standing_in
@@ -63,16 +64,11 @@ class Switching:
         self.dropping = dropping_class(self.own, vllm_config)
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
         depth = self.own.mask.num_hidden_layers
-        lists = (each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
-        layers = next((each for each in lists if self._has_sublayers(each)), None)
+        lists = (each for name, each in model.named_modules() if is_layer_list(name))
+        layers = next((each for each in lists if len(each) == depth), None)
         if layers is None:
             raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
         self.layers = layers
-
-    def _has_sublayers(self, layers: nn.ModuleList) -> bool:
-        """A mixture may have as many experts as there are layers."""
-        names = {name for sublayer in self._gone(self.own.mask) for name in self.dropping.substitutes_of(sublayer)}
-        return any(hasattr(layer, name) for layer in layers for name in names)
 
     def put_on(self, attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
         """A mask that goes without what the model was built without, and perhaps more."""

@@ -1,6 +1,5 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -9,10 +8,10 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
-IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 def forget_missing_layers(model: nn.Module) -> None:
@@ -49,9 +48,12 @@ def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quan
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # One parameter may be known by several names, as an expert's bias is to the router and to the experts.
         filled = {id(parameters[name]) for name in loaded & parameters.keys()}
-        missing |= {name for name, each in parameters.items() if IN_A_LAYER.search(name) and id(each) not in filled}
+        missing |= {name for name, each in parameters.items() if layer_in(name) is not None and id(each) not in filled}
+    # The checkpoint of a wrapper names its tower otherwise than vLLM does.
+    renames = WeightsMapper.get_rename_mapper(getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper())
+    seen = seen.union(filter(None, map(renames.map_name, seen)))
     merged: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    for name in loaded:
+    for name in (each for each in loaded if layer_in(each) is not None):
         for part, sources in merged.items():
             if f".{part}." in name:
                 given = {name.replace(f".{part}.", f".{source}.") for source in sources}

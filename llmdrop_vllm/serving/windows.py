@@ -1,7 +1,6 @@
 """Windows in vLLM's own attention layers: their constructor is told of one where the mask asks for it."""
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.serving.window_backend import window_backend
@@ -17,8 +17,6 @@ from llmdrop_vllm.serving.window_cache import WindowSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @contextmanager
@@ -84,9 +82,3 @@ def keeps_a_window(attention: Attention, tokens: int, vllm_config: "VllmConfig")
     if isinstance(spec, WindowSpec):
         return bool(spec.window == tokens)
     return isinstance(spec, SlidingWindowSpec) and spec.sliding_window == tokens
-
-
-def layer_in(name: str) -> int | None:
-    """The decoder layer in the dotted name that vLLM gives a part of one."""
-    found = LAYER_INDEX.search(name)
-    return int(found[1]) if found else None

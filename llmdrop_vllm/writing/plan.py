@@ -10,7 +10,7 @@ from llmdrop_vllm.checkpoints import nemotron
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK, without_mask
+from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
 from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
@@ -174,22 +174,21 @@ def _index_name(shards: Collection[OutputShard]) -> str | None:
 def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool) -> Mapping[str, Any]:
     """config.json of the new checkpoint, its keys in the order of the old one's."""
     checkpoint, mask = masked.checkpoint, masked.mask
-    entries = without_mask(checkpoint.decoder.config)
     if dialect == "nemotron-nas":
         # The architecture without our prefix is what the model is called when it gets its name back.
-        entries |= {"architectures": [checkpoint.architecture]}
+        entries = checkpoint.decoder.config_with({}) | {"architectures": [checkpoint.architecture]}
         entries = nemotron.renamed(entries, mask, reference, NEMOTRON_CLASS)
     else:
         # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
         name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
-        entries |= {"architectures": [name]} | mask.to_config(dialect)
+        entries = checkpoint.decoder.config_with(mask.to_config(dialect)) | {"architectures": [name]}
     return {key: entries[key] for key in checkpoint.config if key in entries} | entries
 
 
 def _warnings(masked: MaskedCheckpoint, dialect: str, reference: Any) -> list[str]:
     found = []
     if reference is None:
-        model_type = masked.checkpoint.decoder.config.get("model_type")
+        model_type = masked.checkpoint.decoder.whole_config.get("model_type")
         found.append(
             f"Transformers does not know model_type {model_type!r}: "
             "names and shapes of the tensors were not compared with the architecture"

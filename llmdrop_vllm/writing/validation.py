@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.errors import CheckpointError, MaskError
 
@@ -42,7 +43,7 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     checkpoint = masked.checkpoint
-    if checkpoint.decoder.config.get("model_type") not in CONFIG_MAPPING:
+    if checkpoint.decoder.whole_config.get("model_type") not in CONFIG_MAPPING:
         return None
     try:
         config = hf.transformers_config(masked)
@@ -70,7 +71,7 @@ def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:
     found = set()
     for sublayer, dropped in checkpoint.family.sublayers(masked.mask):
         modules = "|".join((sublayer.module, *sublayer.also))
-        pattern = re.compile(rf"(?:^|.*\.)(\d+)\.({modules})\.((?:.*\.)?{sublayer.output_ending}$)?.*")
+        pattern = re.compile(rf"{BEFORE_LAYER}(\d+)\.({modules})\.((?:.*\.)?{sublayer.output_ending}$)?.*")
         inside = [match for name in checkpoint.tensors if (match := pattern.fullmatch(name))]
         matches = [match for match in inside if match[3]]
         # Of a mixture and its shared expert, for one, each has an output of its own.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmdrop_server import SCORES_ENVIRONMENT
 from llmdrop_server.schemas import Drop, Importance, Scores, Size
 from llmdrop_vllm import artifacts
-from llmdrop_vllm.architectures.families import family_of
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.tower import row_of
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.hf import count_parameters, dropped_config
@@ -27,7 +28,7 @@ T = TypeVar("T")
 def report(vllm_config: "VllmConfig") -> Drop:
     """For an engine that has started: vLLM has counted its KV cache by then."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    known = family_of(model.architecture, model.hf_config) is not None
+    known = row_of(model.hf_config, model.architecture.removeprefix(EXPLICIT_PREFIX)) is not None
     decoder = Decoder.of(model.hf_config if known else model.hf_text_config, model.architecture)
     mask = decoder.mask
     kv_dtype = _kv_dtype(cache.cache_dtype, str(model.dtype).removeprefix("torch."))

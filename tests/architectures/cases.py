@@ -112,30 +112,15 @@ class Case:
         return family
 
     def config(self) -> PretrainedConfig:
-        stock = CONFIG_MAPPING[self.model_type]
-        default = stock()
-        computed = {key for key in TINY if isinstance(getattr(stock, key, None), property)}
-        known = default.to_dict()
-        entries = {key: value for key, value in TINY.items() if key in known and key not in computed}
-        return stock(**entries | self.overrides, architectures=[self.architecture])
+        entries = tiny_entries(CONFIG_MAPPING[self.model_type], TINY) | self.overrides
+        return CONFIG_MAPPING[self.model_type](**entries, architectures=[self.architecture])
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """In float32, with every parameter random: norms near one, biases and the rest small."""
         config = self.config()
         config._attn_implementation = "eager"  # the others leave out soft caps on attention logits
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).float().eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if tensor.is_floating_point():
-                    noise = torch.randn(tensor.shape, generator=generator)
-                    is_norm = tensor.dim() == 1 and name.endswith("weight")
-                    spread = (tensor.shape[-1] if tensor.dim() > 1 else 100) ** -0.5
-                    # Some parameters are bfloat16 whatever the model is: Apertus' activation in vLLM.
-                    tensor.copy_((noise * spread + is_norm).bfloat16() * (not name.endswith(self.zeros)))
-                    if name.endswith("layer_scalar"):  # of a whole layer's output, which no sublayer is to blame for
-                        tensor.fill_(1)
-        return model
+        return randomized(model, seed, self.zeros)
 
     def write(self, directory: Path, seed: int = 0) -> Path:
         """As a checkpoint in the names that published ones have."""
@@ -143,10 +128,38 @@ class Case:
 
     def save(self, model: PreTrainedModel, directory: Path) -> Path:
         """Save a model of this case."""
-        model.save_pretrained(directory)
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"architectures": [self.architecture]}))
-        return directory
+        return save(model, self.architecture, directory)
+
+
+def tiny_entries(stock: type[PretrainedConfig], tiny: dict[str, Any]) -> dict[str, Any]:
+    """Those of the entries that a config class has."""
+    known = stock().to_dict()
+    computed = {key for key in tiny if isinstance(getattr(stock, key, None), property)}
+    return {key: value for key, value in tiny.items() if key in known and key not in computed}
+
+
+def randomized(model: PreTrainedModel, seed: int, zeros: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Every parameter random: norms near one, biases and the rest small, those that end like one of `zeros` zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                is_norm = tensor.dim() == 1 and name.endswith("weight")
+                spread = (tensor.shape[-1] if tensor.dim() > 1 else 100) ** -0.5
+                # Some parameters are bfloat16 whatever the model is: Apertus' activation in vLLM.
+                tensor.copy_((noise * spread + is_norm).bfloat16() * (not name.endswith(zeros)))
+                if name.endswith("layer_scalar"):  # of a whole layer's output, which no sublayer is to blame for
+                    tensor.fill_(1)
+    return model
+
+
+def save(model: PreTrainedModel, architecture: str, directory: Path) -> Path:
+    """As a checkpoint of an architecture that Transformers may spell otherwise."""
+    model.save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"architectures": [architecture]}))
+    return directory
 
 
 CASES = {

@@ -20,7 +20,7 @@ WINDOW = 1  # of the first attention that is kept: beside the first stretch of a
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, whatever the model calls them."""
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    return next(each for each in lists if len(each) == model.config.num_hidden_layers)
+    return next(each for each in lists if len(each) == model.config.get_text_config().num_hidden_layers)
 
 
 def fitting(architecture: str, mask: DropMask) -> DropMask:

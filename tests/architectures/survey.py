@@ -23,8 +23,8 @@ from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.architectures.refused import REFUSED
 from tests.architectures.cases import CASES
 
+VERSION = vllm.__version__.partition("+")[0]
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- survey -->\n", "<!-- /survey -->"
 TRANSFORMERS_BACKEND = {"TransformersForCausalLM", "TransformersMoEForCausalLM"}
 
 FITS = "fits, no row yet"
@@ -218,15 +218,15 @@ def table(entries: list[Entry]) -> str:
         attention = " or ".join(dict.fromkeys(mixers))
         cells = (_names(ours, verified=True), _unverified([entry for entry in ours if not entry.verified]))
         rows.append((name, attention, _layout(family.mlp), *cells))
-    supported = _markdown(("row", "attention", "MLP", "verified", "supported, not verified"), rows)
+    supported = markdown(("row", "attention", "MLP", "verified", "supported, not verified"), rows)
     remarks = [(f"`{name}`", remark) for name, remark in REMARKS.items()]
-    without_row = _by_reason([entry for entry in entries if not entry.rows])
+    without_row = by_reason([entry for entry in entries if not entry.rows])
     return "\n".join(
         (
             summary(entries) + "\n",
             supported,
-            _markdown(("verified", "but"), remarks),
-            _markdown(("no row, because", "architectures"), without_row),
+            markdown(("verified", "but"), remarks),
+            markdown(("no row, because", "architectures"), without_row),
         )
     )
 
@@ -234,9 +234,8 @@ def table(entries: list[Entry]) -> str:
 def summary(entries: list[Entry]) -> str:
     verified = sum(entry.verified for entry in entries)
     without_row = sum(not entry.rows for entry in entries)
-    version = vllm.__version__.partition("+")[0]
     return (
-        f"Of the {len(entries)} text architectures of vLLM {version}, {verified} are verified, "
+        f"Of the {len(entries)} text architectures of vLLM {VERSION}, {verified} are verified, "
         f"{len(entries) - verified - without_row} are supported but not verified, {without_row} have no row."
     )
 
@@ -253,10 +252,10 @@ def _layout(sublayer: Sublayer) -> str:
 
 
 def _unverified(entries: list[Entry]) -> str:
-    return "; ".join(f"{reason}: {names}" for reason, names in _by_reason(entries))
+    return "; ".join(f"{reason}: {names}" for reason, names in by_reason(entries))
 
 
-def _by_reason(entries: list[Entry]) -> list[tuple[str, str]]:
+def by_reason(entries: list[Entry]) -> list[tuple[str, str]]:
     groups = defaultdict(list)
     for entry in entries:
         groups[entry.reason].append(entry)
@@ -267,29 +266,28 @@ def _names(entries: list[Entry], verified: bool = False) -> str:
     return ", ".join(f"`{entry.architecture}`" for entry in entries if entry.verified == verified)
 
 
-def _markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def in_readme(readme: str) -> str:
-    """The README's part between the markers."""
-    return readme.partition(BEGIN)[2].partition(END)[0]
+def in_readme(readme: str, name: str = "survey") -> str:
+    """The README's part between the markers of this name."""
+    return readme.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
 
 
-def main() -> None:
+def main(name: str, generated: str) -> None:
+    """Print a table, or put it into the README between the markers of this name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    generated = table(survey())
     if not parser.parse_args().write:
         print(generated, end="")
         return
     readme = README.read_text(encoding="utf-8")
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        parser.error(f"{README} has no {BEGIN.strip()} ... {END}")
-    README.write_text(before + begin + generated + end + after, encoding="utf-8")
+    old = f"<!-- {name} -->\n{in_readme(readme, name)}<!-- /{name} -->"
+    if old not in readme:
+        parser.error(f"{README} has no <!-- {name} --> ... <!-- /{name} -->")
+    README.write_text(readme.replace(old, f"<!-- {name} -->\n{generated}<!-- /{name} -->"), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main("survey", table(survey()))

@@ -12,6 +12,7 @@ from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.reference import fitting, layers_of, skipping, windowed
+from tests.architectures.wrapper_cases import PREFIX, WANTS_IMAGES, WRAPPER_CASES
 
 IDS = (3 + 7 * torch.arange(2 * (2 * STRETCH + 20)) % 251).view(2, -1)  # with tokens that a window does not see
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
@@ -24,13 +25,24 @@ def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
     mask = windowed(architecture, fitting(architecture, MASK))
     scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=mask)
+    check(scores, model, checkpoint.family, mask)
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPER_CASES if name not in WANTS_IMAGES | PREFIX])
+def test_a_wrapper_is_scored_by_text_through_its_tower(wrapper, tmp_path):
+    checkpoint = Checkpoint.open(WRAPPER_CASES[wrapper].write(tmp_path / "full"))
+    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
+    scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=MASK)
+    check(scores, WRAPPER_CASES[wrapper].load(tmp_path / "full"), checkpoint.family, MASK)
+
+
+def check(scores, model, family, mask):
     for index in range(LAYERS):
-        with hf.dropped(model, CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)):
-            found_by_hooks = steps(model, CASES[architecture].family, index)
+        with hf.dropped(model, family, DropMask(LAYERS, windows=mask.windows)):
+            found_by_hooks = steps(model, family, index)
         for kind, (before, after) in found_by_hooks.items():
             what = f"{kind} of layer {index}"
             found = getattr(scores.similarity, kind)[index]
-            family = CASES[architecture].family
             lacks = {"attention": family.mixer(index) is None, "mlp": family.mlp_of(index) is None}
             if index in getattr(MASK, kind, ()) or lacks.get(kind):
                 assert found is None, what
@@ -65,7 +77,7 @@ def output(model, family, index, attention, mlp):
     hook = layers_of(model)[index].register_forward_hook(lambda _layer, _args, out: seen.append(out))
     try:
         with torch.no_grad(), skipping(model, family, DropMask(LAYERS, tuple({*attention}), tuple({*mlp}))):
-            model(IDS)
+            model.get_decoder()(input_ids=IDS)
     finally:
         hook.remove()
     return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).double()

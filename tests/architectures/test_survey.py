@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
-from tests.architectures import survey
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
+from tests.architectures import survey, wrapper_survey
 from tests.architectures.cases import CASES
 
 ENTRIES = survey.survey()
@@ -74,3 +75,23 @@ def test_at_least_forty_architectures_are_verified():
 def test_facts_are_read_from_vllms_model_files(module, name, fact):
     assert fact in survey.facts_about(module, name)
     assert fact not in survey.facts_about("llama", "LlamaForCausalLM")
+
+
+def test_the_readme_has_the_generated_table_of_wrappers():
+    readme = survey.README.read_text(encoding="utf-8")
+    assert survey.in_readme(readme, "wrappers") == wrapper_survey.table(), (
+        "README.md is out of date: run `python -m tests.architectures.wrapper_survey --write` and read the diff"
+    )
+
+
+def test_every_wrapper_of_the_registry_stands_in_the_table_once():
+    names = wrapper_survey.wrappers()
+    assert set(WRAPPERS) <= set(names)
+    assert set(WRAPPERS) >= wrapper_survey.VERIFIED
+    assert not set(wrapper_survey.REASONS) & set(WRAPPERS)
+    generated = wrapper_survey.table()
+    assert not [name for name in names if generated.count(f"`{name}`") != 1]
+
+
+def test_at_least_thirty_wrappers_are_verified():
+    assert len(wrapper_survey.VERIFIED) >= 30

@@ -1,5 +1,7 @@
 """Files of answers that nobody gave, for what reads them."""
 
+from dataclasses import replace
+
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance
 from llmdrop_vllm.data.answers import Answer, AnswersHeader
 
@@ -19,6 +21,11 @@ def header(**changes):
         "provenance": Provenance(model=model, dtype="float32", versions={}, command="llmdrop answers"),
     }
     return AnswersHeader(**asked | changes)
+
+
+def with_vocabulary(checkpoint, size):
+    """A checkpoint whose config names another size."""
+    return replace(checkpoint, decoder=replace(checkpoint.decoder, config={"vocab_size": size}))
 
 
 def answer(number, prompt, reply, **more):

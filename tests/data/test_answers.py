@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,7 @@ from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.growing import growing
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import DataError, OutputError
-from tests.data.files import ANSWERS, answer, header, write_answers
+from tests.data.files import ANSWERS, answer, header, with_vocabulary, write_answers
 
 EMBEDDED = Checkpoint.open(MODEL)
 
@@ -201,6 +200,6 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
 
 
 def test_answers_are_of_one_model_only_by_their_token_ids(file):
-    small = replace(EMBEDDED, config={**EMBEDDED.config, "vocab_size": 8})
+    small = with_vocabulary(EMBEDDED, 8)
     with pytest.raises(DataError, match=r"0 to 7"):
         load_answers(small, file, held_out=False)

@@ -17,6 +17,7 @@ from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.embedded.corpus import END, USER, documents
 from llmdrop_vllm.errors import CheckpointError, DataError
+from tests.data.files import with_vocabulary
 from tests.tiny import TINY_LLAMA, golden, write_checkpoint
 
 EMBEDDED = Checkpoint.open(MODEL)
@@ -244,7 +245,7 @@ def test_text_needs_a_tokenizer_of_the_model(tmp_path, model_type, files, messag
 def test_token_ids_need_a_vocabulary_size(tmp_path, size):
     (tmp_path / "a.json").write_text("[[1, 2]]")
     with pytest.raises(CheckpointError, match=f"config.json: vocab_size is {size!r}; expected 1 or more"):
-        ids_of(tmp_path / "a.json", replace(EMBEDDED, config={"vocab_size": size}))
+        ids_of(tmp_path / "a.json", with_vocabulary(EMBEDDED, size))
 
 
 def test_transformers_does_not_warn_of_long_texts(tmp_path, caplog):

@@ -44,7 +44,7 @@ def one_stage(monkeypatch):
 def build(mask, layer=Layer, num_layers=2, family=FAMILY):
     with module.dropping(module.Dropping(Decoder("Toy", {}, family, mask), CONFIG)) as dropped:
         model = nn.ModuleList([layer(index) for index in range(num_layers)])
-    dropped.finish(model)
+    dropped.finish(nn.ModuleDict({"layers": model}))
     return model
 
 
@@ -142,3 +142,11 @@ class TestWeights:
     def test_a_whole_parameter_is_missing(self):
         with pytest.raises(ValueError, match="keeps: layers.0.norm.weight$"):
             check_all_loaded(self.Model(), self.LOADED - {"layers.0.norm.weight"}, self.SEEN, quantized=False)
+
+
+def test_blocks_of_another_part_that_bear_the_names_of_decoder_layers_are_an_error():
+    """They would lose what the mask takes from the decoder."""
+    with module.dropping(module.Dropping(Decoder("Toy", {}, FAMILY, DropMask(2, attention=(1,))), CONFIG)) as dropped:
+        model = nn.ModuleDict({part: nn.ModuleList([Layer(0), Layer(1)]) for part in ("layers", "visual")})
+    with pytest.raises(module.SubstitutionError, match=r"visual\.1 was taken for decoder layer 1"):
+        dropped.finish(model)
