@@ -5,14 +5,13 @@
 is a PreTrainedModel like any other: it generates, trains, takes adapters, and can be handed to lm-eval's `hf` backend.
 """
 
-import copy
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
+from llmdrop_vllm.hf_configs import DroppedConfig, with_dropped_cache
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
@@ -83,7 +83,7 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     config = stock.from_dict(decoded(entries))
     if mask:
         config.get_text_config().update(mask.to_config())
-        config.__class__ = _dropped_config(stock)
+        config.__class__ = with_dropped_cache(stock)
     return config
 
 
@@ -223,30 +223,6 @@ def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
             setattr(layer, norm, DroppedNorm())
 
 
-class DroppedConfig(PretrainedConfig):
-    """Mixed in before a stock config class: caches made from it have entries for the remaining attention only."""
-
-    stock: ClassVar[type[PretrainedConfig]]
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """As the stock config, but its decoder, which Transformers asks for to build a cache, has fewer layers."""
-        config = super().get_text_config(decoder=decoder, encoder=encoder)
-        if not decoder or encoder:
-            return config
-        kept = DropMask.from_config(config).kept_attention
-        stock: type[PretrainedConfig] = getattr(config, "stock", type(config))
-        cached = copy.copy(config)
-        cached.__class__ = stock
-        cached.num_hidden_layers = len(kept)
-        if (layer_types := getattr(config, "layer_types", None)) is not None:
-            kept_types = [layer_types[index] for index in kept]
-            try:
-                cached.layer_types = kept_types
-            except AttributeError:  # the class works them out
-                cached.__class__ = _listing(stock, kept_types)
-        return cached
-
-
 class DroppedModel(PreTrainedModel):
     """Mixed in before a stock model class: goes without what the config's mask drops."""
 
@@ -260,7 +236,7 @@ class DroppedModel(PreTrainedModel):
         for part in self.get_decoder().modules():
             if isinstance(part, PreTrainedModel) and not isinstance(part.config, DroppedConfig):
                 own: Any = type(part.config)
-                part.config.__class__ = _dropped_config(own)
+                part.config.__class__ = with_dropped_cache(own)
         self._keys_to_ignore_on_load_unexpected = {
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
             *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
@@ -280,16 +256,6 @@ def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
     # Transformers looks at names after its own renaming.
     names = {*sublayer.names, sublayer.transformers_module}
     return rf"^{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
-
-
-def _listing(stock: type[PretrainedConfig], layer_types: list[str]) -> type[PretrainedConfig]:
-    """A config class whose layers are these."""
-    return type(stock.__name__, (stock,), dict.fromkeys(("layer_types", "layers_block_type"), layer_types))
-
-
-@cache
-def _dropped_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedConfig, stock), {"stock": stock})
 
 
 @cache

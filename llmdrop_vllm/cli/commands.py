@@ -76,13 +76,8 @@ def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
     from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(
-        Checkpoint.open(args.model),
-        memory_bytes=args.memory,
-        kv_dtype=args.kv_dtype,
-        context=args.context,
-        chunk=args.max_num_batched_tokens,
-    )
+    asked = {"memory_bytes": args.memory, "kv_dtype": args.kv_dtype, "context": args.context}
+    found = inspect_checkpoint(Checkpoint.open(args.model), chunk=args.max_num_batched_tokens, **asked)
     if args.json:
         print(found.model_dump_json(indent=2))
     else:

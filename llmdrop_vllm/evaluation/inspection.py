@@ -6,6 +6,7 @@ from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import Healing, healing_of
 from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
+from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
@@ -100,24 +101,14 @@ def inspect_checkpoint(
     value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
+    weights = {each.mask: sum(tensor.num_bytes for tensor in each.kept.values()) for each in (whole, masked)}
+    if checkpoint.is_stripped:
+        # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
+        weights[whole.mask] = round(weights[masked.mask] * parameters[whole.mask] / parameters[masked.mask])
+
     def footprint(each: MaskedCheckpoint, chunk: int = chunk) -> Footprint:
-        weight_bytes = sum(tensor.num_bytes for tensor in masked.kept.values())
-        if each is whole:
-            # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
-            stripped = round(weight_bytes * parameters[whole.mask] / parameters[masked.mask])
-            weight_bytes = stripped if checkpoint.is_stripped else disk_bytes
-        per_token, block = each.layout.token_values * value_bytes, each.layout.block_tokens(BLOCK_TOKENS)
-        block_bytes = each.layout.block_values * value_bytes * block
-        free_bytes = max(0, memory_bytes - weight_bytes)
-        blocks = each.layout.request_blocks(context, block, chunk)
-        return Footprint(
-            parameters=parameters[each.mask],
-            weight_bytes=weight_bytes,
-            attention_layers=each.layout.layers,
-            kv_bytes_per_token=int(per_token),
-            kv_tokens=int(free_bytes // (per_token * block)) * block,
-            request_bytes=blocks * block_bytes,
-            requests=free_bytes // block_bytes // blocks,
+        return _footprint(
+            each.layout, parameters[each.mask], weights[each.mask], memory_bytes, value_bytes, context, chunk
         )
 
     return Inspection(
@@ -137,6 +128,24 @@ def inspect_checkpoint(
         full=footprint(whole),
         dropped=footprint(masked),
         healing=healing_of(checkpoint.directory),
+    )
+
+
+def _footprint(
+    layout: KVLayout, parameters: int, weights: int, memory_bytes: int, value_bytes: int, context: int, chunk: int
+) -> Footprint:
+    per_token, block = layout.token_values * value_bytes, layout.block_tokens(BLOCK_TOKENS)
+    block_bytes = layout.block_values * value_bytes * block
+    free_bytes = max(0, memory_bytes - weights)
+    blocks = layout.request_blocks(context, block, chunk)
+    return Footprint(
+        parameters=parameters,
+        weight_bytes=weights,
+        attention_layers=layout.layers,
+        kv_bytes_per_token=int(per_token),
+        kv_tokens=int(free_bytes // (per_token * block)) * block,
+        request_bytes=blocks * block_bytes,
+        requests=free_bytes // block_bytes // blocks,
     )
 
 
