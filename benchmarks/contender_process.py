@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.memory import peak_bytes
 
-COMMANDS = ("memory", "answer", "tell", "run", "stages_kv_tokens")
+COMMANDS = ("memory", "answer", "run", "stages_kv_tokens")
 
 
 class Host:

@@ -43,13 +43,6 @@ class VllmEngine:
             "logprobs": [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
         }
 
-    def tell(self, prompt: list[int], tokens: int) -> list[int]:
-        """Greedy tokens."""
-        (request,) = self.llm.generate(
-            [{"prompt_token_ids": prompt}], self._sampling(tokens, logprobs=0), use_tqdm=False
-        )
-        return list(request.outputs[0].token_ids)
-
     def run(self, prompts: Prompts, tokens: int) -> dict[str, Any]:
         """Seconds until the first and the last token of each request, all sent at once."""
         engine, scheduler = self.llm.llm_engine, self.llm.llm_engine.engine_core.engine_core.scheduler

@@ -5,6 +5,7 @@
 RESULT-speedup.svg: speedup by sublayers dropped, with what is predicted as a band. -context.svg: decode tokens/s by
 context. -fits.svg: sequences that fit into the KV cache. -latency.svg: time per token by requests at once. -ttft.svg:
 time to first token by requests per second. -position.svg: what windows lose, by how far into a text.
+-capacity.svg: requests that fit, and what that costs.
 Each is made from the result files that hold what it needs; what is missing is said.
 """
 
@@ -160,6 +161,20 @@ def loss_by_position(result: Mapping[str, Any], axes: Axes) -> None:
     axes.set_title(f"half of the layers see the last {WINDOW:,} tokens: which half, and what else is in sight")
 
 
+def capacity_and_quality(result: Mapping[str, Any], axes: Axes) -> None:
+    """What each contender holds in the same memory, and what it costs."""
+    points = result["points"]
+    full = points[0]
+    for place, each in enumerate(points):
+        rise = 100 * (each["perplexity"] / full["perplexity"] - 1)
+        found = f"{each['contender']}: {each['needles']:.0%} of the numbers found"
+        axes.plot(each["fits"], max(rise, 0.1), "osD^vP"[place % 6], markersize=11, color=f"C{place}", label=found)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel=f"requests of {result['context']:,} tokens that fit", ylabel="perplexity above the full model's, %")
+    axes.set_title(f"{full['model']}: {result['kv_bytes'] / 2**30:g} GiB of KV cache (0.1% stands for less)")
+
+
 def drops_differ(result: Mapping[str, Any]) -> bool:
     """Whether one workload was measured at three numbers of attention sublayers dropped or more."""
     lines = lines_of(result, "throughput")
@@ -186,6 +201,7 @@ PICTURES: tuple[
     ("latency", "a run over all workloads", latency_by_load, batches_differ),
     ("ttft", "a run of load.py", ttft_under_load, lambda r: any(each["rate_per_s"] for each in lines_of(r, "load"))),
     ("position", "a run of windows.py", loss_by_position, is_of_windows),
+    ("capacity", "a run of windows_served.py", capacity_and_quality, lambda r: "step_tokens" in r),
     ("fits", "a run of kv_capacity.py", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
 )
 

@@ -4,11 +4,13 @@
     llmdrop windows MODEL --window 1024 --count 15 --out windows/MODEL/mask.json
     python benchmarks/windows_served.py [--models smollm2] [--context 8000]
 
-Requests of a real model that fit, tokens per second, and whether numbers said in the text are found at its end, as
-served. Contenders answer the same prompts in turns, each in a process of its own.
+Requests of a real model that fit, tokens per second, perplexity of what windows do not see in full, and whether numbers
+said in the text are found at its end, all as served. Contenders answer the same prompts in turns, each in a process of
+its own.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -30,6 +32,7 @@ FULL, WINDOWS, DROPPED, EIGHT_BIT, BOTH = "full", "windows", "dropped", "8-bit K
 KV_BYTES = 1 << 30
 STEP_TOKENS = 512  # of prompts that are computed together, which windows keep as well
 OUTPUT_TOKENS = 64
+SEEN_BY_ALL = 1280  # tokens of a prompt that see everything under windows of 1,024
 EIGHT_BITS = {"kv_cache_dtype": "fp8"}
 
 
@@ -85,7 +88,7 @@ def measure(subject: Subject, line: list[Contender], context: int, requests: int
             each.load(process, subject.checkpoint.directory, context)
             processes.append(process)
         told = [
-            [process.ask("tell", prompt=prompt, tokens=needles.answer_tokens) for prompt in prompts]
+            [process.ask("answer", prompt=prompt, tokens=needles.answer_tokens) for prompt in prompts]
             for process in processes
         ]
         runs: list[list[dict[str, Any]]] = [[] for _ in line]
@@ -94,6 +97,7 @@ def measure(subject: Subject, line: list[Contender], context: int, requests: int
                 its.append(process.ask("run", prompts=(prompts * requests)[:requests], tokens=OUTPUT_TOKENS))
         for each, process, said, its in zip(line, processes, told, runs, strict=True):
             seconds = [max(run["last_s"]) for run in its]
+            lost = [-value for each_told in said for value in each_told["prompt_logprobs"][SEEN_BY_ALL:]]
             ratios = [base / own for base, own in zip((max(run["last_s"]) for run in runs[0]), seconds, strict=True)]
             found.append(
                 {
@@ -108,7 +112,8 @@ def measure(subject: Subject, line: list[Contender], context: int, requests: int
                     "seconds": [round(value, 1) for value in seconds],
                     "requests_per_s": round(requests / statistics.median(seconds), 4),
                     "speedup": [round(value, 3) for value in ratios],
-                    "needles": sum(a == b for a, b in zip(said, answers, strict=True)) / len(answers),
+                    "perplexity": round(math.exp(statistics.fmean(lost)), 3),
+                    "needles": sum(a["tokens"] == b for a, b in zip(said, answers, strict=True)) / len(answers),
                 }
             )
     return found
@@ -116,11 +121,21 @@ def measure(subject: Subject, line: list[Contender], context: int, requests: int
 
 def table(lines: list[dict[str, Any]]) -> str:
     """For people."""
-    head = ("model", "contender", "requests that fit", "running", "requests/s", "speedup", "numbers found")
+    head = (
+        "model",
+        "contender",
+        "requests that fit",
+        "running",
+        "requests/s",
+        "speedup",
+        "perplexity",
+        "numbers found",
+    )
     found = [
         (
             *(each["model"], each["contender"], each["fits"], each["running"], each["requests_per_s"]),
             f"{statistics.median(each['speedup']):.2f}",
+            each["perplexity"],
             f"{each['needles']:.0%}",
         )
         for each in lines

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missi
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
 from llmdrop_vllm.kv_cache.layout import KVLayout
+from llmdrop_vllm.masks.dialects import Windows
 from llmdrop_vllm.masks.mask import DropMask
 
 
@@ -83,6 +84,12 @@ class Checkpoint:
     def mask(self) -> DropMask:
         """What the config drops."""
         return self.decoder.mask
+
+    def seeing(self, windows: Windows) -> Self:
+        """As though its config had these windows, if any. Raises MaskError where attention is dropped or takes none."""
+        mask = self.mask.seeing(windows)
+        self.decoder.check(mask)
+        return replace(self, decoder=replace(self.decoder, mask=mask)) if windows else self
 
     @property
     def context(self) -> int | None:

@@ -39,6 +39,7 @@ def parser() -> options.Parser:
     fetch.add_argument("out", type=Path, nargs="?", metavar="DIR", help="where to (without: the cache, LLMDROP_CACHE)")
     fetch.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a checkpoint")
     _add_choosing(add)
+    _add_searching(add)
     _add_dropping(add)
     _add_writing(add)
     _add_measuring(add)
@@ -48,6 +49,7 @@ def parser() -> options.Parser:
 def _add_choosing(add: Add) -> None:
     score = add("score", "measure the importance of every sublayer and block", "llmdrop score MODEL --out scores.json")
     options.add_model(score)
+    options.add_windows(score)
     options.add_file(score, "the scores")
     options.add_calibration(score)
     options.add_importance(score)
@@ -60,6 +62,8 @@ def _add_choosing(add: Add) -> None:
     select.add_argument("--model", help="for --iterative: the scored model, if it has moved")
     select.add_argument("--device", help="for --iterative: cpu or cuda; default a GPU where there is one")
 
+
+def _add_searching(add: Add) -> None:
     example = "llmdrop search MODEL --answers answers.jsonl --attention 8 --out mask.json"
     search = add("search", "find a mask by what it does to the model's answers", example, SEARCHING)
     options.add_model(search)
@@ -100,6 +104,7 @@ def _add_choosing(add: Add) -> None:
 def _add_dropping(add: Add) -> None:
     drop = add("drop", "score, select and apply in one go", "llmdrop drop MODEL OUT --attention 8 --heal", HEALING)
     options.add_model(drop)
+    options.add_windows(drop)
     options.add_directory(drop)
     options.add_selection(drop)
     options.add_calibration(drop)
@@ -174,6 +179,7 @@ def _add_measuring(add: Add) -> None:
     example = "llmdrop sweep MODEL --tasks arc_easy,gsm8k"
     sweep = add("sweep", "measure quality and speed of many masks", example, MEASURING)
     options.add_model(sweep)
+    options.add_windows(sweep)
     options.add_results(sweep)
     options.add_series(sweep)
     options.add_measures(sweep)

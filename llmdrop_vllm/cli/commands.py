@@ -13,6 +13,7 @@ from tqdm import tqdm
 from llmdrop_vllm.artifacts import MASK_FILE, ModelIdentity, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
+from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
@@ -38,7 +39,7 @@ def fetch(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     """`llmdrop score`."""
     check_new(args.out, args.overwrite)
-    checkpoint = Checkpoint.open(args.model)
+    checkpoint = opened(args)
     scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, args.out)
     write_record(scores, args.out)
     forget(args.out)

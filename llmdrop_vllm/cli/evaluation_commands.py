@@ -11,6 +11,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, run_scoring
 from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
 from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len, refuse_skipped
+from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
 from llmdrop_vllm.data.prompts import PROMPTS
@@ -86,7 +87,7 @@ def evaluate(args: Namespace) -> None:
 
 def sweep(args: Namespace) -> None:
     """`llmdrop sweep`."""
-    checkpoint = Checkpoint.open(args.model)
+    checkpoint = opened(args)
     measures, settings = _measures(checkpoint, args)
     names = args.series or DEFAULT_SERIES
     make_series(Scores.unmeasured(checkpoint), names, args.counts)  # refused before the scores, which may take hours

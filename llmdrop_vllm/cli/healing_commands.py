@@ -22,6 +22,7 @@ from llmdrop_vllm.cli.commands import (
     write_plan,
 )
 from llmdrop_vllm.cli.console import show_search, show_selection
+from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.cli.search_commands import SearchData, check_answers, check_search_options, searched
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
@@ -51,7 +52,7 @@ OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
 
 def drop(args: Namespace) -> None:
     """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
-    checkpoint = Checkpoint.open(args.model)
+    checkpoint = opened(args)
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = select_mask(
         Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect, mixers=args.mixers

@@ -40,12 +40,17 @@ def add_mask(command: Parser) -> None:
     mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
     mask.add_argument("--attention", type=layers, default=(), metavar="25,26", help="layers whose attention goes")
     mask.add_argument("--mlp", type=layers, default=(), metavar="24", help="layers whose MLP goes")
-    what = "layers whose attention sees the last --window tokens only"
-    mask.add_argument("--window-attention", type=layers, default=(), metavar="3,5", help=what)
-    mask.add_argument("--window", type=int, metavar="TOKENS", help="how many, each token itself among them")
+    add_windows(mask)
     mask.add_argument(
         "--other-model", action="store_true", help="take a mask that was chosen for another model's weights"
     )
+
+
+def add_windows(command: Parser | Group) -> None:
+    """Layers with windows, beside whatever the mask drops."""
+    what = "layers whose attention sees a text's first tokens and the last --window"
+    command.add_argument("--window-attention", type=layers, default=(), metavar="3,5", help=what)
+    command.add_argument("--window", type=int, metavar="TOKENS", help="how many at least, a token itself among them")
 
 
 def add_calibration(command: Parser) -> None:
@@ -127,14 +132,8 @@ def add_search(command: Parser) -> None:
     group.add_argument("--tokens", type=count, metavar="N", help="of answers, to choose by (2048)")
     group.add_argument("--held-out-tokens", type=count, metavar="N", help="of held-out answers, to decide by (4096)")
     group.add_argument("--beam", type=count, metavar="N", help="masks that each greedy step keeps (1)")
-    group.add_argument(
-        "--heal-aware",
-        nargs="?",
-        type=count,
-        const=10_000,
-        metavar="TOKENS",
-        help="heal after each greedy step, on so many tokens of answers (10000), and judge the next one on that",
-    )
+    what = "heal after each greedy step, on so many tokens of answers (10000), and judge the next one on that"
+    group.add_argument("--heal-aware", nargs="?", type=count, const=10_000, metavar="TOKENS", help=what)
 
 
 def add_finals(command: Parser) -> None:
