@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
 from llmdrop_server.mask_options import mask_entries, windows_asked
-from llmdrop_server.preflight import check_port, check_readable, read_keys
+from llmdrop_server.preflight import check_port, check_readable, check_served_name, read_keys
+from llmdrop_server.vllm_options import Told, read
 from llmdrop_vllm import register
-from llmdrop_vllm.checkpoints.directory import check_model_name
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.fetching.fetch import resolve
 
@@ -24,8 +23,9 @@ DEFAULTS = {"--shutdown-timeout": "30", "--max-num-queued-reqs": "1024"}
 # After vLLM's 5 s, a connection whose next request has come may be closed under it when the machine was busy meanwhile:
 # the soak saw it. Proxies keep idle connections for a minute, and must not outlast the server's.
 KEEP_ALIVE_S = 75
-SSL_FILES = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
-DESCRIPTION = """Serve MODEL with vLLM's OpenAI-compatible server, a page at / and the mask at /v1/drop.
+PORT = 8000  # vLLM's
+DESCRIPTION = """Serve MODEL, a checkpoint directory, a hub id or a name of `llmdrop fetch`, with vLLM's
+OpenAI-compatible server, a page at / and the mask at /v1/drop.
 Everything that `vllm serve` takes is passed on; `vllm serve --help=all` lists it."""
 EXAMPLES = """examples:
   llmdrop serve ./llama-2-13b-drop8                                       # the mask is in its config
@@ -35,20 +35,24 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end. The exit status is 0 then, and 1 after an error or when the engine has died."""
-    ours, theirs = parser().parse_known_args(argv)
+    ours, words = parser().parse_known_args(argv)
     try:
         register()  # refuses to, where there is no vLLM
-        named, ours.model = ours.model, resolve(ours.model)
-        check_model_name(ours.model)
-        check_readable([ours.api_key_file, *_ssl_files(ours).values()])
-        check_port(ours.host, ours.port)
-        arguments = vllm_arguments(ours, theirs)
-        if named != ours.model and not any(each.startswith("--served") for each in theirs):
-            arguments += ["--served-model-name", named]
+        theirs = read(words)
+        model = resolve(theirs.model)
+        check_served_name(model)
+        check_readable([ours.api_key_file, *theirs.files])
+        check_port(theirs.host, PORT if theirs.port is None else theirs.port)
+        arguments = vllm_arguments(ours, theirs, model)
         _set_environment(ours)
     except (InputError, ImportError) as error:
         print(f"llmdrop: error: {error}", file=sys.stderr)
         return 1
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        print(
+            "llmdrop: VLLM_USE_RUST_FRONTEND serves vLLM's routes only: no page, no /v1/drop, no bounds",
+            file=sys.stderr,
+        )
     return _run_vllm(arguments)
 
 
@@ -62,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id or a name of `llmdrop fetch`")
     mask = top.add_argument_group("mask, for a checkpoint whose config has none")
     mask.add_argument("--drop-attention", metavar="25,26", help="layers whose attention goes; with --scores, how many")
     mask.add_argument("--drop-mlp", metavar="24,", help="layers whose MLP goes; with --scores, how many")
@@ -75,44 +78,22 @@ def parser() -> argparse.ArgumentParser:
     limits.add_argument("--limit", action="append", default=[], metavar="NAME=N", help="another bound; may be repeated")
     keys = top.add_argument_group("keys, beside vLLM's --api-key")
     keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="one per line; no process list shows them")
-    theirs = top.add_argument_group("options of vLLM that are checked before anything slow")
-    theirs.add_argument("--host", metavar="HOST")
-    theirs.add_argument("--port", type=int, default=8000, metavar="PORT")
-    theirs.add_argument("--hf-overrides", "--hf_overrides", metavar="JSON")
-    for option in SSL_FILES:
-        theirs.add_argument(option, f"--{option[2:].replace('-', '_')}", type=Path, metavar="FILE")
     return top
 
 
-def vllm_arguments(ours: argparse.Namespace, theirs: Sequence[str]) -> list[str]:
+def vllm_arguments(ours: argparse.Namespace, theirs: Told, model: str) -> list[str]:
     """The command line for `vllm`. Raises InputError for a mask that makes no sense."""
-    overrides = _overrides(ours.hf_overrides)
     windows = windows_asked(ours.window_attention, ours.window)
-    overrides |= mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores, windows)
-    passed: dict[str, Any] = {"--host": ours.host, "--port": ours.port, **_ssl_files(ours)}
-    if overrides:
-        passed["--hf-overrides"] = json.dumps(overrides)
-    given = {each.partition("=")[0].replace("_", "-") for each in theirs}
-    if "--config" not in given:  # a file that may say otherwise, and has less to say than the command line
-        passed |= {name: value for name, value in DEFAULTS.items() if name not in given}
-    options = [text for name, value in passed.items() if value is not None for text in (name, str(value))]
+    overrides = theirs.overrides | mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores, windows)
+    options = {name: value for name, value in DEFAULTS.items() if not theirs.says(name)}
+    if model != theirs.model and not theirs.says("--served-model-name"):
+        options["--served-model-name"] = theirs.model
+    words = [word for pair in options.items() for word in pair]
     if ours.api_key_file is not None:
-        options += ["--api-key", *read_keys(ours.api_key_file)]
-    return ["serve", ours.model, *options, *theirs]
-
-
-def _ssl_files(ours: argparse.Namespace) -> dict[str, Path | None]:
-    return {option: getattr(ours, option[2:].replace("-", "_")) for option in SSL_FILES}
-
-
-def _overrides(text: str | None) -> dict[str, Any]:
-    try:
-        overrides = json.loads(text or "{}")
-    except ValueError as error:
-        raise InputError(f"--hf-overrides is not JSON: {error}") from None
-    if not isinstance(overrides, dict):
-        raise InputError(f"--hf-overrides is {text}; expected a JSON object")
-    return overrides
+        words += ["--api-key", *read_keys(ours.api_key_file)]
+    # Last, for it goes over a YAML file's, and one value only: of two vLLM would take the last.
+    said = ["--hf-overrides", json.dumps(overrides)] if overrides else []
+    return ["serve", model, *words, *theirs.rest, *said]
 
 
 def _set_environment(ours: argparse.Namespace) -> None:
