@@ -18,6 +18,7 @@ from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.serving.kv_stores import check_stores
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ConfigHook:
         """For the engine as a whole."""
         with _clear_errors():
             decoder = checked_decoder(self.architecture, vllm_config.model_config)
+            if decoder is not None and decoder.mask:
+                check_stores(vllm_config)
             _set_partition(decoder, vllm_config)
             draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
             for model_config in (vllm_config.model_config, draft):
