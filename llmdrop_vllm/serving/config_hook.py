@@ -17,7 +17,7 @@ from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.masks.dialects import block_entry
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask, config_dict
 from llmdrop_vllm.serving.kv_stores import check_stores
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
@@ -131,7 +131,7 @@ def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
 
 def _check_place(config: "PretrainedConfig") -> None:
     """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
-    entries, seen = config.to_dict(), said_in(config)
+    entries, seen = config_dict(config), said_in(config)
     for place in PLACES:
         found = at(entries, place)
         if isinstance(found, Mapping) and set(DropMask.said_in(found)).difference(seen):
