@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -268,4 +269,13 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
         conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    return type(name, (DroppedModel, stock), {})
+    return type(name, (DroppedModel, stock), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """A class by its name, for processes that unpickle what another has made."""
+    architecture = name.removeprefix(EXPLICIT_PREFIX)
+    stock = getattr(transformers, architecture, None) if name != architecture else None
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _dropped_model(stock, architecture)

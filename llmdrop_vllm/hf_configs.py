@@ -4,6 +4,7 @@ import copy
 from functools import cache
 from typing import ClassVar
 
+import transformers
 from transformers import PretrainedConfig
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
@@ -42,4 +43,14 @@ def _listing(stock: type[PretrainedConfig], layer_types: list[str]) -> type[Pret
 @cache
 def with_dropped_cache(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The config class, with caches for the remaining attention only."""
-    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedConfig, stock), {"stock": stock})
+    return type(f"{EXPLICIT_PREFIX}{stock.__name__}", (DroppedConfig, stock), {"stock": stock, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[PretrainedConfig]:
+    """A class by its name, for processes that unpickle what another has made."""
+    stock = (
+        getattr(transformers, name.removeprefix(EXPLICIT_PREFIX), None) if name.startswith(EXPLICIT_PREFIX) else None
+    )
+    if not (isinstance(stock, type) and issubclass(stock, PretrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return with_dropped_cache(stock)

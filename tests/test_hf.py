@@ -3,6 +3,9 @@
 import copy
 import json
 import logging
+import pickle
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -139,3 +142,20 @@ def test_a_model_without_any_attention_is_refused(tmp_path):
     write_checkpoint(tmp_path, TINY_LLAMA | {"drop_attn_list": [True] * 8})
     with pytest.raises(MaskError, match="every one of the 8 attention sublayers is dropped"):
         hf.from_pretrained(tmp_path)
+
+
+def test_classes_travel_to_other_processes(model, tmp_path):
+    """They are made when they are asked for, so a process that unpickles one must be able to ask."""
+    ids = torch.arange(3, 40)[None]
+    expected = model(ids).logits
+    assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
+    assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
+    torch.save({"model": model, "expected": expected}, tmp_path / "saved.pt")
+    code = (
+        f"import torch; saved = torch.load({str(tmp_path / 'saved.pt')!r}, weights_only=False); ids = torch.arange(3, 40);"
+        "print(torch.equal(saved['model'](ids[None]).logits, saved['expected']), type(saved['model']).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", type(model).__name__]
+    with pytest.raises(AttributeError, match="has no attribute 'DroppedNothing'"):
+        hf.DroppedNothing  # noqa: B018
