@@ -152,8 +152,9 @@ def test_classes_travel_to_other_processes(model, tmp_path):
     assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
     torch.save({"model": model, "expected": expected}, tmp_path / "saved.pt")
     code = (
-        f"import torch; saved = torch.load({str(tmp_path / 'saved.pt')!r}, weights_only=False); ids = torch.arange(3, 40);"
-        "print(torch.equal(saved['model'](ids[None]).logits, saved['expected']), type(saved['model']).__name__)"
+        f"import torch; saved = torch.load({str(tmp_path / 'saved.pt')!r}, weights_only=False);"
+        "found = saved['model'](torch.arange(3, 40)[None]).logits;"
+        "print(torch.equal(found, saved['expected']), type(saved['model']).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", type(model).__name__]
