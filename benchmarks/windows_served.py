@@ -32,6 +32,7 @@ FULL, WINDOWS, DROPPED, EIGHT_BIT, BOTH = "full", "windows", "dropped", "8-bit K
 KV_BYTES = 1 << 30
 STEP_TOKENS = 512  # of prompts that are computed together, which windows keep as well
 OUTPUT_TOKENS = 64
+DEPTHS = (0.15, 0.4, 0.65, 0.9)  # of the numbers in the prompts
 SEEN_BY_ALL = 1280  # tokens of a prompt that see everything under windows of 1,024
 EIGHT_BITS = {"kv_cache_dtype": "fp8"}
 
@@ -77,7 +78,7 @@ def contenders(windows: DropMask, dropped: DropMask) -> list[Contender]:
 def measure(subject: Subject, line: list[Contender], context: int, requests: int, repeats: int) -> list[dict[str, Any]]:
     """In turns; ratios are of neighbours in time."""
     hay = [token for ids in subject.documents[FITTED:] for token in ids[0].tolist()]
-    needles = subject.needles(context, MEASURED_SAYING, hay)
+    needles = subject.needles(context, MEASURED_SAYING, hay, DEPTHS)
     prompts = [row[: -needles.answer_tokens] for row in needles.ids.tolist()]
     answers = needles.answers.tolist()
     found = []
