@@ -2,6 +2,12 @@
 
 import os
 
+import hypothesis
+
+# What an example takes is the machine's and its neighbours' business.
+hypothesis.settings.register_profile("without a deadline", deadline=None)
+hypothesis.settings.load_profile("without a deadline")
+
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     import torch
 
