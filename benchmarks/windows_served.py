@@ -32,7 +32,7 @@ FULL, WINDOWS, DROPPED, EIGHT_BIT, BOTH = "full", "windows", "dropped", "8-bit K
 KV_BYTES = 1 << 30
 STEP_TOKENS = 512  # of prompts that are computed together, which windows keep as well
 OUTPUT_TOKENS = 64
-DEPTHS = (0.15, 0.4, 0.65, 0.9)  # of the numbers in the prompts
+DEPTHS = (0.1, 0.5, 0.8)  # of the numbers in the prompts
 SEEN_BY_ALL = 1280  # tokens of a prompt that see everything under windows of 1,024
 EIGHT_BITS = {"kv_cache_dtype": "fp8"}
 
@@ -108,10 +108,10 @@ def measure(subject: Subject, line: list[Contender], context: int, requests: int
                     "windows": each.mask.windows,
                     "fits": process.kv_sequences,
                     "kv_tokens": process.kv_tokens,
-                    "running": max(run["running"] for run in its),
-                    "preemptions": max(run["preemptions"] for run in its),
+                    "running": max((run["running"] for run in its), default=None),
+                    "preemptions": max((run["preemptions"] for run in its), default=None),
                     "seconds": [round(value, 1) for value in seconds],
-                    "requests_per_s": round(requests / statistics.median(seconds), 4),
+                    "requests_per_s": round(requests / statistics.median(seconds), 4) if its else None,
                     "speedup": [round(value, 3) for value in ratios],
                     "perplexity": round(math.exp(statistics.fmean(lost)), 3),
                     "needles": sum(a["tokens"] == b for a, b in zip(said, answers, strict=True)) / len(answers),
@@ -134,8 +134,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     )
     found = [
         (
-            *(each["model"], each["contender"], each["fits"], each["running"], each["requests_per_s"]),
-            f"{statistics.median(each['speedup']):.2f}",
+            *(each["model"], each["contender"], each["fits"], each["running"] or "", each["requests_per_s"] or ""),
+            f"{statistics.median(each['speedup']):.2f}" if each["speedup"] else "",
             each["perplexity"],
             f"{each['needles']:.0%}",
         )
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=Path, metavar="FILE", help="the mask that drops, to compare")
     parser.add_argument("--context", type=count, default=8000, metavar="N", help="tokens of each prompt")
     parser.add_argument("--requests", type=count, default=10, metavar="N", help="at once")
-    parser.add_argument("--repeats", type=count, default=2, metavar="N", help="turns")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="turns; 0 for what fits and what it costs")
     add_out(parser)
     args = parser.parse_args()
     with ending("windows_served"):
