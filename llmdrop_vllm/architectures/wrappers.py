@@ -12,9 +12,11 @@ _TOWERS: dict[str, tuple[str, ...]] = {
         *("DeepseekVLV2ForCausalLM", "DeepseekOCRForCausalLM", "DeepseekOCR2ForCausalLM", "UnlimitedOCRForCausalLM"),
         *("Eagle2_5_VLForConditionalGeneration", "GraniteSpeechForConditionalGeneration"),
         *("GraniteSpeechPlusForConditionalGeneration", "H2OVLChatModel", "InternVLChatModel"),
-        *("InternS1ForConditionalGeneration", "InternVLForConditionalGeneration", "LightOnOCRForConditionalGeneration"),
-        *("Llama_Nemotron_Nano_VL", "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"),
-        *("LlavaNextVideoForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"),
+        *("InternS1ForConditionalGeneration", "InternVLForConditionalGeneration", "Lfm2VlForConditionalGeneration"),
+        *("LightOnOCRForConditionalGeneration", "Llama_Nemotron_Nano_VL", "LlavaForConditionalGeneration"),
+        *("LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration"),
+        *("LlavaOnevisionForConditionalGeneration", "NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Nano_VL_V2"),
+        *("NemotronH_Omni_Reasoning_V3", "NemotronH_Super_Omni_Reasoning_V3"),
         *("Mistral3ForConditionalGeneration", "NVLM_D", "OpenVLAForActionPrediction"),
         *("Ovis", "Ovis2_5", "Ovis2_6ForCausalLM", "Ovis2_6_MoeForCausalLM", "PaliGemmaForConditionalGeneration"),
         *("PixtralForConditionalGeneration", "QianfanOCRForConditionalGeneration", "RForConditionalGeneration"),
@@ -28,6 +30,7 @@ _TOWERS: dict[str, tuple[str, ...]] = {
     "Ernie4_5ForCausalLM": ("PaddleOCRVLForConditionalGeneration",),
     "Exaone4ForCausalLM": ("Exaone4_5_ForConditionalGeneration",),
     "Gemma3ForCausalLM": ("Gemma3ForConditionalGeneration",),
+    "Gemma4ForCausalLM": ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
     "Glm4ForCausalLM": ("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"),
     "Glm4MoeForCausalLM": ("Glm4vMoeForConditionalGeneration",),
     "GraniteForCausalLM": ("Granite4VisionForConditionalGeneration",),
@@ -59,6 +62,11 @@ _TOWERS: dict[str, tuple[str, ...]] = {
         *("InternS1ProForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
         "Qwen3VLMoeForConditionalGeneration",
     ),
+    "Qwen3_5ForCausalLM": (
+        *("MiniCPMV4_6ForConditionalGeneration", "MiniCPMV4_7ForConditionalGeneration"),
+        "Qwen3_5ForConditionalGeneration",
+    ),
+    "Qwen3_5MoeForCausalLM": ("InternS2PreviewForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
 }
 WRAPPERS = MappingProxyType({name: tower for tower, names in _TOWERS.items() for name in names})
 # Where a config keeps its decoder's entries; the first that is there counts.

@@ -18,6 +18,7 @@ from llmdrop_vllm.checkpoints.directory import local_directory, read_config, wei
 from llmdrop_vllm.checkpoints.nemotron import plain
 from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
+from llmdrop_vllm.checkpoints.tower import tower_of
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
 from llmdrop_vllm.kv_cache.layout import KVLayout
@@ -64,7 +65,7 @@ class Checkpoint:
             raise CheckpointError(f"{directory}/config.json has architectures {names!r}; expected one name")
         decoder = Decoder.of(MappingProxyType(entries), names[0])
         if decoder.family is None:
-            raise CheckpointError(f"{directory}: {no_row(decoder.architecture)}")
+            raise CheckpointError(f"{directory}: {no_row(tower_of(entries, names[0])[0] or names[0])}")
         checkpoint = cls(
             directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
         )

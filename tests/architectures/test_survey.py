@@ -93,5 +93,6 @@ def test_every_wrapper_of_the_registry_stands_in_the_table_once():
     assert not [name for name in names if generated.count(f"`{name}`") != 1]
 
 
-def test_at_least_thirty_wrappers_are_verified():
+def test_at_least_thirty_wrappers_are_verified_and_ninety_supported():
     assert len(wrapper_survey.VERIFIED) >= 30
+    assert len(WRAPPERS) >= 90

@@ -28,6 +28,7 @@ from llmdrop_vllm.writing.validation import output_projections
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.bare_wrappers import BARE, last_projections, made_up_weights, write
 from tests.architectures.cases import LAYERS
+from tests.architectures.kernels import kernels
 from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 from tests.engines import engine, greedy
 
@@ -47,7 +48,7 @@ def text_only(monkeypatch):
 def served(directory: Path, **options):
     """(greedy token ids, log-probabilities of them and of the prompt, blocks of KV cache and tokens in each)."""
     options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "attention_backend": "CPU_MLA"} | options
-    with engine(directory, **options) as llm:
+    with kernels(), engine(directory, **options) as llm:
         tokens, logprobs, prompt = greedy(llm, PROMPT)
         cache = llm.llm_engine.vllm_config.cache_config
         return tokens, [*logprobs, *prompt], (cache.num_gpu_blocks, cache.block_size)

@@ -9,7 +9,16 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from tests.architectures.cases import LAYERS, TINY, randomized, save, tiny_entries
+from tests.architectures.cases import (
+    FULL,
+    GATED_DELTA_NET,
+    LAYERS,
+    SHORT_CONVOLUTION,
+    TINY,
+    randomized,
+    save,
+    tiny_entries,
+)
 
 PARTS = ("vision_config", "audio_config", "encoder_config", "projector_config", "qformer_config")
 
@@ -105,6 +114,7 @@ class WrapperCase:
 
 
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
+NESTED_VISION_MODEL = {"model.vision_tower.": "model.vision_tower.vision_model."}
 AUDIO = {"language_model.model.model.": "language_model.model."}
 # Its prompts are a prefix that sees itself in both directions, and how much of it depends on who builds the mask.
 PREFIX = {"PaliGemmaForConditionalGeneration-gemma"}
@@ -117,6 +127,14 @@ def mrope(*sections: int, **entries: Any) -> dict[str, Any]:
     parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections]}
     return {"rope_parameters": parameters | entries}
 
+
+QWEN3_5 = GATED_DELTA_NET | mrope(2, 1, 1, partial_rotary_factor=0.25, mrope_interleaved=True)
+GEMMA4 = {
+    **{"layer_types": ["sliding_attention"] * 4 + [FULL], "num_kv_shared_layers": 0, "sliding_window": 16},
+    **{"hidden_size_per_layer_input": 0, "global_head_dim": 64, "vocab_size_per_layer_input": 256},
+    "num_experts": None,
+}
+GEMMA4_VISION = {"model_type": "gemma4_vision", "hidden_size": 64, "num_hidden_layers": LAYERS}
 
 WRAPPER_CASES = {
     case.name: case
@@ -144,7 +162,7 @@ WRAPPER_CASES = {
         WrapperCase(
             "Cohere2VisionForConditionalGeneration",
             "cohere2_vision",
-            renames={"model.vision_tower.": "model.vision_tower.vision_model."},
+            renames=NESTED_VISION_MODEL,
         ),
         WrapperCase("Glm4vForConditionalGeneration", "glm4v", text=mrope(2, 3, 3, partial_rotary_factor=0.5)),
         WrapperCase(
@@ -165,5 +183,23 @@ WRAPPER_CASES = {
         WrapperCase("GlmAsrForConditionalGeneration", "glmasr", "llama", renames=AUDIO),
         WrapperCase("PaddleOCRVLForConditionalGeneration", "paddleocr_vl", text=mrope(4, 6, 6)),
         WrapperCase("Exaone4_5_ForConditionalGeneration", "exaone4_5", part={"num_key_value_heads": 2}),
+        # Towers that are hybrids
+        WrapperCase("Qwen3_5ForConditionalGeneration", "qwen3_5", text=QWEN3_5),
+        WrapperCase("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", text=QWEN3_5),
+        WrapperCase("MiniCPMV4_6ForConditionalGeneration", "minicpmv4_6", text=QWEN3_5),
+        WrapperCase(
+            "Lfm2VlForConditionalGeneration",
+            "lfm2_vl",
+            text=SHORT_CONVOLUTION | {"conv_dim": 128, "block_dim": 128},
+            part={"vision_use_head": False},
+            renames=NESTED_VISION_MODEL,
+        ),
+        WrapperCase("Gemma4ForConditionalGeneration", "gemma4", text=GEMMA4, overrides={"vision_config": GEMMA4_VISION}),
+        WrapperCase(
+            "Gemma4UnifiedForConditionalGeneration",
+            "gemma4_unified",
+            text=GEMMA4,
+            overrides={"vision_config": {"model_type": "gemma4_unified_vision"}},
+        ),
     )
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from vllm.model_executor.models import registry
 
+from llmdrop_vllm.architectures.refused import REFUSED
 from llmdrop_vllm.architectures.wrappers import NAMED, WRAPPERS
 from tests.architectures import survey
 from tests.architectures.bare_wrappers import BARE
@@ -18,16 +19,13 @@ VERIFIED = frozenset({case.architecture for case in WRAPPER_CASES.values()} | BA
 OWN_LAYERS = "decoder layers of its own, not looked at yet"
 # Read in vLLM's source, where no sign of the survey of text models says it.
 REASONS = {
+    **{name: REFUSED[name] for name in REFUSED if name in registry._MULTIMODAL_MODELS},
     "CohereAsrForConditionalGeneration": "an encoder and a decoder that attends to it",
     "NemotronParseForConditionalGeneration": "an encoder and a decoder that attends to it",
     "WhisperForConditionalGeneration": "an encoder and a decoder that attends to it",
     "DiffusionGemmaForBlockDiffusion": "Gemma 4's layers, which see a block in both directions",
-    "Gemma3nForConditionalGeneration": "its tower, Gemma 3n, has no row",
-    "Gemma4ForConditionalGeneration": "its tower, Gemma 4, has no row",
-    "Gemma4UnifiedForConditionalGeneration": "its tower, Gemma 4, has no row",
-    "KimiK3ForConditionalGeneration": "its tower, Kimi K3, has no row",
-    "Lfm2VlForConditionalGeneration": "its tower, LFM2, has no row",
-    "MiniMaxM3SparseForConditionalGeneration": "its tower, MiniMax M3, has no row",
+    "Gemma3nForConditionalGeneration": survey.SIGNS["altup"],
+    "InternS2MobiusForConditionalGeneration": "Qwen3.5's layers with mixtures that several of them share",
 }
 
 

@@ -1,6 +1,7 @@
 """Where a wrapper's mask may stand, what of the model it may touch, and what vLLM does with it beside serving."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
@@ -154,6 +156,17 @@ def test_a_published_flat_config_keeps_its_mask_where_its_layers_are_counted():
     assert Decoder.of(config, "Qwen2VLForConditionalGeneration").mask == MASK
     loaded = CONFIG_MAPPING["qwen2_vl"].from_dict(config)
     assert Decoder.of(loaded, "Qwen2VLForConditionalGeneration").mask == MASK
+
+
+def test_layers_that_a_tower_has_no_row_for_are_named(tmp_path):
+    shares = {"num_kv_shared_layers": 2}
+    case = WRAPPER_CASES["Gemma4ForConditionalGeneration"]
+    directory = replace(case, text=case.text | shares).write(tmp_path)
+    message = "Gemma4ForCausalLM has no row in the family table for layers as this config has them, only for: num_kv_sh"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(directory)
+    with pytest.raises(ValueError, match=message):
+        outputs(directory, hf_overrides=MASK.to_config("runtime"))
 
 
 def test_every_wrapper_of_the_table_is_one_of_vllm_and_droppable():
