@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 MODELS_MODULE = "llmdrop_vllm.serving.models"
+BACKEND_MODULE = "vllm.model_executor.models.transformers"
 # vLLM's way to set the stages, and our note of what we put there: a partition of ours must not outlive its engine.
 PARTITION, OUR_PARTITION = "VLLM_PP_LAYER_PARTITION", "LLMDROP_PP_LAYER_PARTITION"
 SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
@@ -99,6 +100,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
         _check_registered(architecture)
+        _check_tower(plain, tower_of(config, plain)[0])
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(model_config.hf_text_config)
     decoder.check_attention_is_left(decoder.mask)
@@ -147,6 +149,20 @@ def _check_registered(architecture: str) -> None:
     if getattr(entry, "module_name", None) != MODELS_MODULE:
         raise MaskError(
             f"the config has a drop mask, but {architecture} is registered as {entry}, which would ignore it"
+        )
+
+
+def _check_tower(architecture: str, tower: str) -> None:
+    """Refuse a wrapper whose tower Transformers builds: in vLLM's backend for it, layers are replaced after they were
+    made, by the class that is served.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    built_by = getattr(ModelRegistry.models.get(tower), "class_name", "")
+    if tower != architecture and f"@{BACKEND_MODULE}." in built_by:
+        raise MaskError(
+            f"the config has a drop mask, but {architecture} has vLLM's Transformers backend build its {tower}, from "
+            "which nothing can be dropped there"
         )
 
 

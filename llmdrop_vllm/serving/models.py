@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
-from llmdrop_vllm.serving.config_hook import SAFETENSORS_FORMATS
+from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import (
     RefuseDroppedAdapters,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 # With these, vLLM's loader hands over a checkpoint in one call.
 WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
-
-BACKEND_MODULE = "vllm.model_executor.models.transformers"
 
 # Under vLLM's logger, so that the line looks like the others; at WARNING, because without vLLM's logging set-up
 # anything lower is hidden by default.

@@ -169,6 +169,13 @@ def test_layers_that_a_tower_has_no_row_for_are_named(tmp_path):
         outputs(directory, hf_overrides=MASK.to_config("runtime"))
 
 
+def test_a_tower_that_transformers_would_build_is_refused(tmp_path):
+    case = replace(WRAPPER_CASES["LlavaForConditionalGeneration-llama"], tower="glm")
+    message = "LlavaForConditionalGeneration has vLLM's Transformers backend build its GlmForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        outputs(case.write(tmp_path), hf_overrides=MASK.to_config("runtime"))
+
+
 def test_every_wrapper_of_the_table_is_one_of_vllm_and_droppable():
     for name in WRAPPERS:
         assert ModelRegistry.models[name].module_name == "llmdrop_vllm.serving.models", name
