@@ -183,8 +183,11 @@ def first_of(output: Any) -> torch.Tensor:
 def _implementation(made: type[PreTrainedModel], config: PretrainedConfig, attention: str) -> str:
     """How attention is computed: as asked where the model's code can, else the nearest that it can."""
     # PyTorch's attention knows no soft caps on logits, and some architectures have none but their own.
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped or not made._supports_sdpa:
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    # PaliGemma's sees a prompt without images in both directions, which neither vLLM nor its eager attention does.
+    looks_ahead = getattr(text, "use_bidirectional_attention", None) is True
+    if capped or looks_ahead or not made._supports_sdpa:
         return "eager"
     stock: Any = next(each for each in made.__mro__ if each.__module__.startswith("transformers."))
     return attention if stock._can_set_attn_implementation() else "sdpa"

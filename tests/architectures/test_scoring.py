@@ -12,7 +12,7 @@ from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.reference import fitting, layers_of, skipping, windowed
-from tests.architectures.wrapper_cases import PREFIX, WANTS_IMAGES, WRAPPER_CASES
+from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 
 IDS = (3 + 7 * torch.arange(2 * (2 * STRETCH + 20)) % 251).view(2, -1)  # with tokens that a window does not see
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
@@ -28,7 +28,7 @@ def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
     check(scores, model, checkpoint.family, mask)
 
 
-@pytest.mark.parametrize("wrapper", [name for name in WRAPPER_CASES if name not in WANTS_IMAGES | PREFIX])
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPER_CASES if name not in WANTS_IMAGES])
 def test_a_wrapper_is_scored_by_text_through_its_tower(wrapper, tmp_path):
     checkpoint = Checkpoint.open(WRAPPER_CASES[wrapper].write(tmp_path / "full"))
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))

@@ -116,8 +116,6 @@ class WrapperCase:
 VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
 NESTED_VISION_MODEL = {"model.vision_tower.": "model.vision_tower.vision_model."}
 AUDIO = {"language_model.model.model.": "language_model.model."}
-# Its prompts are a prefix that sees itself in both directions, and how much of it depends on who builds the mask.
-PREFIX = {"PaliGemmaForConditionalGeneration-gemma"}
 # Transformers runs these with images only.
 WANTS_IMAGES = {"Blip2ForConditionalGeneration-opt"}
 
