@@ -15,6 +15,7 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.dialects import DIALECTS, without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
+from llmdrop_vllm.masks.stretches import STRETCH
 
 WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")  # Llama's, GPT-2's, ChatGLM's
@@ -139,7 +140,8 @@ class Decoder:
         context = None if scaled else self.context
         if mask.windows and any(kind.state for kind in found):
             raise MaskError(
-                "windows are not served beside recurrent mixers, whose states set the size of vLLM's blocks"
+                "windows are not served beside recurrent mixers: vLLM makes blocks as large as their states, and "
+                f"windows need blocks that {STRETCH} tokens are a multiple of"
             )
         for layer, tokens in mask.windows:
             kind = found[layer]

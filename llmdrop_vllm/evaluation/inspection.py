@@ -16,14 +16,16 @@ IN_FLIGHT_TOKENS, SMALL_CHUNK_TOKENS = 2048, 512
 
 
 class Footprint(Record):
-    """A model's size. `kv_bytes_per_token` is as vLLM stores it, padding included, before a window has passed a token;
-    tokens are what fits beside the weights in `Inspection.memory_bytes`, in whole blocks. `request_bytes` is what vLLM
-    keeps ready for a request of `Inspection.context` tokens; of those, `requests` fit.
+    """A model's size. `attention_layers` are what a mask calls so, `recurrent_layers` those of them that keep a state.
+    `kv_bytes_per_token` is as vLLM stores it, padding included, before a window has passed a token; tokens are what
+    fits beside the weights in `Inspection.memory_bytes`, in whole blocks. `request_bytes` is what vLLM keeps ready for
+    a request of `Inspection.context` tokens; of those, `requests` fit.
     """
 
     parameters: int
     weight_bytes: int
     attention_layers: int
+    recurrent_layers: int
     kv_bytes_per_token: int
     kv_tokens: int
     request_bytes: int
@@ -66,12 +68,14 @@ class Inspection(Record):
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""
+        states = self.full.recurrent_layers > 0
         names = {
             "parameters": "parameters",
             "weight_bytes": "weights, bytes",
-            "attention_layers": "attention layers",
+            "attention_layers": "mixers, attention or recurrent" if states else "attention layers",
+            **({"recurrent_layers": "recurrent mixers"} if states else {}),
             "kv_bytes_per_token": f"KV cache, bytes per token ({self.kv_dtype})",
-            "request_bytes": f"KV cache, bytes of a request of {self.context:,} tokens",
+            "request_bytes": f"KV cache{' and states' * states}, bytes of a request of {self.context:,} tokens",
             "kv_tokens": f"tokens in {self.memory_bytes / 2**30:g} GiB beside the weights",
             "requests": f"requests of {self.context:,} tokens there",
         }
@@ -142,6 +146,7 @@ def _footprint(
         parameters=parameters,
         weight_bytes=weights,
         attention_layers=layout.layers,
+        recurrent_layers=layout.recurrent_layers,
         kv_bytes_per_token=int(per_token),
         kv_tokens=int(free_bytes // (per_token * block)) * block,
         request_bytes=blocks * block_bytes,

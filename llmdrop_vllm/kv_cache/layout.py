@@ -43,6 +43,11 @@ class KVLayout:
         """Layers that have keys and values or a state."""
         return sum(bool(kind.values or kind.state) for kind in self.kinds)
 
+    @property
+    def recurrent_layers(self) -> int:
+        """Those of them that have a state, beside keys and values or in place of them."""
+        return sum(bool(kind.state) for kind in self.kinds)
+
     @cached_property
     def page_values(self) -> tuple[int, ...]:
         """Numbers that each layer stores per token of vLLM's block size: with several groups, all alike."""

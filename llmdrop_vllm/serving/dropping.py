@@ -156,8 +156,8 @@ class Dropping:
                 found = "no attention that takes one" if attention is None else type(attention).__name__
                 raise SubstitutionError(f"layer {layer} was to have a window of {tokens} tokens; built was {found}")
         self.kept = self._stored(model.modules())
-        if self.dropped.per_request and not any(self.decoder.kinds[layer].state for layer in self.mask.kept_attention):
-            # vLLM would look for the states that this asks it to keep for prefixes.
+        if self.family.recurrent is not None and not self.kept.per_request:
+            # vLLM would look for the states that this asks it to keep for prefixes. Stages have a config each.
             self.vllm_config.cache_config.mamba_cache_mode = "none"
 
     def kv_summary(self) -> str:

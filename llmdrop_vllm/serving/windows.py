@@ -60,8 +60,14 @@ def _look_back(attention: Attention, window: int) -> None:
 
     def spec(vllm_config: "VllmConfig") -> KVCacheSpec | None:
         full = own(vllm_config)
-        fits = type(full) is FullAttentionSpec and STRETCH % full.block_size == 0
-        return WindowSpec.of(full, window) if fits else full
+        if type(full) is not FullAttentionSpec:
+            return full
+        if STRETCH % full.block_size:
+            raise MaskError(
+                f"windows need a KV cache in blocks that {STRETCH} tokens are a multiple of; the engine's have "
+                f"{full.block_size}: use another --block-size"
+            )
+        return WindowSpec.of(full, window)
 
     attention.get_kv_cache_spec = spec
 

@@ -46,7 +46,7 @@ def report(vllm_config: "VllmConfig") -> Drop:
             fitting = int(blocks) * cache.block_size
         return Size(
             parameters=_or_none(_count, decoder, each),
-            attention_layers=len(each.kept_attention),
+            attention_layers=len(each.kept_attention) if layout is None else layout.layers,
             kv_bytes_per_token=None if layout is None or value_bytes is None else layout.token_bytes(value_bytes),
             kv_tokens=fitting,
             sequences=round(sequences * fitting / tokens, 2) if tokens else 0.0,

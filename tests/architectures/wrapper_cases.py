@@ -192,7 +192,9 @@ WRAPPER_CASES = {
             part={"vision_use_head": False},
             renames=NESTED_VISION_MODEL,
         ),
-        WrapperCase("Gemma4ForConditionalGeneration", "gemma4", text=GEMMA4, overrides={"vision_config": GEMMA4_VISION}),
+        WrapperCase(
+            "Gemma4ForConditionalGeneration", "gemma4", text=GEMMA4, overrides={"vision_config": GEMMA4_VISION}
+        ),
         WrapperCase(
             "Gemma4UnifiedForConditionalGeneration",
             "gemma4_unified",

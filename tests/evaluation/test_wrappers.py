@@ -9,6 +9,8 @@ import torch
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_server.report import report
 from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
@@ -18,6 +20,7 @@ from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import LAYERS
 from tests.architectures.wrapper_cases import WRAPPER_CASES
+from tests.data.files import answer, write_answers
 from tests.words import tokenizer
 
 pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
@@ -45,6 +48,32 @@ def test_the_commands_take_it_as_they_take_a_text_model(home, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", out]) == 0
     assert "attention dropped in 2 of 5 layers" in capsys.readouterr().out
+
+
+def bytes_of(tensor):
+    return tensor.path.read_bytes()[tensor.start : tensor.stop]
+
+
+@pytest.mark.parametrize("name", ["Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
+def test_search_and_training_go_through_its_tower(name, tmp_path):
+    full = WRAPPER_CASES[name].write(tmp_path / "full")
+    # Random weights learn nothing in general: those held out are among those learnt from.
+    ids = np.random.default_rng(0).integers(5, 256, (3, 32)).tolist()
+    made = [answer(place, ids[place // 4][:6], ids[place // 4][6:], held_out=place % 4 == 0) for place in range(12)]
+    said = Provenance(model=ModelIdentity.of(Checkpoint.open(full)))
+    answers = str(write_answers(tmp_path / "answers.jsonl", made, provenance=said))
+    mask, dropped, mended = (str(tmp_path / part) for part in ("mask.json", "dropped", "mended"))
+    small = ["--tokens", "200", "--held-out-tokens", "60", "--masks", "12"]
+    assert main(["search", str(full), "--answers", answers, "--attention", "2", "--out", mask, *small]) == 0
+    assert main(["apply", str(full), dropped, "--mask", mask]) == 0
+    training = ["--data", answers, "--train-only", "--epochs", "4", "--learning-rate", "1e-3", "--dtype", "float32"]
+    assert main(["heal", dropped, mended, "--teacher", str(full), *training]) == 0
+    before, after = (Checkpoint.open(path).tensors for path in (dropped, mended))
+    changed = {layer_in(key) for key in before if bytes_of(before[key]) != bytes_of(after[key])}
+    assert changed
+    assert None not in changed
+    record = inspect_checkpoint(Checkpoint.open(mended), memory_bytes=1 << 30).healing.training
+    assert record.kl_after < record.kl_before
 
 
 def test_quality_is_that_of_its_text(home):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.data.calibration import load_calibration
@@ -144,3 +145,13 @@ def test_inspect_says_what_smaller_chunks_of_prompts_give(tmp_path):
         in found.chunk_note
     )
     assert small.chunk_note == "counted with chunks of 512 tokens of prompts, which windows hold too"
+
+
+def test_inspect_tells_recurrent_mixers_from_attention(tmp_path):
+    """Nemotron-H's layers here: attention, Mamba 2, an MLP alone, attention, another MLP."""
+    path = CASES["NemotronHForCausalLM"].write(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | DropMask(5, attention=(1,)).to_config()))
+    rows = {what: cells for what, *cells in inspect_checkpoint(Checkpoint.open(tmp_path), memory_bytes=1 << 28).rows()}
+    assert rows["mixers, attention or recurrent"] == ["3", "2", "67%"]
+    assert rows["recurrent mixers"] == ["1", "0", "0%"]
+    assert "KV cache and states, bytes of a request of 512 tokens" in rows

@@ -4,6 +4,10 @@ import pytest
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.serving.pipeline import stage_attention
+from tests.architectures.cases import CASES, LAYERS
+from tests.architectures.kernels import kernels
+from tests.architectures.wrapper_cases import WRAPPER_CASES
+from tests.engines import engine, greedy
 from tests.serving.engine_process import run_job
 from tests.tiny import golden, write_checkpoint
 
@@ -43,3 +47,26 @@ def test_pipeline_parallel(case, checkpoint):
     assert stage_attention(mask, [4, 4]) == [3, 1]
     assert "in pipeline stage 0 (layers 0-1)" in result["log"]
     assert "in pipeline stage 1 (layers 2-7)" in result["log"]
+
+
+PROMPT = [*range(3, 43)]
+# Qwen3-VL without its vision tower, and a hybrid of which the second stage has attention only.
+TOWERS = {
+    "Qwen3VLForConditionalGeneration": (WRAPPER_CASES, {"language_model_only": True}),
+    "Lfm2ForCausalLM": (CASES, {}),
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", TOWERS)
+def test_pipeline_parallel_wrappers_and_hybrids(name, tmp_path):
+    cases, options = TOWERS[name]
+    if options:
+        pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
+    directory = cases[name].write(tmp_path)
+    options = options | {"hf_overrides": DropMask(LAYERS, attention=(0, 4), mlp=(1,)).to_config("runtime")}
+    result = run_job(TWO_WORKERS, model=directory, prompt=PROMPT, pipeline_parallel_size=2, **options)
+    with kernels(), engine(directory, **options) as llm:
+        assert result["tokens"] == greedy(llm, PROMPT)[0]
+    assert "in pipeline stage 0 (layers 0-2)" in result["log"]
+    assert "in pipeline stage 1 (layers 3-4)" in result["log"]

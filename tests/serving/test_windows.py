@@ -189,6 +189,7 @@ def test_windows_that_nobody_would_notice_are_refused(config, windows, message, 
     ("options", "message"),
     [
         ({"disable_hybrid_kv_cache_manager": True}, "need vLLM's hybrid KV cache manager, which is off"),
+        ({"block_size": 256}, "in blocks that 128 tokens are a multiple of; the engine's have 256"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "the KV connector ExampleConnector knows no windows",

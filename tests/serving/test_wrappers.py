@@ -11,12 +11,13 @@ from vllm.config import ModelConfig
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.registry import ModelRegistry
 
-from llmdrop_vllm import DropMask
+from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
@@ -179,6 +180,27 @@ def test_a_tower_that_transformers_would_build_is_refused(tmp_path):
 def test_every_wrapper_of_the_table_is_one_of_vllm_and_droppable():
     for name in WRAPPERS:
         assert ModelRegistry.models[name].module_name == "llmdrop_vllm.serving.models", name
+
+
+def test_windows_beside_the_tower(full, tmp_path):
+    """A window of 24 tokens shows the first 384 of a text all that was before them."""
+    seen, ids = 3 * STRETCH, [3 + 7 * place % 251 for place in range(3 * STRETCH + 90)]
+    found = []
+    for name, windows in {"whole": (), "windowed": ((2, 24), (3, 24))}.items():
+        out = tmp_path / name
+        write_checkpoint(plan_surgery(full, DropMask(LAYERS, attention=(0,), mlp=(1,), windows=windows)), out)
+        model = hf.from_pretrained(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        with engine(out, max_model_len=len(ids) + 8) as llm:
+            tokens, _, served = greedy(llm, ids, tokens=8)
+        assert tokens == made[0, len(ids) :].tolist()
+        assert served == pytest.approx(logprobs[range(len(ids) - 1), ids[1:]].tolist(), abs=1e-4)
+        found.append(served)
+    whole, windowed = found
+    assert windowed[: seen - 1] == pytest.approx(whole[: seen - 1], abs=1e-5)
+    assert windowed[seen:] != pytest.approx(whole[seen:], abs=1e-3)
 
 
 def test_compiled_agrees_with_eager(full, tmp_path, monkeypatch):
