@@ -57,9 +57,11 @@ def bytes_of(tensor):
 @pytest.mark.parametrize("name", ["Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
 def test_search_and_training_go_through_its_tower(name, tmp_path):
     full = WRAPPER_CASES[name].write(tmp_path / "full")
-    # Random weights learn nothing in general: those held out are among those learnt from.
-    ids = np.random.default_rng(0).integers(5, 256, (3, 32)).tolist()
-    made = [answer(place, ids[place // 4][:6], ids[place // 4][6:], held_out=place % 4 == 0) for place in range(12)]
+    rng = np.random.default_rng(0)
+    made = [
+        answer(number, rng.integers(5, 256, 6).tolist(), rng.integers(5, 256, 26).tolist(), held_out=number % 4 == 0)
+        for number in range(12)
+    ]
     said = Provenance(model=ModelIdentity.of(Checkpoint.open(full)))
     answers = str(write_answers(tmp_path / "answers.jsonl", made, provenance=said))
     mask, dropped, mended = (str(tmp_path / part) for part in ("mask.json", "dropped", "mended"))
@@ -69,11 +71,12 @@ def test_search_and_training_go_through_its_tower(name, tmp_path):
     training = ["--data", answers, "--train-only", "--epochs", "4", "--learning-rate", "1e-3", "--dtype", "float32"]
     assert main(["heal", dropped, mended, "--teacher", str(full), *training]) == 0
     before, after = (Checkpoint.open(path).tensors for path in (dropped, mended))
-    changed = {layer_in(key) for key in before if bytes_of(before[key]) != bytes_of(after[key])}
-    assert changed
-    assert None not in changed
-    record = inspect_checkpoint(Checkpoint.open(mended), memory_bytes=1 << 30).healing.training
-    assert record.kl_after < record.kl_before
+    outside = [key for key in before if layer_in(key) is None]
+    assert all(bytes_of(before[key]) == bytes_of(after[key]) for key in outside)
+    # Random weights learn these answers and nothing that would help with those held out.
+    history = inspect_checkpoint(Checkpoint.open(mended), memory_bytes=1 << 30).healing.training.history
+    learnt = [row["loss"] for row in history if "loss" in row]
+    assert learnt[-1] < 0.8 * learnt[0]
 
 
 def test_quality_is_that_of_its_text(home):
