@@ -63,16 +63,13 @@ class Contender:
         )
 
 
-def contenders(windows: DropMask, dropped: DropMask) -> list[Contender]:
+def contenders(windows: DropMask, dropped: DropMask | None) -> list[Contender]:
     """The full model first."""
-    full = DropMask(windows.num_hidden_layers)
-    return [
-        Contender(FULL, full, {}),
-        Contender(f"{WINDOWS} in {len(windows.windows)} of {windows.num_hidden_layers}", windows, {}),
-        Contender(f"{DROPPED} in {len(dropped.attention)} of {dropped.num_hidden_layers}", dropped, {}),
-        Contender(EIGHT_BIT, full, EIGHT_BITS),
-        Contender(BOTH, windows, EIGHT_BITS),
-    ]
+    full, depth = DropMask(windows.num_hidden_layers), windows.num_hidden_layers
+    line = [Contender(FULL, full, {}), Contender(f"{WINDOWS} in {len(windows.windows)} of {depth}", windows, {})]
+    if dropped is not None:
+        line.append(Contender(f"{DROPPED} in {len(dropped.attention)} of {depth}", dropped, {}))
+    return [*line, Contender(EIGHT_BIT, full, EIGHT_BITS), Contender(BOTH, windows, EIGHT_BITS)]
 
 
 def measure(subject: Subject, line: list[Contender], context: int, requests: int, repeats: int) -> list[dict[str, Any]]:
@@ -159,9 +156,7 @@ def main() -> None:
         for name in models(args.models, {"smollm2": None, "qwen2.5-coder-1.5b": None}):
             subject = Subject(name, args.directory / name)
             windows = read_record(MaskFile, subject.directory / "mask.json").mask
-            dropped = DropMask(windows.num_hidden_layers, tuple(layer for layer, _ in windows.windows)[:8])
-            if args.dropped is not None:
-                dropped = read_record(MaskFile, args.dropped).mask
+            dropped = None if args.dropped is None else read_record(MaskFile, args.dropped).mask
             line = contenders(windows, dropped)
             lines += measure(subject, line, args.context, args.requests, args.repeats)
         result = {"context": args.context, "kv_bytes": KV_BYTES, "step_tokens": STEP_TOKENS, "points": lines}
