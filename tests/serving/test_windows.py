@@ -191,7 +191,13 @@ def test_windows_that_nobody_would_notice_are_refused(config, windows, message, 
         ({"disable_hybrid_kv_cache_manager": True}, "need vLLM's hybrid KV cache manager, which is off"),
         ({"block_size": 256}, "in blocks that 128 tokens are a multiple of; the engine's have 256"),
         (
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"llmdrop_own_store": True},
+                }
+            },
             "the KV connector ExampleConnector knows no windows",
         ),
     ],
