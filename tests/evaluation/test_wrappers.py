@@ -10,12 +10,14 @@ import tests.engines  # noqa: F401 - sets the environment before vLLM is importe
 from llmdrop_server.report import report
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.architectures.names import layer_in
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.evaluation.engine import EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
+from llmdrop_vllm.evaluation.records import Sweep
+from llmdrop_vllm.evaluation.sweep import SWEEP_FILE
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import LAYERS
@@ -48,6 +50,28 @@ def test_the_commands_take_it_as_they_take_a_text_model(home, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", out]) == 0
     assert "attention dropped in 2 of 5 layers" in capsys.readouterr().out
+
+
+def test_a_sweep_of_it_and_its_report(home, tmp_path):
+    directory, text = str(tmp_path / "sweep"), f"{home}/ids.json"
+    asked = [
+        "--series",
+        "attention,blocks",
+        "--counts",
+        "1,2",
+        "--no-speed",
+        "--context",
+        str(CONTEXT),
+        "--windows",
+        "2",
+    ]
+    asked += ["--divergence-tokens", str(CONTEXT), "--text", text, "--data", text, "--dtype", "float32"]
+    assert main(["sweep", f"{home}/model", "--results", directory, *asked]) == 0
+    assert main(["report", f"{home}/model", "--results", directory]) == 0
+    found = read_record(Sweep, tmp_path / "sweep" / SWEEP_FILE)
+    assert len(found.points) == 5
+    assert all(point.quality.divergence.kl.value > 0 for name, point in found.points.items() if name != found.base)
+    assert (tmp_path / "sweep" / "report.html").exists()
 
 
 def bytes_of(tensor):
