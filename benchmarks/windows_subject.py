@@ -1,6 +1,5 @@
 """A real model whose attention can be told to look back a window only, and the long texts that it is judged on."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,8 +208,3 @@ class Subject:
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.device)
-
-
-def seconds_since(begin: float) -> int:
-    """Rounded."""
-    return round(time.monotonic() - begin)

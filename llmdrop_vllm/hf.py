@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -30,7 +29,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.hf_configs import DroppedConfig, with_dropped_cache
+from llmdrop_vllm.hf_configs import DroppedConfig, stock_of, with_dropped_cache
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
@@ -274,8 +273,5 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
     """A class by its name, for processes that unpickle what another has made."""
-    architecture = name.removeprefix(EXPLICIT_PREFIX)
-    stock = getattr(transformers, architecture, None) if name != architecture else None
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _dropped_model(stock, architecture)
+    stock: Any = stock_of(__name__, name, PreTrainedModel)
+    return _dropped_model(stock, name.removeprefix(EXPLICIT_PREFIX))

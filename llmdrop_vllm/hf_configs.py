@@ -2,13 +2,15 @@
 
 import copy
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import transformers
 from transformers import PretrainedConfig
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.masks.mask import DropMask
+
+T = TypeVar("T")
 
 
 class DroppedConfig(PretrainedConfig):
@@ -48,9 +50,13 @@ def with_dropped_cache(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 def __getattr__(name: str) -> type[PretrainedConfig]:
     """A class by its name, for processes that unpickle what another has made."""
-    stock = (
-        getattr(transformers, name.removeprefix(EXPLICIT_PREFIX), None) if name.startswith(EXPLICIT_PREFIX) else None
-    )
-    if not (isinstance(stock, type) and issubclass(stock, PretrainedConfig)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock: Any = stock_of(__name__, name, PretrainedConfig)
     return with_dropped_cache(stock)
+
+
+def stock_of(module: str, name: str, base: type[T]) -> type[T]:
+    """Transformers' class that one of ours was made of. Raises AttributeError for a name in a module that is none's."""
+    stock = getattr(transformers, name.removeprefix(EXPLICIT_PREFIX), None)
+    if name.startswith(EXPLICIT_PREFIX) and isinstance(stock, type) and issubclass(stock, base):
+        return stock
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

@@ -143,12 +143,12 @@ class Decoder:
                 "windows are not served beside recurrent mixers: vLLM makes blocks as large as their states, and "
                 f"windows need blocks that {STRETCH} tokens are a multiple of"
             )
+        if mask.windows and (self.config.get("model_type") in WITH_ALIBI or self.config.get("alibi")):
+            raise MaskError("the model's ALiBi weighs keys by where they stand, which windows do not keep")
         for layer, tokens in mask.windows:
             kind = found[layer]
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
-            if self.config.get("model_type") in WITH_ALIBI or self.config.get("alibi"):
-                raise MaskError("the model's ALiBi weighs keys by where they stand, which windows do not keep")
             found[layer] = replace(kind, name="window" if kind.span is None else kind.name, span=tokens)
             seen = found[layer].seen_in_full
             for said, needed in {"it sees": kind.span, "the model's context is": context}.items():

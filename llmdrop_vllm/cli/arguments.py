@@ -148,7 +148,7 @@ def _add_writing(add: Add) -> None:
     inspect.add_argument("--kv-dtype", metavar="DTYPE", help="float32, bfloat16, float16 or fp8; default the model's")
     inspect.add_argument("--context", type=values.count, metavar="N", help="of a request (8192, or the model's)")
     what = "tokens of prompts that the engine computes together, which windows hold too (2048)"
-    inspect.add_argument("--max-num-batched-tokens", type=values.count, default=2048, metavar="N", help=what)
+    inspect.add_argument("--max-num-batched-tokens", type=values.count, metavar="N", help=what)
     inspect.add_argument("--json", action="store_true", help="for machines")
 
     example = "llmdrop convert MODEL OUT --dialect transformers"

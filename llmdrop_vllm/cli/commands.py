@@ -75,10 +75,11 @@ def convert(args: Namespace) -> None:
 
 def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
-    from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
+    from llmdrop_vllm.evaluation.inspection import IN_FLIGHT_TOKENS, inspect_checkpoint
 
     asked = {"memory_bytes": args.memory, "kv_dtype": args.kv_dtype, "context": args.context}
-    found = inspect_checkpoint(Checkpoint.open(args.model), chunk=args.max_num_batched_tokens, **asked)
+    chunk = args.max_num_batched_tokens or IN_FLIGHT_TOKENS
+    found = inspect_checkpoint(Checkpoint.open(args.model), chunk=chunk, **asked)
     if args.json:
         print(found.model_dump_json(indent=2))
     else:

@@ -7,6 +7,7 @@ windowed already gave nothing more, nor did texts that hide numbers (benchmarks/
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class WindowsPlan:
             # Tokens that see all that the full model sees tell nothing.
             object.__setattr__(self, name, replace(data, starts=(seen,) * len(data.sequences)))
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         """Those that take the window and have none of the mask's. Raises MaskError where there is none."""
         found, refused = [], MaskError("no layer has attention that takes a window")
@@ -198,7 +199,6 @@ class _Judges:
             plan = self.plan
             data = plan.held_out if held_out else plan.texts
             self.made[held_out] = Judge(self.weights, plan.checkpoint.family, plan.checkpoint.mask, data, directory)
-            self.made[held_out].rebase(plan.checkpoint.mask)
         return self.made[held_out]
 
 

@@ -4,18 +4,16 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmdrop_vllm.checkpoints.directory import check_model_name
 from llmdrop_vllm.errors import InputError
 
 
 def check_served_name(model: str) -> None:
     """Raise InputError for a path where no checkpoint is. Any other name is vLLM's to find: on a hub, in a store."""
     path = Path(model)
-    if path.is_dir() or "://" in model:
-        return
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        raise InputError(f"{model} is a GGUF file; make a checkpoint of it first: llmdrop fetch {model} DIR")
-    if path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise InputError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
+    is_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if is_local and "://" not in model:
+        check_model_name(model)
 
 
 def check_readable(paths: Iterable[Path | None]) -> None:

@@ -49,8 +49,9 @@ def read(words: Sequence[str]) -> Told:
     if not any(NAMED.match(each) or each == "--config" or not each.startswith("-") for each in words):
         raise InputError("no model is named; expected a checkpoint directory, a hub id or a name of `llmdrop fetch`")
     said = _parsed(words)
-    rest = _without(NAMED, _without(OVERRIDES, words))
-    if said.model_tag is not None and len(rest) == len(_without(OVERRIDES, words)):
+    others = _without(OVERRIDES, words)
+    rest = _without(NAMED, others)
+    if said.model_tag is not None and rest == others:
         rest.pop(_place_of(said.model_tag, rest))
     return Told(
         said.model_tag or said.model,

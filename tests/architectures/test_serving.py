@@ -37,7 +37,7 @@ MASKS = {
 }
 BUILT = ("blocks, first and last layer", "all attention but one")
 KV_CACHE_BYTES = 1 << 26
-NATS = 2e-4  # how far float32 may lead apart
+NATS = {"Gemma4ForCausalLM": 2e-4}  # how far float32 may lead apart; for all others 1e-4
 # On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
 FLOAT32 = {"attention_backend": "CPU_MLA"}
 
@@ -126,7 +126,7 @@ def test_under_masks_that_are_switched_it_computes_what_transformers_does_withou
     with running(directory, architecture, **SWITCHING) as llm:
         found = [switched(llm, mask) for mask in masks]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=NATS)
+        assert ours == pytest.approx(theirs, abs=NATS.get(architecture, 1e-4))
     assert all(one != pytest.approx(other, abs=1e-2) for one, other in combinations(expected, 2))
 
 
@@ -145,7 +145,7 @@ def test_served_with_a_mask_it_computes_what_transformers_does_without_the_subla
     prompt = tuple(LONG if mask.windows else PROMPT)
     logprobs, (blocks, block_tokens) = served(directory, architecture, prompt)
     expected = reference(architecture, mask, prompt)
-    assert logprobs == pytest.approx(expected, abs=NATS)
+    assert logprobs == pytest.approx(expected, abs=NATS.get(architecture, 1e-4))
     config = json.loads((directory / "config.json").read_bytes())
     decoder = Decoder.of(config, config["architectures"][0])
     assert blocks == KV_CACHE_BYTES // (4 * block_tokens * decoder.layout().block_values)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.artifacts import DataIdentity
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration
@@ -63,4 +64,5 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
     left = result.error_after / result.error_before
     assert result.layer == LAYER
     # Experts that few tokens see are stopped before they overfit, and so are two mixers that share what they mend.
-    assert left < (1e-5 if result.ridge else 0.4 if family.attention.also else 0.25), result
+    by_descent = 0.4 if family.attention.also else 0.25 if plain.architecture in WRAPPERS else 0.2
+    assert left < (1e-5 if result.ridge else by_descent), result
