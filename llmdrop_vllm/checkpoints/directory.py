@@ -2,11 +2,12 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, read_index
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, command
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
@@ -33,7 +34,9 @@ def check_model_name(model: str | Path) -> None:
     if path.is_dir():
         return
     if path.suffix.lower() == ".gguf":
-        raise CheckpointError(f"{model} is a GGUF file; make a checkpoint of it first: llmdrop fetch {model} DIR")
+        raise CheckpointError(
+            f"{model} is a GGUF file; make a checkpoint of it first: {command('fetch', model, 'DIR')}"
+        )
     if isinstance(model, Path) or path.exists() or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
 
@@ -71,13 +74,14 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         if (directory / name).is_file():
             return [directory / name], {}
     if gguf := sorted(directory.glob("*.gguf")):
-        raise CheckpointError(f"{directory} has its weights as GGUF; convert them: llmdrop fetch {gguf[0]} DIR")
+        raise CheckpointError(f"{directory} has its weights as GGUF; convert them: {command('fetch', gguf[0], 'DIR')}")
     others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
     if others:
+        here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
+        convert = f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
         raise CheckpointError(
             f"{directory} has its weights as {min(others)}; only safetensors are read, for pickle files can run code. "
-            f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
+            f"Convert: python -c {shlex.quote(f'from transformers import AutoModelForCausalLM as M; {convert}')}"
         )
     raise CheckpointError(
         f"{directory} has no model.safetensors and no {INDEX_FILE}; weights in other formats (.bin, .gguf) are not read"

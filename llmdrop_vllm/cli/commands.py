@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import MASK_FILE, ModelIdentity, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
+from llmdrop_vllm.cli.console import show_inspection, show_next, show_scores, show_selection
 from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.dialects import windows_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -33,7 +33,8 @@ def fetch(args: Namespace) -> None:
     from llmdrop_vllm.fetching.fetch import fetch as fetch_model
 
     found = fetch_model(args.what, args.out, overwrite=args.overwrite)
-    print(f"{found} is a checkpoint; next: llmdrop drop {args.what if args.out is None else found} OUT --attention 4")
+    given = args.what if args.out is None else found
+    print(f"{found} is a checkpoint; next: {command('drop', given, 'OUT', '--attention', 4)}")
 
 
 def score(args: Namespace) -> None:
@@ -44,7 +45,7 @@ def score(args: Namespace) -> None:
     write_record(scores, args.out)
     forget(args.out)
     show_scores(scores)
-    print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
+    show_next(args.out, "select", args.out, "--attention", 4, "--out", "mask.json")
 
 
 def select(args: Namespace) -> None:
@@ -55,7 +56,7 @@ def select(args: Namespace) -> None:
     write_record(chosen_file(chosen, scores), args.out)
     forget(args.out)
     show_selection(chosen)
-    print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
+    show_next(args.out, "apply", scores.provenance.model.path, "OUT", "--mask", args.out)
 
 
 def apply(args: Namespace) -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
+from llmdrop_vllm.errors import command
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.mask_file import Compared, Finalist, MaskFile
@@ -27,6 +28,11 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
             table.add_row(*row)
         table.add_section()
     Console().print(table)
+
+
+def show_next(written: object, *words: object) -> None:
+    """What a command wrote, and the command of ours that takes it."""
+    print(f"written to {written}; next: {command(*words)}")
 
 
 def show_inspection(found: "Inspection") -> None:
