@@ -14,7 +14,7 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.checkpoints.any_model import as_base
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.checkpoints.directory import local_directory, read_config, weight_files
+from llmdrop_vllm.checkpoints.directory import ADAPTER, local_directory, read_config, weight_files
 from llmdrop_vllm.checkpoints.nemotron import plain
 from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
@@ -70,9 +70,9 @@ class Checkpoint:
             directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
         )
         if all(layer_in(name) is None for name in tensors):
-            raise CheckpointError(
-                f"{directory} has no decoder layers, only tensors like {min(tensors, default='none')}"
-            )
+            first = min(tensors, default="none")
+            hint = f"; it holds {ADAPTER}" if first.startswith("base_model.") else ""
+            raise CheckpointError(f"{directory} has no decoder layers, only tensors like {first}{hint}")
         checkpoint._check_index(index)
         return checkpoint
 

@@ -13,6 +13,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
 
+ADAPTER = "an adapter of PEFT's; merge it into its model first: merge_and_unload(), then save_pretrained()"
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as it is on disk. Raises CheckpointError where there is none."""
@@ -20,6 +22,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(f"{directory} is {ADAPTER}") from None
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
