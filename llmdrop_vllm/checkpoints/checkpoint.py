@@ -25,6 +25,9 @@ from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.dialects import Windows
 from llmdrop_vllm.masks.mask import DropMask
 
+# Where vLLM looks for how the weights are stored; ModelOpt before 0.31 says it in a file beside the config.
+QUANTIZED_KEYS, QUANTIZED_FILE = ("quantization_config", "compression_config"), "hf_quant_config.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -107,7 +110,8 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored in a quantized form, and tensors differ from the architecture's."""
-        return bool(self.config.get("quantization_config") or self.config.get("compression_config"))
+        said = (entries.get(key) for entries in (self.config, self.decoder.config) for key in QUANTIZED_KEYS)
+        return any(said) or (self.directory / QUANTIZED_FILE).is_file()
 
     @property
     def is_stripped(self) -> bool:
