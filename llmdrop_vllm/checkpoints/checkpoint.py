@@ -19,7 +19,7 @@ from llmdrop_vllm.checkpoints.nemotron import plain
 from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.checkpoints.tower import tower_of
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, listed
 from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.dialects import Windows
@@ -179,6 +179,15 @@ class MaskedCheckpoint:
         """Weights of kept sublayers that the checkpoint lacks."""
         return tuple(sorted(missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)))
 
+    def check_complete(self) -> None:
+        """Raise CheckpointError where weights of kept sublayers are not there."""
+        if self.missing:
+            directory, own = self.checkpoint.directory, self.checkpoint.mask
+            raise CheckpointError(
+                f"{directory} lacks weights of sublayers that the mask keeps: {listed(self.missing)}; "
+                f"its config says: {own.summary()}"
+            )
+
     @cached_property
     def layout(self) -> KVLayout:
         """How vLLM stores the KV cache of the attention that is kept."""
@@ -201,5 +210,4 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
     }
     missing = ({*needed} - found) | missing_weights(found, family, mask)
     if missing:
-        names = ", ".join(sorted(missing))
-        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {names}")
+        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {listed(missing)}")

@@ -40,8 +40,8 @@ def show_inspection(found: "Inspection") -> None:
     weights = "gone" if found.stripped else "in the files" if any(found.mask.dropped) else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "with the mask", "share"), found.rows())
-    if found.chunk_note:
-        print(found.chunk_note)
+    for note in filter(None, (found.dtype_note, found.chunk_note)):
+        print(note)
     if found.healing is not None:
         print(f"healed: {found.healing.summary()}")
 

@@ -85,6 +85,7 @@ class _Run:
     ) -> None:
         checkpoint, mask = self.checkpoint, self.mask = masked.checkpoint, masked.mask
         self.calibration, self.family = calibration, checkpoint.family
+        self.kinds = checkpoint.decoder.kinds  # asked first: it refuses a config that contradicts itself
         self.batches = Batches.of(calibration, TOKENS_PER_CHUNK[device.type])
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
         self.chunks = self.batches.chunks
@@ -257,8 +258,8 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
             ),
             mlp=SublayerDiagnostics(**sublayer("mlp", no_mlp)),
         ),
-        kv_groups=tuple(map(str, run.checkpoint.decoder.kinds)),
-        kv_values=tuple(kind.values for kind in run.checkpoint.decoder.kinds),
+        kv_groups=tuple(map(str, run.kinds)),
+        kv_values=tuple(kind.values for kind in run.kinds),
         dropped=mask,
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

@@ -5,7 +5,7 @@ from typing import Any
 
 from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.errors import CheckpointError, MaskError, in_one_line
 
 
 def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
@@ -23,11 +23,7 @@ def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
         raise MaskError(
             f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
         )
-    if masked.missing:
-        raise CheckpointError(
-            f"{checkpoint.directory} lacks weights of sublayers that the mask keeps: {', '.join(masked.missing)}; "
-            f"its config says: {own.summary()}"
-        )
+    masked.check_complete()
 
 
 def checked_config(masked: MaskedCheckpoint) -> Any:
@@ -53,7 +49,7 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
         raise
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
         raise CheckpointError(
-            f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
+            f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {in_one_line(error)}"
         ) from error
     if not checkpoint.is_quantized:
         find_tensors(checkpoint, model)

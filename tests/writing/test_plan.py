@@ -190,6 +190,14 @@ def test_a_missing_tensor_is_named(name, tmp_path):
         plan_surgery(tmp_path, MASK)
 
 
+def test_fewer_layers_than_the_config_says_are_named_and_counted(tmp_path):
+    write_checkpoint(tmp_path, TINY_LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"num_hidden_layers": 12}))
+    named = r"keeps: (model\.layers\.1[01]\.[\w.]+, ){7}[\w.]+ and 28 more; its config says: attention dropped in 0"
+    with pytest.raises(CheckpointError, match=named):
+        plan_surgery(tmp_path, DropMask(12, attention=(5,)))
+
+
 def test_a_tied_head_may_be_missing(tmp_path):
     write_checkpoint(tmp_path, TINY_LLAMA | {"tie_word_embeddings": True})
     kept = {tensor.name for shard in plan_surgery(tmp_path, MASK).shards for tensor in shard.tensors}
