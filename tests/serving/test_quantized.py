@@ -1,4 +1,6 @@
-"""A quantized model with a mask: as the same model after surgery, whatever its list of unquantized layers names."""
+"""A quantized model with a mask: as the same model after surgery, whatever its list of unquantized layers names, and
+with scales for the KV cache of attention that is gone.
+"""
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ W8A8 = {
     "format": "int-quantized",
     "quantization_status": "compressed",
     "ignore": ["lm_head", IN_FULL, "model.layers.99.mlp.down_proj"],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
@@ -30,7 +33,7 @@ W8A8 = {
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """8-bit weights, one scale for each row, as llm-compressor writes them."""
+    """8-bit weights, one scale for each row and two for each layer's KV cache, as llm-compressor writes them."""
     directory = tmp_path_factory.mktemp("quantized") / "model"
     path = write_checkpoint(directory, TINY_LLAMA | {"quantization_config": W8A8}) / "model.safetensors"
     tensors = {}
@@ -40,6 +43,9 @@ def quantized(tmp_path_factory):
             scale = value.abs().amax(1, keepdim=True) / 127
             tensors[name] = (value / scale).round().to(torch.int8)
             tensors[f"{name}_scale"] = scale.bfloat16()
+        for kind in ("k", "v"):
+            if name.endswith(f".{kind}_proj.weight"):
+                tensors[name.replace("_proj.weight", "_scale")] = torch.tensor([0.5], dtype=torch.bfloat16)
     save_file(tensors, path, metadata={"format": "pt"})
     return directory
 
@@ -48,6 +54,6 @@ def test_served_with_a_mask_and_after_surgery_it_says_the_same(quantized, tmp_pa
     write(plan_surgery(quantized, MASK), tmp_path / "out")
     found = []
     for path, overrides in ((tmp_path / "out", {}), (quantized, MASK.to_config("runtime"))):
-        with engine(path, dtype="bfloat16", hf_overrides=overrides) as llm:
+        with engine(path, dtype="bfloat16", kv_cache_dtype="fp8", hf_overrides=overrides) as llm:
             found.append(greedy(llm, PROMPT))
     assert found[0] == found[1]

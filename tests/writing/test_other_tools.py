@@ -92,7 +92,7 @@ def test_what_a_passthrough_merge_repeats_can_be_dropped_again(tmp_path):
 
 
 def bitsandbytes(tensors):
-    """Packed by fours bits, with what is needed to unpack them beside each weight."""
+    """Packed by four bits, with what is needed to unpack them beside each weight."""
     found = {}
     for name, value in tensors.items():
         found[name] = np.zeros((value.size // 2, 1), np.uint8) if "_proj" in name else value
@@ -115,7 +115,21 @@ def torchao(tensors):
     return found
 
 
-@pytest.mark.parametrize("form", [bitsandbytes, torchao])
+def awq(tensors):
+    """Columns packed by eights, with zero points and scales for groups of rows."""
+    found = {}
+    for name, value in tensors.items():
+        module, (rows, columns) = name.removesuffix(".weight"), value.shape[::-1] if value.ndim == 2 else (0, 0)
+        if "_proj" in name:
+            found[f"{module}.qweight"] = np.zeros((rows, columns // 8), np.int32)
+            found[f"{module}.qzeros"] = np.zeros((rows // 32, columns // 8), np.int32)
+            found[f"{module}.scales"] = np.ones((rows // 32, columns), np.float16)
+        else:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("form", [bitsandbytes, torchao, awq])
 def test_everything_of_a_dropped_weight_goes_in_quantized_forms(form, tmp_path):
     model = rewritten(tmp_path / "model", form, TINY_LLAMA | QUANTIZED)
     write(plan_surgery(model, MASK), tmp_path / "out")
