@@ -34,8 +34,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def in_one_line(error: Exception) -> str:
-    """What another package says, as one line of ours holds it."""
-    return " ".join(str(error).split())
+    """The message without the line breaks of what other packages say in it."""
+    return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def command(*words: object) -> str:

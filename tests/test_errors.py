@@ -18,4 +18,4 @@ def test_a_command_is_read_by_a_shell_as_it_was_meant():
 
 
 def test_an_error_of_several_lines_becomes_one():
-    assert in_one_line(ValueError("of two:\n    one")) == "of two: one"
+    assert in_one_line(ValueError("a  name, of two:\n    one")) == "a  name, of two: one"

@@ -6,7 +6,7 @@ from typing import Any
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of
-from llmdrop_vllm.errors import CheckpointError, MaskError, in_one_line
+from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import DropMask, config_dict, has_layer_count, layer_count
 
@@ -73,8 +73,7 @@ def known_config(config: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(decoded(config))
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
-        reason = in_one_line(error)
-        raise CheckpointError(f"the config does not describe a model of type {model_type}: {reason}") from error
+        raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
 
 
 def decoded(entries: Any) -> Any:

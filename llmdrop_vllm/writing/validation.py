@@ -5,7 +5,7 @@ from typing import Any
 
 from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
-from llmdrop_vllm.errors import CheckpointError, MaskError, in_one_line
+from llmdrop_vllm.errors import CheckpointError, MaskError
 
 
 def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
@@ -49,7 +49,7 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
         raise
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
         raise CheckpointError(
-            f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {in_one_line(error)}"
+            f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
         ) from error
     if not checkpoint.is_quantized:
         find_tensors(checkpoint, model)
