@@ -34,12 +34,19 @@ def rewritten(directory, change, config=TINY_LLAMA, **options):
     return directory
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "mlx"}])
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "mlx"}])
 def test_weights_that_do_not_say_that_they_are_pytorchs(metadata, tmp_path):
     write(plan_surgery(write_checkpoint(tmp_path / "usual", TINY_LLAMA), MASK), tmp_path / "expected")
     model = rewritten(tmp_path / "model", lambda tensors: tensors, metadata=metadata)
     write(plan_surgery(model, MASK), tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "expected"))
+
+
+def test_a_byte_order_mark_before_the_config_is_left_out(tmp_path):
+    model = write_checkpoint(tmp_path / "model", TINY_LLAMA)
+    (model / "config.json").write_text(json.dumps(TINY_LLAMA), encoding="utf-8-sig")
+    write(plan_surgery(model, MASK), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes().startswith(b"{")
 
 
 def test_a_tied_head_that_is_in_the_files_all_the_same_comes_along(tmp_path):

@@ -42,6 +42,12 @@ def shard_elsewhere(directory):
     path.write_text(path.read_text().replace("model-00002-of-00002", "../theirs"))
 
 
+def twice(directory):
+    """The first shard's tensors in the second as well."""
+    first, second = sorted(directory.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second)
+
+
 def adapter(directory):
     (directory / "config.json").unlink()
     (directory / "adapter_config.json").write_text("{}")
@@ -70,6 +76,14 @@ BAD_MODELS = {
     "shard elsewhere": (
         shard_elsewhere,
         r"index\.json puts lm_head\.weight in '\.\./theirs\.safetensors'; expected the n",
+    ),
+    "no index": (
+        lambda model: (model / "model.safetensors.index.json").unlink(),
+        r"has shards like model-00001-of-00002\.safetensors and no model\.safetensors\.index\.json",
+    ),
+    "a tensor twice": (
+        twice,
+        r"is in model-00001-of-00002\.safetensors and again in model-00002-of-00002\.safetensors",
     ),
     "adapter": (adapter, "model is an adapter of PEFT's; merge it into its model first"),
     "unmerged adapter": (unmerged, r"no decoder layers, .*base_model\.model\.lm_head\.weight; it holds an adapter"),
