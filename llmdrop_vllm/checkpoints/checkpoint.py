@@ -73,9 +73,9 @@ class Checkpoint:
             directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
         )
         if all(layer_in(name) is None for name in tensors):
-            first = min(tensors, default="none")
-            hint = f"; it holds {ADAPTER}" if first.startswith("base_model.") else ""
-            raise CheckpointError(f"{directory} has no decoder layers, only tensors like {first}{hint}")
+            name = min(tensors, default="none")
+            hint = f"; it holds {ADAPTER}" if name.startswith("base_model.") else ""
+            raise CheckpointError(f"{directory} has no decoder layers, only tensors like {name}{hint}")
         checkpoint._check_index(index)
         return checkpoint
 
