@@ -57,9 +57,10 @@ def test_a_config_with_values_of_the_wrong_kind_is_refused_in_one_line(entries, 
         assert error.count("\n") == 1
 
 
-def test_float32_is_counted_as_asked_for_and_said_to_be_served_in_half(tmp_path):
+def test_float32_is_counted_as_asked_for_and_said_to_be_served_in_half(tmp_path, capsys):
     write_checkpoint(tmp_path, TINY_LLAMA)
-    assert "without it vLLM holds weights and KV cache in half the bytes" in inspected(tmp_path).dtype_note
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "without it vLLM holds weights and KV cache in half the bytes" in capsys.readouterr().out
     assert inspected(tmp_path, kv_dtype="bfloat16").dtype_note == ""
     tokens = {}
     for dtype in ("float32", "auto"):
