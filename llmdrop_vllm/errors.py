@@ -1,8 +1,16 @@
 """What users can get wrong: every error here says what was found, what is expected and where."""
 
+import re
+
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the command line prints the message and nothing else."""
+    """Something the user gave cannot be used; the command line prints the message and nothing else.
+
+    The message is one line, whatever the libraries wrote that it quotes.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", str(message)))
 
 
 class MaskError(InputError):

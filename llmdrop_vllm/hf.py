@@ -80,7 +80,10 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
-    config = stock.from_dict(decoded(entries))
+    try:
+        config = stock.from_dict(decoded(entries))
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {decoder.architecture}: {error}") from error
     if mask:
         config.get_text_config().update(mask.to_config())
         config.__class__ = with_dropped_cache(stock)
@@ -105,8 +108,18 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model that a config from here describes, counted without memory for any."""
-    with torch.device("meta"):
-        return int(model_class(config)(config).num_parameters())
+    return int(on_meta(config).num_parameters())
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config from here describes, without memory for any weights."""
+    try:
+        with torch.device("meta"):
+            return model_class(config)(config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {config.architectures[0]}: {error}") from error
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:

@@ -64,13 +64,15 @@ def apply(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
     plan = plan_of(args, checkpoint, None if file is None else file.mask)
-    write_plan(plan, args, {} if file is None else {MASK_FILE: file})
+    write_plan(plan, args, {} if file is None or args.renumber else {MASK_FILE: file})
 
 
 def convert(args: Namespace) -> None:
     """`llmdrop convert`."""
     check_free(args.out, overwrite=args.overwrite)
-    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
+    if args.dialect is None and not args.renumber:
+        raise InputError("nothing to convert: give --dialect, --renumber or both")
+    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True, renumber=args.renumber), args)
 
 
 def inspect(args: Namespace) -> None:
@@ -106,9 +108,8 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     """The tokens that the arguments ask to score with."""
-    return load_calibration(
-        checkpoint, args.data or EMBEDDED, samples=args.samples, seq_len=args.seq_len, seed=args.seed
-    )
+    amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
+    return load_calibration(checkpoint, args.data or EMBEDDED, **amount)
 
 
 def run_scoring(
@@ -283,7 +284,8 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
     """What the arguments ask to write."""
-    return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
+    how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber}
+    return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)
 
 
 def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:

@@ -100,8 +100,6 @@ def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     """
     depth = layer_count(config)
     types = layer_types(config, depth) or [_usual_type(config)] * depth
-    if len(types) < depth:
-        raise CheckpointError(f"layer_types names {len(types)} layers; the model has {depth}")
     return tuple(_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(depth))
 
 

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
+from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES, LAYERS, model_of
@@ -78,6 +79,25 @@ def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architect
     out = surgery(full, mask, tmp_path / "portable", portable=True)
     config = CASES[architecture].config()
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(out, attn_implementation="eager").eval()
+    expected = logits(model_of(architecture), CASES[architecture].family, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
+
+
+# Jamba's layers differ by their numbers, and Gemma 4's have a factor of their own.
+NOT_RENUMBERED = {"JambaForCausalLM": "attn_layer_period is 3", "Gemma4ForCausalLM": r"layer_scalar belongs to"}
+
+
+def test_whole_layers_go_and_stock_transformers_loads_the_rest(architecture, full, tmp_path):
+    mask = fitting(architecture, DropMask(LAYERS, attention=(1, 3), mlp=(3, 1)))
+    if message := NOT_RENUMBERED.get(architecture):
+        with pytest.raises(InputError, match=message):
+            plan_surgery(full, mask, renumber=True)
+        return
+    out = surgery(full, mask, tmp_path / "smaller", renumber=True)
+    config = CASES[architecture].config()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(out, attn_implementation="eager").eval()
+    assert model.config.num_hidden_layers < LAYERS
     expected = logits(model_of(architecture), CASES[architecture].family, mask)
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
