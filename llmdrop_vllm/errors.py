@@ -4,13 +4,7 @@ import re
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the command line prints the message and nothing else.
-
-    The message is one line, whatever the libraries wrote that it quotes.
-    """
-
-    def __init__(self, message: object) -> None:
-        super().__init__(re.sub(r"\s*\n\s*", " ", str(message)))
+    """Something the user gave cannot be used; the command line prints the message and nothing else."""
 
 
 class MaskError(InputError):
@@ -18,7 +12,10 @@ class MaskError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be used; the message names the file or tensor."""
+    """A checkpoint that cannot be used; the message names the file or tensor, in one line, whatever it quotes."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", str(message)))
 
 
 class DataError(InputError):

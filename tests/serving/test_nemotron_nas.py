@@ -87,7 +87,5 @@ def test_attention_that_a_linear_map_replaces_is_refused_by_its_place(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     config["block_configs"][3]["attention"]["replace_with_linear"] = True
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"block_configs\[3\]\.attention\.replace_with_linear is set; only kept"
-    ):
+    with pytest.raises(ValueError, match=r"block_configs\[3\]\.attention\.replace_with_linear is set; only kept"):
         outputs(tmp_path / "out")
