@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.utils.match import match_modules_set
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -101,3 +102,24 @@ def test_whole_layers_go_and_stock_transformers_loads_the_rest(architecture, ful
     expected = logits(model_of(architecture), CASES[architecture].family, mask)
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_what_moves_scales_from_norms_to_weights_finds_those_that_are_left(architecture):
+    """Quantizers match modules by name, layer after layer: one that is named like a norm and has no weights behind it
+    would be put together with the next layer's.
+    """
+    model, family = model_of(architecture), CASES[architecture].family
+    mask = fitting(architecture, DropMask(LAYERS, attention=(0, 4), mlp=(2, 4)))
+    for sublayer, gone in ((family.attention, mask.attention), (family.mlp, mask.mlp)):
+        last = rf"re:.*\.{sublayer.transformers_module}\.(?:.*\.)?(?:{sublayer.output})$"
+        names = rf"re:.*\.{sublayer.pre_norm}$", last
+        try:
+            whole = [*match_modules_set(model, names)]
+        except ValueError:  # experts that are one parameter, for one, are no modules
+            continue
+        if [len(norms) for norms, _ in whole] != [1] * LAYERS:  # nor are all layers alike, or one norm is before both
+            continue
+        with hf.dropped(model, family, mask):
+            left = [norm for (norm,), _ in match_modules_set(model, names)]
+        kept = [norm for layer, ((norm,), _) in enumerate(whole) if layer not in gone]
+        assert [*map(id, left)] == [*map(id, kept)]
