@@ -30,6 +30,7 @@ from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.hf_configs import DroppedConfig, stock_of, with_dropped_cache
+from llmdrop_vllm.hf_passthrough import DroppedNorm, DroppedSublayer
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
@@ -80,7 +81,10 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
-    config = stock.from_dict(decoded(entries))
+    try:
+        config = stock.from_dict(decoded(entries))
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {decoder.architecture}: {error}") from error
     if mask:
         config.get_text_config().update(mask.to_config())
         config.__class__ = with_dropped_cache(stock)
@@ -105,38 +109,23 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model that a config from here describes, counted without memory for any."""
-    with torch.device("meta"):
-        return int(model_class(config)(config).num_parameters())
+    return int(on_meta(config).num_parameters())
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config from here describes, without memory for any weights."""
+    try:
+        with torch.device("meta"):
+            return model_class(config)(config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {config.architectures[0]}: {error}") from error
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:
     """Whether the weights lie under the names of stripped checkpoints."""
     return any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata)
-
-
-class DroppedSublayer(nn.Module):
-    """Stands where attention or an MLP was: adds nothing to the residual stream, and has no keys and values.
-
-    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
-    `adds_residual` is for a module that was given the residual stream to add its output to.
-    """
-
-    def __init__(self, tuple_length: int = 0, *, adds_residual: bool = False) -> None:
-        super().__init__()
-        self.tuple_length, self.adds_residual = tuple_length, adds_residual
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the input's shape, [batch, tokens, hidden], or the residual stream as it is."""
-        output = args[0] if self.adds_residual else torch.zeros_like(hidden_states)
-        return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
-
-
-class DroppedNorm(nn.Identity):
-    """Stands where a norm was. Some layers ask a norm for the dtype of its weight before they call it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(0), persistent=False)
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
@@ -176,7 +165,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     run without a KV cache.
     """
     layers = decoder_layers(model, mask.num_hidden_layers)
-    before = [dict(layer._modules) for layer in layers]
+    before = [(dict(layer._modules), {*vars(layer)}) for layer in layers]
     mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
     entries = [getattr(module, "layer_idx", None) for module in mixers]
     handles: list[RemovableHandle] = []
@@ -186,8 +175,11 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
-        for layer, modules in zip(layers, before, strict=True):
+        for layer, (modules, attributes) in zip(layers, before, strict=True):
+            layer._modules.clear()  # in the order that they had
             layer._modules.update(modules)
+            for name in {*vars(layer)} - attributes:
+                delattr(layer, name)
         for module, entry in zip(mixers, entries, strict=True):
             module.layer_idx = entry
 
@@ -220,7 +212,8 @@ def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
         setattr(layer, part, substitute)
     for norm in sublayer.norms:
         if getattr(layer, norm, None) is not None:
-            setattr(layer, norm, DroppedNorm())
+            layer._modules.pop(norm, None)
+            setattr(layer, norm, DroppedNorm(layer))
 
 
 class DroppedModel(PreTrainedModel):

@@ -62,17 +62,17 @@ def local_directory(model: str | Path) -> Path:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
+    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind.
+
+    Shards that an index does not list are left over from another time, and no engine reads them.
+    """
     index_file, index = read_index(directory)
-    numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
     if listed := sorted(set(index.values())):
         for file in listed:
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        if extra := sorted(numbered.difference(listed)):
-            raise CheckpointError(f"{directory / extra[0]} is not listed in {index_file}")
         return [directory / file for file in listed], index
-    if numbered:
+    if numbered := {path.name for path in directory.glob("model*-of-*.safetensors")}:
         raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
     for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
         if (directory / name).is_file():

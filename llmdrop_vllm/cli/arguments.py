@@ -152,10 +152,11 @@ def _add_writing(add: Add) -> None:
     inspect.add_argument("--json", action="store_true", help="for machines")
 
     example = "llmdrop convert MODEL OUT --dialect transformers"
-    convert = add("convert", "say a checkpoint's mask in another dialect", example)
+    convert = add("convert", "say a checkpoint's mask in another dialect, or give its layers new numbers", example)
     options.add_model(convert)
     options.add_directory(convert)
-    convert.add_argument("--dialect", choices=ON_DISK, required=True)
+    convert.add_argument("--dialect", choices=ON_DISK, help="(the checkpoint's own)")
+    convert.add_argument("--renumber", action="store_true", help=options.RENUMBER)
     convert.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 

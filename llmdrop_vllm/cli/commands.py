@@ -16,7 +16,7 @@ from llmdrop_vllm.cli.console import show_inspection, show_next, show_scores, sh
 from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
+from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.dialects import windows_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -33,8 +33,7 @@ def fetch(args: Namespace) -> None:
     from llmdrop_vllm.fetching.fetch import fetch as fetch_model
 
     found = fetch_model(args.what, args.out, overwrite=args.overwrite)
-    given = args.what if args.out is None else found
-    print(f"{found} is a checkpoint; next: {command('drop', given, 'OUT', '--attention', 4)}")
+    show_next(found, "drop", args.what if args.out is None else found, "OUT", "--attention", 4)
 
 
 def score(args: Namespace) -> None:
@@ -65,13 +64,15 @@ def apply(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
     plan = plan_of(args, checkpoint, None if file is None else file.mask)
-    write_plan(plan, args, {} if file is None else {MASK_FILE: file})
+    write_plan(plan, args, {} if file is None or args.renumber else {MASK_FILE: file})
 
 
 def convert(args: Namespace) -> None:
     """`llmdrop convert`."""
     check_free(args.out, overwrite=args.overwrite)
-    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
+    if args.dialect is None and not args.renumber:
+        raise InputError("nothing to convert: give --dialect, --renumber or both")
+    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True, renumber=args.renumber), args)
 
 
 def inspect(args: Namespace) -> None:
@@ -107,9 +108,8 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     """The tokens that the arguments ask to score with."""
-    return load_calibration(
-        checkpoint, args.data or EMBEDDED, samples=args.samples, seq_len=args.seq_len, seed=args.seed
-    )
+    amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
+    return load_calibration(checkpoint, args.data or EMBEDDED, **amount)
 
 
 def run_scoring(
@@ -259,8 +259,8 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
 
 def chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
     """A mask with the provenance of the scores that it was chosen by."""
-    measured = scores.provenance
-    return MaskFile.of(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
+    origin = Provenance(model=scores.provenance.model, data=scores.provenance.data)
+    return MaskFile.of(chosen.mask, chosen.method, origin)
 
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:
@@ -284,7 +284,8 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
     """What the arguments ask to write."""
-    return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
+    how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber}
+    return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)
 
 
 def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:
