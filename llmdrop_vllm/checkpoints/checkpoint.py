@@ -108,10 +108,21 @@ class Checkpoint:
         return name if name in DTYPE_BYTES else "bfloat16"
 
     @property
+    def kv_dtype(self) -> str:
+        """Of keys and values as vLLM stores them by itself: the weights', unless a quantizer left scales for FP8."""
+        scheme = self.quantization.get("kv_cache_scheme")
+        return "fp8" if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8 else self.dtype
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """What the config says of how the weights are stored; empty where it says nothing."""
+        said = (entries.get(key) for entries in (self.config, self.decoder.config) for key in QUANTIZED_KEYS)
+        return next((each for each in said if isinstance(each, Mapping) and each), {})
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored in a quantized form, and tensors differ from the architecture's."""
-        said = (entries.get(key) for entries in (self.config, self.decoder.config) for key in QUANTIZED_KEYS)
-        return any(said) or (self.directory / QUANTIZED_FILE).is_file()
+        return bool(self.quantization) or (self.directory / QUANTIZED_FILE).is_file()
 
     @property
     def is_stripped(self) -> bool:

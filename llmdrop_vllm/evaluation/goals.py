@@ -35,7 +35,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A checkpoint's bytes under masks; requests have `context` tokens, keys and values the weights' dtype."""
+    """A checkpoint's bytes under masks; requests have `context` tokens, keys and values vLLM's dtype."""
 
     checkpoint: Checkpoint
     context: int
@@ -66,7 +66,7 @@ class Sizes:
         layout = masked.layout
         block_tokens = layout.block_tokens(BLOCK_TOKENS)
         blocks = layout.request_blocks(self.context, block_tokens, in_flight)
-        return int(blocks * layout.block_values * block_tokens * dtype_bytes(self.checkpoint.dtype))
+        return int(blocks * layout.block_values * block_tokens * dtype_bytes(self.checkpoint.kv_dtype))
 
 
 def wanted(

@@ -1,10 +1,14 @@
 """What a mask saves in a checkpoint: parameters, bytes of weights, KV cache and the requests that fit."""
 
+from collections.abc import Mapping
+
 from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.checkpoints.hf_weights import checkpoint_tensors
+from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import Healing, healing_of
-from llmdrop_vllm.hf import count_parameters, transformers_config
+from llmdrop_vllm.hf import count_parameters, on_meta, transformers_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
@@ -102,7 +106,7 @@ def inspect_checkpoint(
     context: int | None = None,
     chunk: int = IN_FLIGHT_TOKENS,
 ) -> Inspection:
-    """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given.
+    """Account for a checkpoint and its mask; keys and values have the dtype that vLLM gives them unless one is asked.
 
     `context` is how long the requests are that should fit: by default as long as the model takes, up to 8,192 tokens.
     Raises InputError for longer ones, CheckpointError for weights that are missing or not of the config's shapes: of
@@ -113,13 +117,12 @@ def inspect_checkpoint(
     masked.check_complete()
     checked_config(masked)
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-    value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
+    value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
 
     weights = {each.mask: sum(tensor.num_bytes for tensor in each.kept.values()) for each in (whole, masked)}
     if checkpoint.is_stripped:
-        # What is gone from the files is weighed as what is left: exact where all weights have one dtype.
-        weights[whole.mask] = round(weights[masked.mask] * parameters[whole.mask] / parameters[masked.mask])
+        weights[whole.mask] += _weight_of_gone(whole, parameters[masked.mask])
 
     def footprint(each: MaskedCheckpoint, chunk: int = chunk) -> Footprint:
         return _footprint(
@@ -144,6 +147,29 @@ def inspect_checkpoint(
         dropped=footprint(masked),
         healing=healing_of(checkpoint.directory),
     )
+
+
+def _weight_of_gone(whole: MaskedCheckpoint, all_left: int) -> int:
+    """Bytes of what a stripped checkpoint lacks: parameter for parameter as the sublayers of the same kind that are
+    left, which may be packed where embeddings are not; where none is, as all parameters that are left.
+    """
+    checkpoint, own = whole.checkpoint, whole.checkpoint.mask
+    depth, family = own.num_hidden_layers, checkpoint.family
+    every, found = tuple(range(depth)), 0.0
+    parameters = {name: each.numel() for name, each in checkpoint_tensors(on_meta(transformers_config(whole))).items()}
+    num_bytes = {name: each.num_bytes for name, each in checkpoint.tensors.items()}
+
+    def total(sizes: Mapping[str, int], mask: DropMask) -> int:
+        return sum(size for name, size in sizes.items() if in_dropped_sublayer(name, family, mask))
+
+    for kind, gone in (
+        (DropMask(depth, attention=every), DropMask(depth, attention=own.attention)),
+        (DropMask(depth, mlp=every), DropMask(depth, mlp=own.mlp)),
+    ):
+        lost, stored = total(parameters, gone), total(num_bytes, kind)
+        left = total(parameters, kind) - lost
+        found += lost * (stored / left if left else sum(num_bytes.values()) / all_left)
+    return round(found)
 
 
 def _footprint(

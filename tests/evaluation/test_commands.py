@@ -14,6 +14,7 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
 from llmdrop_vllm.mask_file import MaskFile
 from tests.evaluation.sweeps import point, sweep
+from tests.quantized import quantize
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 QUICK = ["--context", "32", "--windows", "2", "--divergence-tokens", "32"]
@@ -158,6 +159,13 @@ def test_evaluate_writes_what_it_shows_with_lm_evals_own_output_beside_it(tmp_pa
     assert f"{found.quality.perplexity.value:.3f}" in shown
     assert f"{task.value:.1%}" in shown
     assert " INFO " not in shown  # vLLM's account of an engine that starts
+
+
+def test_evaluate_asks_for_no_float32_of_quantized_weights_whose_kernels_know_none(tmp_path):
+    model, out = quantize(MODEL, tmp_path / "model", "GPTQ"), tmp_path / "out.json"
+    command = ["evaluate", str(model), "--attention", "11,7", *QUICK, "--divergence-tokens", "0", "--out", str(out)]
+    assert main(command) == 0
+    assert read_record(Evaluation, out).quality.mask == DropMask(12, attention=(11, 7))
 
 
 def test_evaluate_leaves_no_task_results_beside_measurements_that_have_none(tmp_path, capsys):

@@ -5,12 +5,18 @@ import json
 import numpy as np
 import pytest
 
+from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
+from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.evaluation.goals import Sizes
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
+from llmdrop_vllm.writing.plan import plan_surgery
+from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints.files import MASK
 from tests.engines import engine, kv_tokens
+from tests.quantized import FORMATS, quantize
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 
@@ -67,3 +73,41 @@ def test_float32_is_counted_as_asked_for_and_said_to_be_served_in_half(tmp_path,
         with engine(tmp_path, dtype=dtype) as llm:
             tokens[dtype] = kv_tokens(llm)
     assert tokens["auto"] == 2 * tokens["float32"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantized_weights_are_counted_packed_and_their_parameters_as_they_were(form, tmp_path):
+    """Of the stripped checkpoint, too: what is gone was packed, and embeddings, which are not, weigh nothing there."""
+    mask = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
+    model = quantize(MODEL, tmp_path / "model", form)
+    on_disk = [tensor.num_bytes for tensor in Checkpoint.open(model).tensors.values()]
+    plain, found = ([], [])
+    for source, inspections in ((MODEL, plain), (model, found)):
+        for config_only in (False, True):
+            out = tmp_path / f"{source.name}-{len(plain)}-{len(found)}"
+            write(plan_surgery(source, mask, config_only=config_only), out)
+            inspections.append(inspected(out))
+    stripped, whole = found
+    assert (stripped.full, stripped.dropped) == (whole.full, whole.dropped)
+    assert whole.full.weight_bytes == sum(on_disk) < 0.6 * plain[0].full.weight_bytes
+    assert stripped.dropped.weight_bytes == stripped.disk_bytes
+    for ours, theirs in ((whole.full, plain[0].full), (whole.dropped, plain[0].dropped)):
+        assert ours.parameters == theirs.parameters
+        assert ours.kv_bytes_per_token == theirs.kv_bytes_per_token
+
+
+def test_keys_and_values_that_a_quantizer_left_scales_for_are_counted_as_vllm_stores_them(tmp_path):
+    model = quantize(MODEL, tmp_path / "model", "W8A8")
+    config = json.loads((model / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (model / "config.json").write_text(json.dumps(config))
+    found, without = inspected(model), inspected(MODEL)
+    assert (found.kv_dtype, without.kv_dtype) == ("fp8", "bfloat16")
+    assert 2 * found.full.kv_bytes_per_token == without.full.kv_bytes_per_token
+    with engine(model, dtype="bfloat16") as llm:
+        layout_bytes = found.full.kv_bytes_per_token * 128
+        assert kv_tokens(llm) == (1 << 30) // layout_bytes * 128
+    sizes = [Sizes(Checkpoint.open(each), 512) for each in (model, MODEL)]
+    longer = [each.step_bytes(DropMask(12), 2) - each.step_bytes(DropMask(12), 1) for each in sizes]
+    assert 2 * longer[0] == longer[1]

@@ -18,6 +18,7 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from tests.architectures.cases import CASES
 from tests.healing.records import healing
+from tests.quantized import FORMATS, quantize
 from tests.selection.scores import make_scores
 
 MASK = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
@@ -67,6 +68,14 @@ def test_the_numbers_are_those_of_the_inspection(tmp_path):
     assert found.summary == MASK.summary()
     assert (found.mask.attention, found.mask.mlp) == (MASK.attention, MASK.mlp)
     assert (found.model, found.architecture, found.family) == ("served", "LlamaForCausalLM", "llama")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_of_a_quantized_model_the_numbers_are_those_of_the_plain_one(form, tmp_path):
+    config = AutoConfig.from_pretrained(model := quantize(MODEL, tmp_path / "model", form))
+    for key, value in MASK.to_config().items():
+        setattr(config, key, value)
+    assert report(engine_config(config, "LlamaForCausalLM", model=model)) == report(embedded())
 
 
 def test_the_full_model_would_hold_fewer_tokens_in_whole_blocks():
