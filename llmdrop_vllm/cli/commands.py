@@ -116,12 +116,11 @@ def run_scoring(
     checkpoint: Checkpoint, calibration: Calibration, args: Namespace, out: Path, mask: DropMask | None = None
 ) -> Scores:
     """Score with the arguments' device and dtype, hidden states beside `out`."""
-    from llmdrop_vllm.healing.importance import after_healing
-    from llmdrop_vllm.healing.split import held_out_sequences
+    from llmdrop_vllm.healing.importance import after_healing, check_can_heal
     from llmdrop_vllm.scoring.scoring import score as score_checkpoint
 
     if args.after_healing:
-        held_out_sequences(calibration)  # refused before the scores, which may take hours
+        check_can_heal(checkpoint, calibration)  # refused before the scores, which may take hours
         plain = Namespace(**{**vars(args), "after_healing": False})
         scores = scored_or_kept("before-healing", checkpoint, calibration, plain, out, mask)
         return after_healing(

@@ -18,6 +18,7 @@ from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.deciding import check_finals, decide
 from llmdrop_vllm.evaluation.goals import Wanted, mixes, wanted
 from llmdrop_vllm.evaluation.masked_engines import Plan
+from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
@@ -166,7 +167,11 @@ class SearchData:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, path: Path, args: Namespace) -> Self:
-        """Raises DataError unless a file holds enough answers of these weights."""
+        """Raises DataError unless a file holds enough answers of these weights, CheckpointError where they are to be
+        healed on the way and are quantized.
+        """
+        if args.heal_aware is not None:
+            check_plain(checkpoint)
         check_answers(checkpoint, path)
         sizes = ((False, args.tokens or TOKENS), (True, args.held_out_tokens or HELD_OUT_TOKENS))
         learnt, held_out = (

@@ -13,6 +13,7 @@ from llmdrop_vllm.artifacts import Scores, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.outputs import output_parameters
+from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.refit import Refit, refit
 from llmdrop_vllm.healing.run import ATTENTION, SCRATCH_FILES
 from llmdrop_vllm.healing.split import held_out_sequences
@@ -26,6 +27,12 @@ from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
 
 KINDS = ("attention", "mlp")
 PASSES = 1 + 2  # of a layer, and of what is left of it without either sublayer
+
+
+def check_can_heal(checkpoint: Checkpoint, data: Calibration) -> None:
+    """Raise CheckpointError where weights are quantized, and as `held_out_sequences` for too little data."""
+    check_plain(checkpoint)
+    held_out_sequences(data)
 
 
 def after_healing(
@@ -42,8 +49,9 @@ def after_healing(
     squared error of the layer's output that is left on held-out sequences when the sublayer is gone and the other one
     refitted, as a share of the output. That of blocks stays 1 - cosine similarity.
 
-    With `scratch`, an interrupted run goes on at the layer that it reached.
+    With `scratch`, an interrupted run goes on at the layer that it reached. Raises as `check_can_heal`.
     """
+    check_can_heal(checkpoint, data)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         masked, directory = checkpoint.under(scores.dropped), scratch or Path(temporary) / "scratch"
         run = _Run(masked, data, *precision(checkpoint, device, dtype), directory)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.dequantizing import dequantized
 from llmdrop_vllm.checkpoints.hf_weights import (
     TORCH_DTYPES,
     checkpoint_tensors,
@@ -55,7 +56,7 @@ class LayerStream:
         self.decoder_prefix, self.layers_prefix = (
             f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)
         )
-        self.tensors = find_tensors(checkpoint, self.model)
+        self.tensors = find_tensors(dequantized(checkpoint), self.model)
         self.is_converted = is_converted(self.model, self.tensors)
         self.buffers: dict[tuple[str, int], bytearray] = {}
         self.hidden_size: int = config.get_text_config().hidden_size

@@ -29,6 +29,7 @@ from llmdrop_vllm.artifacts import (
     sha256,
 )
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.checkpoints.dequantizing import dequantized
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError
@@ -61,10 +62,8 @@ def score(
 
     `device` is a CUDA GPU where there is one, `dtype` the checkpoint's. With `scratch`, a directory for the hidden
     states, an interrupted run goes on at the layer that it reached when the same is asked again. Raises CheckpointError
-    for weights that cannot be computed with.
+    for weights that cannot be computed with; those that compressed-tensors has quantized are unpacked for it.
     """
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.directory} is quantized; score the model that it was made from")
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
@@ -217,7 +216,7 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
         if dtype not in TORCH_DTYPES.values():
             raise InputError(f"dtype is {name!r}; expected float32, bfloat16 or float16")
         return dtype
-    largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.num_bytes, default=None)
+    largest = max(dequantized(checkpoint).tensors.values(), key=lambda tensor: tensor.num_bytes, default=None)
     if largest is None or largest.dtype not in TORCH_DTYPES:
         found = f"{largest.name} of dtype {largest.dtype}" if largest else "no tensors"
         raise CheckpointError(f"{checkpoint.directory} holds {found}; expected {', '.join(TORCH_DTYPES)}")

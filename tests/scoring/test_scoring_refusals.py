@@ -50,7 +50,7 @@ def test_an_architecture_without_a_row_is_refused_before_any_weight_is_read(tiny
 
 def test_a_quantized_model_is_refused(tiny, tmp_path):
     directory = write_checkpoint(tmp_path / "model", TINY_LLAMA | {"quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(CheckpointError, match="is quantized"):
+    with pytest.raises(CheckpointError, match="is quantized by gptq, .*; score the full-precision model"):
         scoring.score(Checkpoint.open(directory), tiny[1])
 
 

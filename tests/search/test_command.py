@@ -17,6 +17,7 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge
 from tests.data.files import answer, write_answers
 from tests.engines import quick
+from tests.quantized import quantize
 from tests.search.conftest import SMALL
 
 
@@ -70,6 +71,20 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(command, tmp_path, mon
     del calls[:]
     assert main([*command, "--attention", "3", "--overwrite"]) == 0
     assert all(len(attention) != 1 for attention, _ in calls)
+
+
+def test_of_quantized_weights_a_mask_is_found_and_none_that_healing_would_mend(tmp_path, capsys):
+    model = quantize(MODEL, tmp_path / "model", "W4A16")
+    rng = np.random.default_rng(0)
+    said = [answer(number, [5], rng.integers(5, 500, 20).tolist(), held_out=number % 2 == 0) for number in range(8)]
+    provenance = Provenance(model=ModelIdentity.of(Checkpoint.open(model)))
+    answers = write_answers(tmp_path / "answers.jsonl", said, provenance=provenance)
+    asked = ["search", str(model), "--answers", str(answers), "--out", str(tmp_path / "mask.json"), "--attention", "2"]
+    sizes = ["--masks", "3", "--tokens", "60", "--held-out-tokens", "60"]
+    assert main([*asked, *sizes, "--heal-aware", "60"]) == 1
+    assert "is quantized; heal in plain weights" in capsys.readouterr().err
+    assert main([*asked, *sizes]) == 0
+    assert len(found(tmp_path).attention) == 2
 
 
 def test_each_step_can_be_judged_on_what_healing_mended(command, tmp_path, capsys):
