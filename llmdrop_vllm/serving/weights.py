@@ -2,16 +2,62 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
 from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.checkpoints.checkpoint import check_complete
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.directory import read_config
+from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
+
+
+class Source:
+    """The checkpoint of a model. vLLM can load another one into it while it runs: the weights, and not the config."""
+
+    def __init__(self, model_config: "ModelConfig", architecture: str, decoder: Decoder | None) -> None:
+        self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
+        self.model = model_config.model
+
+    def has_changed(self, model: nn.Module) -> bool:
+        """Whether another checkpoint has taken its place since this was asked, from which the model is to be loaded.
+
+        Raises InputError for one that does not fit, with the model as it was.
+        """
+        if self.model == self.model_config.model:
+            return False
+        try:
+            self._check(Path(self.model_config.model))
+        except InputError:
+            self.model_config.model = self.model
+            finalize_layerwise_reload(model, self.model_config)  # puts back what was made ready for other weights
+            raise
+        self.model = self.model_config.model
+        return True
+
+    def _check(self, directory: Path) -> None:
+        """Raise MaskError for another mask than the model was built with, CheckpointError for missing weights."""
+        if not directory.is_dir():
+            return
+        own, theirs = self.decoder, Decoder.of_masked(read_config(directory), self.architecture)
+        if theirs is not None and (own is None or own.mask.effect != theirs.mask.effect):
+            raise MaskError(
+                f"{directory} has a mask ({theirs.mask.summary()}), and the running model was built with "
+                f"{f'another ({own.mask.summary()})' if own else 'none'}; start an engine for it"
+            )
+        if own is not None and own.family is not None:
+            check_complete(directory, own.family, own.mask)
 
 
 def forget_missing_layers(model: nn.Module) -> None:
