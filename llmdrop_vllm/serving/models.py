@@ -84,10 +84,11 @@ class Droppable(nn.Module):
         """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error, and so is one under
         another mask that takes the first one's place.
         """
-        changed = self.source is not None and self.source.has_changed(self)
-        if self.dropping is not None:
-            weights = without_dropped(self, weights)
-            self.expects_whole_checkpoint |= changed
+        if self.source is not None:
+            changed = self.source.has_changed(self)
+            if self.dropping is not None:
+                weights = without_dropped(self, weights, self.source.depth)
+                self.expects_whole_checkpoint |= changed
         if not self.expects_whole_checkpoint:
             return super().load_weights(weights)
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do

@@ -1,5 +1,6 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.masks.mask import has_layer_count
+from llmdrop_vllm.serving.overrides import may_say
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
 if TYPE_CHECKING:
@@ -29,6 +32,12 @@ class Source:
     def __init__(self, model_config: "ModelConfig", architecture: str, decoder: Decoder | None) -> None:
         self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
         self.model = model_config.model
+
+    @property
+    def depth(self) -> float:
+        """How many layers are loaded where an override says how many; vLLM's loaders refuse weights of others."""
+        shortened = self.decoder is not None and may_say(self.model_config.hf_overrides, has_layer_count)
+        return self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
 
     def has_changed(self, model: nn.Module) -> bool:
         """Whether another checkpoint has taken its place since this was asked, from which the model is to be loaded.
@@ -70,15 +79,15 @@ def forget_missing_layers(model: nn.Module) -> None:
 
 
 def without_dropped(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], depth: float
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights but those of dropped modules, by their names in vLLM's model.
+    """The weights but those of dropped modules, by their names in vLLM's model, and of layers from `depth` on.
 
     Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to. The
     one of Granite's hybrids does not, and renames none.
     """
     gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
-    return ((name, tensor) for name, tensor in weights if not name.startswith(gone))
+    return ((name, tensor) for name, tensor in weights if not name.startswith(gone) and (layer_in(name) or 0) < depth)
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:

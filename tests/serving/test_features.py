@@ -10,7 +10,8 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from llmdrop_vllm import DropMask
-from tests.engines import engine, greedy
+from tests.architectures.cases import CASES, model_of
+from tests.engines import engine, greedy, kv_tokens
 from tests.tiny import TINY_LLAMA, tensor, write_checkpoint
 
 PROMPT = [*range(3, 203)]
@@ -79,6 +80,28 @@ def test_dropped_checkpoint_as_draft_model_of_its_own_full_model(full, dropped):
         }
     assert_same(ours, expected)
     assert len(layers) == len(MASK.kept_attention)
+
+
+def test_naming_a_dropped_layer_among_those_of_full_precision_changes_nothing(full):
+    """`--kv-cache-dtype-skip-layers`: the kept layers' KV cache is as small as without it."""
+    options = {"kv_cache_dtype": "bfloat16", "hf_overrides": {"drop_attn_list": [2]}}
+    found = {}
+    for skipped in ("", "2", "3"):
+        with engine(full, **options, kv_cache_dtype_skip_layers=[skipped] if skipped else []) as llm:
+            found[skipped] = (greedy(llm, PROMPT)[2], kv_tokens(llm))
+    assert found["2"] == found[""]
+    assert found["3"] != found[""]
+
+
+def test_experts_that_are_gone_are_not_counted(tmp_path):
+    """By their number in this list vLLM may find the experts whose turn it is."""
+    case = CASES["Qwen3MoeForCausalLM"]
+    case.save(model_of(case.name), tmp_path)
+    with engine(tmp_path, hf_overrides={"drop_mlp_list": [0, 3]}) as llm:
+        compilation = llm.llm_engine.vllm_config.compilation_config
+        experts = [f"model.layers.{layer}.mlp.experts" for layer in (1, 2, 4)]
+        assert compilation.static_all_moe_layers == experts
+        assert {*experts} <= compilation.static_forward_context.keys()
 
 
 def test_weights_of_a_running_model_can_be_updated_in_parts(dropped, eager):
