@@ -78,6 +78,12 @@ def test_a_mask_goes_beside_the_users_overrides():
     assert entries == {"rope_theta": 1.0} | DropMask(12, (1, 2)).to_config("runtime")
 
 
+def test_a_mask_goes_beside_fewer_layers():
+    """Its indices are judged by the engine, which knows how many layers are served."""
+    entries = overrides("--drop-attention", "1,6", "--hf-overrides.num_hidden_layers", "4")
+    assert entries == {"num_hidden_layers": 4} | DropMask(8, (1, 6)).to_config("runtime")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
