@@ -7,7 +7,7 @@ is a PreTrainedModel like any other: it generates, trains, takes adapters, and c
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,15 +26,19 @@ from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.hf_weights import in_own_names, leave_index
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.hf_configs import DroppedConfig, stock_of, with_dropped_cache
+from llmdrop_vllm.hf_configs import DroppedConfig, make_known, stock_of, with_dropped_cache
+from llmdrop_vllm.hf_sublayers import DroppedNorm, DroppedSublayer
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
+TRAINERS_DIRECTORY = re.compile(r"checkpoint-\d+")
+FROM_ELSEWHERE = ("cache_dir", "revision", "subfolder", "token")
 
 
 def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -43,16 +47,25 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     `kwargs` go to Transformers' from_pretrained (dtype, device_map, attn_implementation, ...). Raises MaskError and
     CheckpointError for what cannot be loaded faithfully: a weight that a kept sublayer lacks is never invented.
     """
-    if refused := sorted(kwargs.keys() & {"cache_dir", "config", "revision", "subfolder", "token"}):
-        raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
+    if "config" in kwargs:
+        raise InputError("config cannot be given here: the checkpoint has its own")
+    return _opened(model, None, kwargs)
+
+
+def register(model: str | Path) -> type[PreTrainedModel]:
+    """Teach Transformers in this process about a dropped checkpoint, as loading it does, and give its class.
+
+    From then on AutoModelForCausalLM, and whatever loads models by it or by an architecture's name (PEFT, TRL), load
+    such checkpoints as they are.
+    """
     checkpoint = Checkpoint.open(model)
-    return load(checkpoint.under(checkpoint.mask), **kwargs)
+    return model_class(transformers_config(checkpoint.under(checkpoint.mask)))
 
 
 def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
     checkpoint = masked.checkpoint
-    config = transformers_config(masked)
+    config = kwargs.get("config") or transformers_config(masked)
     if is_variant(checkpoint):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
@@ -62,6 +75,15 @@ def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
     if masked.mask:
         logger.warning("%s: %s", checkpoint.directory, masked.mask.summary())
     return loaded
+
+
+def _opened(model: str | Path, decoder: Decoder | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if refused := [key for key in FROM_ELSEWHERE if kwargs.pop(key, None) is not None]:
+        raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
+    checkpoint = Checkpoint.open(model)
+    if decoder is not None:
+        kwargs["config"] = dropped_config(decoder, decoder.mask)
+    return load(checkpoint.under(checkpoint.mask if decoder is None else decoder.mask), **kwargs)
 
 
 def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
@@ -99,6 +121,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         kind = "multimodal" if is_wrapper else "causal"
         raise CheckpointError(f"Transformers has no {kind} language model for model_type {config.model_type!r}")
     made: Any = classes[stock]
+    made = getattr(made, "stock_model", made)  # where `make_known` has put something in between
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
     return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
 
@@ -112,31 +135,6 @@ def count_parameters(config: PretrainedConfig) -> int:
 def is_variant(checkpoint: Checkpoint) -> bool:
     """Whether the weights lie under the names of stripped checkpoints."""
     return any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata)
-
-
-class DroppedSublayer(nn.Module):
-    """Stands where attention or an MLP was: adds nothing to the residual stream, and has no keys and values.
-
-    `tuple_length` is how many values the module returned, 0 for a tensor alone; all but the first become None.
-    `adds_residual` is for a module that was given the residual stream to add its output to.
-    """
-
-    def __init__(self, tuple_length: int = 0, *, adds_residual: bool = False) -> None:
-        super().__init__()
-        self.tuple_length, self.adds_residual = tuple_length, adds_residual
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the input's shape, [batch, tokens, hidden], or the residual stream as it is."""
-        output = args[0] if self.adds_residual else torch.zeros_like(hidden_states)
-        return (output, *[None] * (self.tuple_length - 1)) if self.tuple_length else output
-
-
-class DroppedNorm(nn.Identity):
-    """Stands where a norm was. Some layers ask a norm for the dtype of its weight before they call it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(0), persistent=False)
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
@@ -227,6 +225,9 @@ class DroppedModel(PreTrainedModel):
     """Mixed in before a stock model class: goes without what the config's mask drops."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text = config.get_text_config()
+        if text is not config and isinstance(text, DroppedConfig):  # another model was made of it before
+            text.__class__ = text.stock
         super().__init__(config, *args, **kwargs)
         decoder = Decoder.of(config, type(self).__name__)
         family, mask = decoder.family, decoder.mask
@@ -247,9 +248,28 @@ class DroppedModel(PreTrainedModel):
         """No: weights are renamed and tables filled as in the stock class, which else depends on the class's module."""
         return False
 
+    @classmethod
+    def from_pretrained(cls, model: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> PreTrainedModel:
+        """As `hf.from_pretrained`, also with a config as Transformers' Auto classes read it, arguments included."""
+        if isinstance(config, DroppedConfig):
+            return super().from_pretrained(model, *args, config=config, **kwargs)
+        if config is None:
+            return _opened(model, None, kwargs)
+        kwargs.setdefault("attn_implementation", config._attn_implementation)
+        return _opened(model, Decoder.of(config, cls.__name__), kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed."""
+        """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed.
+
+        Where Trainer saves what it may go on from, with an index by which it finds them.
+        """
         super().save_pretrained(save_directory, **{"variant": VARIANT} | kwargs)
+        if TRAINERS_DIRECTORY.fullmatch(Path(save_directory).name):
+            leave_index(Path(save_directory))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, also for tensors as checkpoints have them, which Trainer reads and Transformers renames."""
+        return super().load_state_dict(in_own_names(self, state_dict), *args, **kwargs)
 
 
 def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
@@ -268,7 +288,9 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
         conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    return type(name, (DroppedModel, stock), {"__module__": __name__})
+    made = type(name, (DroppedModel, stock), {"__module__": __name__})
+    make_known(stock, made)
+    return made
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

@@ -1,16 +1,22 @@
-"""Transformers' configs of models that lack sublayers: caches that are made from them have no room for these."""
+"""Transformers' configs of models that lack sublayers: caches that are made from them have no room for these.
+
+And how Transformers, and what is built on it, finds the classes of such models.
+"""
 
 import copy
+import sys
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
-import transformers
-from transformers import PretrainedConfig
+import transformers.processing_utils  # which puts another module in the place of `transformers`
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.masks.mask import DropMask
 
 T = TypeVar("T")
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 
 
 class DroppedConfig(PretrainedConfig):
@@ -56,7 +62,51 @@ def __getattr__(name: str) -> type[PretrainedConfig]:
 
 def stock_of(module: str, name: str, base: type[T]) -> type[T]:
     """Transformers' class that one of ours was made of. Raises AttributeError for a name in a module that is none's."""
-    stock = getattr(transformers, name.removeprefix(EXPLICIT_PREFIX), None)
-    if name.startswith(EXPLICIT_PREFIX) and isinstance(stock, type) and issubclass(stock, base):
-        return stock
+    if name.startswith(EXPLICIT_PREFIX):
+        plain = name.removeprefix(EXPLICIT_PREFIX)
+        # Transformers writes some architectures' names otherwise: PhiMoE as Phimoe.
+        spelt = next((each for each in dir(transformers) if each.lower() == plain.lower()), plain)
+        stock = getattr(transformers, plain, None) or getattr(transformers, spelt, None)
+        if isinstance(stock, type) and issubclass(stock, base):
+            return stock
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def make_known(stock: type[PreTrainedModel], made: type[PreTrainedModel]) -> None:
+    """Let the class that was made of a stock one be found where a config's architecture names it: in `transformers`,
+    where TRL looks, and by Transformers' Auto classes.
+    """
+    setattr(sys.modules["transformers"], made.__name__, made)
+    for mapping in MAPPINGS:
+        if mapping.get(stock.config_class, None) is stock:
+            mapping.register(stock.config_class, _either(stock), exist_ok=True)
+
+
+def _either(stock: Any) -> type[PreTrainedModel]:
+    """The stock class for an Auto class to call, which makes of a config that names one of ours a model of that.
+
+    Several classes for one config class, which Transformers knows too, would not do: it then wants every config to name
+    an architecture, and those of towers do not.
+    """
+
+    def named_by(config: Any) -> Any:
+        name = (getattr(config, "architectures", None) or ("",))[0]
+        return getattr(sys.modules["transformers"], name, stock) if name.startswith(EXPLICIT_PREFIX) else stock
+
+    class Either(stock):
+        stock_model = stock
+
+        def __new__(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
+            return named_by(config)(config, *args, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            return named_by(config).from_pretrained(*args, config=config, **kwargs)
+
+        @classmethod
+        def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+            return named_by(config)._from_config(config, **kwargs)
+
+    for name in ("__name__", "__qualname__", "__module__"):  # whose code it is decides about remote code
+        setattr(Either, name, getattr(stock, name))
+    return Either

@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "shares", "embedded"),
     ("masks",),
     ("architectures", "kv_cache"),
-    ("checkpoints", "hf_windows", "hf_configs"),
+    ("checkpoints", "hf_windows", "hf_configs", "hf_sublayers"),
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing", "mask_file"),
     ("scoring", "fetching"),
