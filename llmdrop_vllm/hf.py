@@ -240,7 +240,7 @@ class DroppedModel(PreTrainedModel):
                 part.config.__class__ = with_dropped_cache(own)
         self._keys_to_ignore_on_load_unexpected = {
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
+            *(names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
         }
 
     @classmethod
@@ -272,8 +272,8 @@ class DroppedModel(PreTrainedModel):
         return super().load_state_dict(in_own_names(self, state_dict), *args, **kwargs)
 
 
-def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
-    # Transformers looks at names after its own renaming.
+def names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
+    """Matches names of a sublayer's parameters in these layers, in the checkpoint's words and in Transformers' own."""
     names = {*sublayer.names, sublayer.transformers_module}
     return rf"^{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
 

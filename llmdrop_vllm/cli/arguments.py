@@ -11,6 +11,7 @@ from llmdrop_vllm.masks.dialects import ON_DISK
 
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
 HEALING, SEARCHING = "llmdrop_vllm.cli.healing_commands", "llmdrop_vllm.cli.search_commands"
+ADAPTERS = "llmdrop_vllm.cli.adapter_commands"
 Add = Callable[..., options.Parser]
 
 
@@ -157,6 +158,13 @@ def _add_writing(add: Add) -> None:
     options.add_directory(convert)
     convert.add_argument("--dialect", choices=ON_DISK, required=True)
     convert.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
+
+    example = "llmdrop adapter DROPPED OUT --lora ADAPTER"
+    adapter = add("adapter", "take out of a full model's LoRA what a dropped one has no place for", example, ADAPTERS)
+    options.add_model(adapter)
+    options.add_directory(adapter)
+    what = "its directory, as PEFT writes it"
+    adapter.add_argument("--lora", type=Path, required=True, metavar="ADAPTER", help=what)
 
 
 def _add_measuring(add: Add) -> None:
