@@ -37,7 +37,7 @@ from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
-TRAINERS_DIRECTORY = re.compile(r"checkpoint-\d+")
+ANY_SIZE = 1 << 60  # bytes
 FROM_ELSEWHERE = ("cache_dir", "revision", "subfolder", "token")
 
 
@@ -253,18 +253,19 @@ class DroppedModel(PreTrainedModel):
         """As `hf.from_pretrained`, also with a config as Transformers' Auto classes read it, arguments included."""
         if isinstance(config, DroppedConfig):
             return super().from_pretrained(model, *args, config=config, **kwargs)
-        if config is None:
-            return _opened(model, None, kwargs)
-        kwargs.setdefault("attn_implementation", config._attn_implementation)
-        return _opened(model, Decoder.of(config, cls.__name__), kwargs)
+        if config is not None:
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        return _opened(model, Decoder.of(config, cls.__name__) if config is not None else None, kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed.
 
-        Where Trainer saves what it may go on from, with an index by which it finds them.
+        What Trainer saves has an index by which it finds them, and is one file: experts are not put together from two.
         """
-        super().save_pretrained(save_directory, **{"variant": VARIANT} | kwargs)
-        if TRAINERS_DIRECTORY.fullmatch(Path(save_directory).name):
+        trainers = re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+        options: dict[str, Any] = {"variant": VARIANT} | ({"max_shard_size": ANY_SIZE} if trainers else {})
+        super().save_pretrained(save_directory, **options | kwargs)
+        if trainers:
             leave_index(Path(save_directory))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -97,6 +97,16 @@ def test_what_trainer_saved_is_a_checkpoint_for_us_and_an_error_for_others(dropp
         LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-7")
 
 
+def test_a_mixture_that_trainer_saves_is_one_file(mixture, tmp_path, monkeypatch):
+    """Its files are read one by one, and a layer's experts are one parameter; Transformers would part them at 50 GB."""
+    model, asked = hf.from_pretrained(mixture), []
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *_, **options: asked.append(options))
+    (tmp_path / "checkpoint-3").mkdir()
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    model.save_pretrained(tmp_path / "saved")
+    assert asked == [{"variant": "dropped", "max_shard_size": 1 << 60}, {"variant": "dropped"}]
+
+
 def test_tensors_that_a_model_does_not_have_are_not_lost_in_silence(mixture):
     model = hf.from_pretrained(mixture, dtype=torch.float32)
     stored = load_file(mixture / "model.dropped.safetensors")
