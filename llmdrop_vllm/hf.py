@@ -38,7 +38,6 @@ from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
 ANY_SIZE = 1 << 60  # bytes
-FROM_ELSEWHERE = ("cache_dir", "revision", "subfolder", "token")
 
 
 def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -78,7 +77,7 @@ def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
 
 
 def _opened(model: str | Path, decoder: Decoder | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if refused := [key for key in FROM_ELSEWHERE if kwargs.pop(key, None) is not None]:
+    if refused := [key for key in ("cache_dir", "revision", "subfolder", "token") if kwargs.pop(key, None) is not None]:
         raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
     checkpoint = Checkpoint.open(model)
     if decoder is not None:
@@ -253,8 +252,7 @@ class DroppedModel(PreTrainedModel):
         """As `hf.from_pretrained`, also with a config as Transformers' Auto classes read it, arguments included."""
         if isinstance(config, DroppedConfig):
             return super().from_pretrained(model, *args, config=config, **kwargs)
-        if config is not None:
-            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        kwargs.setdefault("attn_implementation", getattr(config, "_attn_implementation", None))
         return _opened(model, Decoder.of(config, cls.__name__) if config is not None else None, kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -289,9 +287,7 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
         conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    made = type(name, (DroppedModel, stock), {"__module__": __name__})
-    make_known(stock, made)
-    return made
+    return make_known(stock, type(name, (DroppedModel, stock), {"__module__": __name__}))
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

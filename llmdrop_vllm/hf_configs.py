@@ -5,7 +5,8 @@ And how Transformers, and what is built on it, finds the classes of such models.
 
 import copy
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import transformers.processing_utils  # which puts another module in the place of `transformers`
@@ -72,41 +73,53 @@ def stock_of(module: str, name: str, base: type[T]) -> type[T]:
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
-def make_known(stock: type[PreTrainedModel], made: type[PreTrainedModel]) -> None:
-    """Let the class that was made of a stock one be found where a config's architecture names it: in `transformers`,
-    where TRL looks, and by Transformers' Auto classes.
+def make_known(stock: type[PreTrainedModel], made: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class that was made of a stock one, now to be found where a config's architecture names it: in
+    `transformers`, where TRL looks, and by Transformers' Auto classes.
     """
-    setattr(sys.modules["transformers"], made.__name__, made)
+    setattr(sys.modules["transformers"], made.__name__, _door(made, lambda _: made))
     for mapping in MAPPINGS:
         if mapping.get(stock.config_class, None) is stock:
-            mapping.register(stock.config_class, _either(stock), exist_ok=True)
+            mapping.register(stock.config_class, _door(stock, partial(_named_by, stock)), exist_ok=True)
+    return made
 
 
-def _either(stock: Any) -> type[PreTrainedModel]:
-    """The stock class for an Auto class to call, which makes of a config that names one of ours a model of that.
+def _named_by(stock: Any, config: Any) -> Any:
+    """The class that a config names, where it is one of ours."""
+    name = (getattr(config, "architectures", None) or ("",))[0]
+    return getattr(sys.modules["transformers"], name, stock) if name.startswith(EXPLICIT_PREFIX) else stock
+
+
+def _door(model: Any, chosen: Callable[[Any], Any]) -> type[PreTrainedModel]:
+    """A model class for others to find and call, behind which a config's own is chosen.
 
     Several classes for one config class, which Transformers knows too, would not do: it then wants every config to name
-    an architecture, and those of towers do not.
+    an architecture, and those of towers do not. vLLM looks in `transformers` as well: without our plugin, which comes
+    first, it would build the stock model of a dropped one's config, in full, were it told that it could.
     """
 
-    def named_by(config: Any) -> Any:
-        name = (getattr(config, "architectures", None) or ("",))[0]
-        return getattr(sys.modules["transformers"], name, stock) if name.startswith(EXPLICIT_PREFIX) else stock
-
-    class Either(stock):
-        stock_model = stock
+    class Door(model):
+        stock_model = model
 
         def __new__(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
-            return named_by(config)(config, *args, **kwargs)
+            return chosen(config)(config, *args, **kwargs)
 
         @classmethod
         def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-            return named_by(config).from_pretrained(*args, config=config, **kwargs)
+            return chosen(config).from_pretrained(*args, config=config, **kwargs)
 
         @classmethod
         def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-            return named_by(config)._from_config(config, **kwargs)
+            return chosen(config)._from_config(config, **kwargs)
+
+        @classmethod
+        def is_backend_compatible(cls) -> bool:
+            return False
+
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return False
 
     for name in ("__name__", "__qualname__", "__module__"):  # whose code it is decides about remote code
-        setattr(Either, name, getattr(stock, name))
-    return Either
+        setattr(Door, name, getattr(model, name))
+    return Door
