@@ -29,9 +29,9 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.hf_weights import in_own_names, leave_index
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
-from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
+from llmdrop_vllm.errors import CheckpointError, InputError
 from llmdrop_vllm.hf_configs import DroppedConfig, make_known, stock_of, with_dropped_cache
-from llmdrop_vllm.hf_sublayers import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.hf_passthrough import check_norms, drop_sublayer
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
@@ -101,7 +101,10 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
-    config = stock.from_dict(decoded(entries))
+    try:
+        config = stock.from_dict(decoded(entries))
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {decoder.architecture}: {error}") from error
     if mask:
         config.get_text_config().update(mask.to_config())
         config.__class__ = with_dropped_cache(stock)
@@ -127,8 +130,18 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model that a config from here describes, counted without memory for any."""
-    with torch.device("meta"):
-        return int(model_class(config)(config).num_parameters())
+    return int(on_meta(config).num_parameters())
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config from here describes, without memory for any weights."""
+    try:
+        with torch.device("meta"):
+            return model_class(config)(config)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
+        raise CheckpointError(f"the config does not describe a {config.architectures[0]}: {error}") from error
 
 
 def is_variant(checkpoint: Checkpoint) -> bool:
@@ -150,10 +163,10 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
     """
     layers = decoder_layers(model, mask.num_hidden_layers)
     for index in {*mask.attention, *mask.mlp}:
-        _check_norms(layers[index], family, index)
+        check_norms(layers[index], family, index)
     for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
-            _drop_sublayer(layers[index], sublayer, index)
+            drop_sublayer(layers[index], sublayer, index)
     name = family.attention.transformers_module
     kinds = layer_kinds(config_dict(model.config.get_text_config())) if mask.windows else ()
     handles = [
@@ -173,7 +186,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     run without a KV cache.
     """
     layers = decoder_layers(model, mask.num_hidden_layers)
-    before = [dict(layer._modules) for layer in layers]
+    before = [(dict(layer._modules), {*vars(layer)}) for layer in layers]
     mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
     entries = [getattr(module, "layer_idx", None) for module in mixers]
     handles: list[RemovableHandle] = []
@@ -183,8 +196,11 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
-        for layer, modules in zip(layers, before, strict=True):
+        for layer, (modules, attributes) in zip(layers, before, strict=True):
+            layer._modules.clear()  # in the order that they had
             layer._modules.update(modules)
+            for name in {*vars(layer)} - attributes:
+                del vars(layer)[name]  # delattr would take the module of that name, which is back
         for module, entry in zip(mixers, entries, strict=True):
             module.layer_idx = entry
 
@@ -194,30 +210,6 @@ def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:
     mixer = family.mixer(index)
     names = () if mixer is None else (mixer.transformers_module, *mixer.also)
     return [getattr(layer, name) for name in names if getattr(layer, name, None) is not None]
-
-
-def _check_norms(layer: nn.Module, family: Family, index: int) -> None:
-    """StableLM's config, for one, can ask for layers of another layout, where attention's norm is the MLP's as well."""
-    for sublayer in filter(None, (family.mixer(index), family.mlp_of(index))):
-        for name in set(sublayer.norms) - set(sublayer.optional):
-            if getattr(layer, name, None) is None:
-                raise MaskError(f"layer {index} has no {name}; the family table's row {family.name!r} does not fit it")
-
-
-def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
-    name = sublayer.transformers_module
-    parts = [part for part in (name, *sublayer.also) if getattr(layer, part, None) is not None]
-    if name not in (*parts, *sublayer.optional) or not parts:
-        raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
-    for part in parts:
-        substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
-        substitute = substitute if part == name else DroppedSublayer()
-        for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
-            substitute.register_buffer(table, values, persistent=False)
-        setattr(layer, part, substitute)
-    for norm in sublayer.norms:
-        if getattr(layer, norm, None) is not None:
-            setattr(layer, norm, DroppedNorm())
 
 
 class DroppedModel(PreTrainedModel):

@@ -14,7 +14,7 @@ from llmdrop_server.mask_options import mask_entries, windows_asked
 from llmdrop_server.preflight import check_port, check_readable, check_served_name, check_tokenizer, read_keys
 from llmdrop_server.vllm_options import Told, read
 from llmdrop_vllm import register
-from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.errors import InputError, in_one_line
 from llmdrop_vllm.fetching.fetch import resolve
 
 PLUGIN = "llmdrop"
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = vllm_arguments(ours, theirs, model)
         _set_environment(ours)
     except (InputError, ImportError) as error:
-        print(f"llmdrop: error: {error}", file=sys.stderr)
+        print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
         return 1
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         print(

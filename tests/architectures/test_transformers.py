@@ -13,7 +13,7 @@ from transformers.utils import logging
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.hf_weights import checkpoint_tensors
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.hf_sublayers import DroppedSublayer
+from llmdrop_vllm.hf_passthrough import DroppedSublayer
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES, LAYERS, Case, model_of
