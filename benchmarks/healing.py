@@ -25,12 +25,12 @@ from benchmarks.real_quality import CONTEXT, PRECISION, measures, prose
 from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import read_record
+from llmdrop_vllm.artifacts import HEAL_FILE, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.evaluation.records import Evaluation, Quality
 from llmdrop_vllm.healing import ridge
 from llmdrop_vllm.healing.heal import healed
-from llmdrop_vllm.healing.records import HEAL_FILE, Healing
+from llmdrop_vllm.healing.records import Healing
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 

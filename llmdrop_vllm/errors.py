@@ -1,5 +1,10 @@
 """What users can get wrong: every error here says what was found, what is expected and where."""
 
+import shlex
+from collections.abc import Iterable
+
+MOST_NAMES = 8
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the command line prints the message and nothing else."""
@@ -19,3 +24,20 @@ class DataError(InputError):
 
 class OutputError(InputError):
     """A place that cannot be written to."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, in order: the first ones, and how many more. A model's tensors would fill a screen."""
+    found = sorted(names)
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return ", ".join(found[:MOST_NAMES]) + more
+
+
+def in_one_line(error: Exception) -> str:
+    """The message without the line breaks of what other packages say in it."""
+    return " ".join(line.strip() for line in str(error).splitlines())
+
+
+def command(*words: object) -> str:
+    """A command of ours to be copied into a shell, whatever the names of files are."""
+    return shlex.join(["llmdrop", *map(str, words)])

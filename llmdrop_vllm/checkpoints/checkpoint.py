@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,23 +14,30 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.checkpoints.any_model import as_base
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.checkpoints.directory import local_directory, read_config, weight_files
+from llmdrop_vllm.checkpoints.directory import ADAPTER, local_directory, read_config, weight_files
 from llmdrop_vllm.checkpoints.nemotron import plain
 from llmdrop_vllm.checkpoints.shards import StoredTensor, open_shard, read_index, stored_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer, missing_weights
 from llmdrop_vllm.checkpoints.tower import tower_of
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, listed
 from llmdrop_vllm.kv_cache.kinds import DTYPE_BYTES
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.dialects import Windows
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask, ranges
+
+# Draft heads that are published beside the model, in a file that its index may not list.
+DRAFT_HEADS = "*mtp*.safetensors"
+
+# Where vLLM looks for how the weights are stored; ModelOpt before 0.31 says it in a file beside the config.
+QUANTIZED_KEYS, QUANTIZED_FILE = ("quantization_config", "compression_config"), "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A directory with config.json and safetensors whose index, shards and headers agree.
 
-    `config` is config.json as it is; `decoder` and `family` are what it says of the layers.
+    `config` is config.json as it is; `decoder` and `family` are what it says of the layers. `remarks` are for the user
+    to read: what is odd about the files, and does no harm.
     """
 
     directory: Path
@@ -39,6 +46,7 @@ class Checkpoint:
     family: Family
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[Path, Mapping[str, str]]
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, model: str | Path) -> Self:
@@ -50,14 +58,13 @@ class Checkpoint:
         directory = local_directory(model)
         config = read_config(directory)
         paths, index = weight_files(directory)
-        tensors: dict[str, StoredTensor] = {}
-        metadata = {}
-        for path in paths:
-            metadata[path] = dict(open_shard(path).metadata() or {})
-            for tensor in stored_tensors(path):
-                if (first := tensors.get(tensor.name)) is not None:
-                    raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
-                tensors[tensor.name] = tensor
+        tensors, metadata = _read(paths)
+        remarks = _unlisted(tensors, index)
+        for path in sorted({*directory.glob(DRAFT_HEADS)} - {*paths}):
+            head, its_metadata = _read([path])
+            if not head.keys() & tensors.keys():
+                remarks.append(f"{path.name} comes along, though no index lists it")
+                tensors, metadata = tensors | head, metadata | its_metadata
         # Under the model's own architecture, where it was renamed for the dialect nemotron-nas.
         entries = plain(as_base(config))
         names = entries.get("architectures")
@@ -66,13 +73,9 @@ class Checkpoint:
         decoder = Decoder.of(MappingProxyType(entries), names[0])
         if decoder.family is None:
             raise CheckpointError(f"{directory}: {no_row(tower_of(entries, names[0])[0] or names[0])}")
-        checkpoint = cls(
-            directory, MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
-        )
-        if all(layer_in(name) is None for name in tensors):
-            raise CheckpointError(
-                f"{directory} has no decoder layers, only tensors like {min(tensors, default='none')}"
-            )
+        _check_layers(directory, tensors, decoder.family, decoder.mask)
+        frozen = MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
+        checkpoint = cls(directory, *frozen, tuple(remarks))
         checkpoint._check_index(index)
         return checkpoint
 
@@ -107,12 +110,13 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored in a quantized form, and tensors differ from the architecture's."""
-        return bool(self.config.get("quantization_config") or self.config.get("compression_config"))
+        said = (entries.get(key) for entries in (self.config, self.decoder.config) for key in QUANTIZED_KEYS)
+        return any(said) or (self.directory / QUANTIZED_FILE).is_file()
 
     @property
     def is_stripped(self) -> bool:
         """Whether the weights of sublayers that the mask drops are gone."""
-        return any(self.mask.dropped) and len(self.under(self.mask).kept) == len(self.tensors)
+        return any(self.mask.dropped) and self.under(self.mask).loses_nothing
 
     @cached_property
     def is_whole(self) -> bool:
@@ -120,7 +124,7 @@ class Checkpoint:
         layers = tuple(range(self.mask.num_hidden_layers))
         # Where all sublayers of a kind are gone, no other layer shows what is missing.
         kinds = (DropMask(len(layers), attention=layers), DropMask(len(layers), mlp=layers))
-        return all(len(MaskedCheckpoint(self, each).kept) < len(self.tensors) for each in kinds) and not (
+        return not any(MaskedCheckpoint(self, each).loses_nothing for each in kinds) and not (
             self.under(self.decoder.whole).missing
         )
 
@@ -148,11 +152,6 @@ class Checkpoint:
                     raise CheckpointError(f"{self.directory}: the index puts {name} in {file}, which does not hold it")
             elif tensor.path.name != file:
                 raise CheckpointError(f"{name} is in {tensor.path}; the index puts it in {file}")
-        if index and (unlisted := sorted({*self.tensors} - {*index})):
-            tensor = self.tensors[unlisted[0]]
-            raise CheckpointError(
-                f"{tensor.path} holds {tensor.name}, which the index does not list ({len(unlisted)} such tensors)"
-            )
 
 
 @dataclass(frozen=True)
@@ -170,15 +169,73 @@ class MaskedCheckpoint:
             {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
         )
 
+    @property
+    def loses_nothing(self) -> bool:
+        """Whether the checkpoint has no tensor that the mask drops."""
+        return len(self.kept) == len(self.checkpoint.tensors)
+
     @cached_property
     def missing(self) -> tuple[str, ...]:
         """Weights of kept sublayers that the checkpoint lacks."""
         return tuple(sorted(missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)))
 
+    def check_complete(self) -> None:
+        """Raise CheckpointError where weights of kept sublayers are not there."""
+        if self.missing:
+            directory, own = self.checkpoint.directory, self.checkpoint.mask
+            raise CheckpointError(
+                f"{directory} lacks weights of sublayers that the mask keeps: {listed(self.missing)}; "
+                f"its config says: {own.summary()}"
+            )
+
     @cached_property
     def layout(self) -> KVLayout:
         """How vLLM stores the KV cache of the attention that is kept."""
         return self.checkpoint.decoder.layout(self.mask)
+
+
+def _read(paths: Iterable[Path]) -> tuple[dict[str, StoredTensor], dict[Path, Mapping[str, str]]]:
+    """(tensors by name, metadata by file). Raises CheckpointError for a damaged file and a tensor that is in two."""
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
+    for path in paths:
+        metadata[path] = dict(open_shard(path).metadata() or {})
+        for tensor in stored_tensors(path):
+            if (first := tensors.get(tensor.name)) is not None:
+                raise CheckpointError(f"{tensor.name} is in {first.path.name} and again in {path.name}")
+            tensors[tensor.name] = tensor
+    return tensors, metadata
+
+
+def _unlisted(tensors: Iterable[str], index: Mapping[str, str]) -> list[str]:
+    """Engines load whatever a file that is listed holds."""
+    names = sorted({*tensors} - {*index}) if index else []
+    return [f"the index does not list {names[0]} ({len(names)} such tensors); they come along"] if names else []
+
+
+def _check_layers(directory: Path, names: Iterable[str], family: Family, mask: DropMask) -> None:
+    """Raise CheckpointError where there is nothing of a layer that the config and its mask keep."""
+    names = {*names}
+    found = {layer for name in names if (layer := layer_in(name)) is not None}
+    if not found:
+        name = min(names, default="none")
+        hint = f"; it holds {ADAPTER}" if name.startswith("base_model.") else ""
+        raise CheckpointError(f"{directory} has no decoder layers, only tensors like {name}{hint}")
+    depth = mask.num_hidden_layers
+    without_mixer, without_mlp = family.absent(mask)
+    if not (lacking := {*range(depth)} - found - (without_mixer & without_mlp)):
+        return
+    said = f"{directory} has weights of layers {ranges(found)}, and config.json says {depth} layers: "
+    if min(lacking) > max(found):
+        raise CheckpointError(f"{said}{ranges(lacking)} are missing; set the number to {max(found) + 1}, or find them")
+    # Whoever cut layers out and left the numbers has a model with a mask.
+    gone = sorted({*range(max(found) + 1)} - found)
+    entries = ", ".join(f'"{key}": {gone}' for key in ("drop_attn_list", "drop_mlp_list"))
+    raise CheckpointError(
+        f"{said}{ranges(gone)} were cut out, and the others kept their numbers. Say so in config.json: set the number "
+        f"to {max(found) + 1} and add {entries}; then `llmdrop convert {directory} OUT --renumber` makes an ordinary "
+        f"model of {len(found)} layers"
+    )
 
 
 def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
@@ -197,5 +254,4 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
     }
     missing = ({*needed} - found) | missing_weights(found, family, mask)
     if missing:
-        names = ", ".join(sorted(missing))
-        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {names}")
+        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {listed(missing)}")

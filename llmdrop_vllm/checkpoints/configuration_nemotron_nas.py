@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+WIDTHS = ("intermediate_size", "num_key_value_heads")
+
 
 class Block(dict[str, Any]):
     """A dict whose entries are attributes as well; it remains what JSON and pickle expect."""
@@ -24,5 +26,6 @@ class NemotronNasConfig(LlamaConfig):
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # Published ones say null for what differs from layer to layer, which newer versions of Transformers refuse.
+        super().__init__(**{key: value for key, value in kwargs.items() if key not in WIDTHS or value is not None})
         self.block_configs = [Block({key: Block(part) for key, part in block.items()}) for block in block_configs]

@@ -111,9 +111,11 @@ class Decoder:
         return kv_layout([kinds[layer] for layer in kept.kept_attention])
 
     def check(self, mask: DropMask) -> None:
-        """Raise MaskError for a mask that drops what a layer does not have, or has windows that attention does not take
-        or notice.
+        """Raise MaskError for a mask of another number of layers, or one that drops what a layer does not have, or has
+        windows that attention does not take or notice.
         """
+        if mask.num_hidden_layers != (depth := self.mask.num_hidden_layers):
+            raise MaskError(f"the mask is for {mask.num_hidden_layers} layers; the model has {depth}")
         if self.family is not None:
             no_mixer, no_mlp = self.family.absent(self.whole)
             for what, absent in (("mixer", no_mixer & {*mask.attention}), ("MLP", no_mlp & {*mask.mlp})):

@@ -2,15 +2,18 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, read_index
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, command
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # The same weights in other formats, next to the shards in many repositories; nothing here reads or copies them.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "consolidated*.safetensors")
+
+ADAPTER = "an adapter of PEFT's; merge it into its model first: merge_and_unload(), then save_pretrained()"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -19,6 +22,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(f"{directory} is {ADAPTER}") from None
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
@@ -33,7 +38,9 @@ def check_model_name(model: str | Path) -> None:
     if path.is_dir():
         return
     if path.suffix.lower() == ".gguf":
-        raise CheckpointError(f"{model} is a GGUF file; make a checkpoint of it first: llmdrop fetch {model} DIR")
+        raise CheckpointError(
+            f"{model} is a GGUF file; make a checkpoint of it first: {command('fetch', model, 'DIR')}"
+        )
     if isinstance(model, Path) or path.exists() or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} is not a directory; expected a checkpoint directory or a hub id like org/name")
 
@@ -55,29 +62,30 @@ def local_directory(model: str | Path) -> Path:
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind."""
+    """The weight files, and what the index says is in them; without an index, every safetensors file of its kind.
+
+    Shards that an index does not list are left over from another time, and no engine reads them.
+    """
     index_file, index = read_index(directory)
-    numbered = {path.name for path in directory.glob("model*-of-*.safetensors")}
     if listed := sorted(set(index.values())):
         for file in listed:
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        if extra := sorted(numbered.difference(listed)):
-            raise CheckpointError(f"{directory / extra[0]} is not listed in {index_file}")
         return [directory / file for file in listed], index
-    if numbered:
+    if numbered := {path.name for path in directory.glob("model*-of-*.safetensors")}:
         raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
     for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
         if (directory / name).is_file():
             return [directory / name], {}
     if gguf := sorted(directory.glob("*.gguf")):
-        raise CheckpointError(f"{directory} has its weights as GGUF; convert them: llmdrop fetch {gguf[0]} DIR")
+        raise CheckpointError(f"{directory} has its weights as GGUF; convert them: {command('fetch', gguf[0], 'DIR')}")
     others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
     if others:
+        here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
+        convert = f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
         raise CheckpointError(
             f"{directory} has its weights as {min(others)}; only safetensors are read, for pickle files can run code. "
-            f'Convert: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\""
+            f"Convert: python -c {shlex.quote(f'from transformers import AutoModelForCausalLM as M; {convert}')}"
         )
     raise CheckpointError(
         f"{directory} has no model.safetensors and no {INDEX_FILE}; weights in other formats (.bin, .gguf) are not read"

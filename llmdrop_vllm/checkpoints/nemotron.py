@@ -28,6 +28,7 @@ EXPLICIT_KEYS = (
     "tie_word_embeddings",
 )
 MODEL_TYPES = ("llama", "mistral")
+LLAMA_3_VOCABULARY = 128_256
 FFN_MULTIPLE = 256  # the engines round an FFN's width up to it
 
 
@@ -77,6 +78,8 @@ def warnings(mask: DropMask, config: Any) -> list[str]:
         )
     if (head_dim := getattr(config, "head_dim", None)) not in (None, config.hidden_size // config.num_attention_heads):
         found.append(f"llama.cpp takes hidden_size / num_attention_heads for the head size, and head_dim is {head_dim}")
+    if config.vocab_size != LLAMA_3_VOCABULARY:
+        found.append(f"llama.cpp's converter takes the vocabulary of Llama 3 only ({LLAMA_3_VOCABULARY:,} tokens)")
     if getattr(config, "attention_bias", False):
         found.append("TensorRT-LLM ignores attention biases")
     if getattr(config, "mlp_bias", False):

@@ -86,9 +86,14 @@ def read_index(directory: Path) -> tuple[str, dict[str, str]]:
     """(name of the index file, its weight map), empty where there is none."""
     for path in index_files(directory):
         try:
-            return path.name, ShardIndex.model_validate_json(path.read_bytes()).weight_map
+            weight_map = ShardIndex.model_validate_json(path.read_bytes()).weight_map
         except ValidationError as error:
             raise CheckpointError(f"{path} is not a safetensors index: {error}") from error
+        for name, file in weight_map.items():
+            # A model from elsewhere must not have files read that lie elsewhere; vLLM looks beside the index only.
+            if Path(file).name != file:
+                raise CheckpointError(f"{path} puts {name} in {file!r}; expected the name of a file beside it")
+        return path.name, weight_map
     return INDEX_FILE, {}
 
 

@@ -8,7 +8,7 @@ from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.masks.mask import DropMask
 
 # A module has its weight under one of these names, quantized or not; scales and zero points it may have or not.
-WEIGHT_NAMES = "weight|qweight|weight_packed"
+WEIGHT_NAMES = "weight|qweight|weight_packed|_weight_qdata"  # the last is torchao's
 
 
 def in_dropped_sublayer(name: str, family: Family, mask: DropMask) -> bool:

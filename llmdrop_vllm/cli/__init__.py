@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llmdrop_vllm.errors import InputError
+from llmdrop_vllm.errors import InputError, in_one_line
 
 # What brings the packages that not every installation has.
 EXTRAS = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmdrop: error: {error}; {_remedy(error)}", file=sys.stderr)
         return 1
     except InputError as error:
-        print(f"llmdrop: error: {error}", file=sys.stderr)
+        print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llmdrop: interrupted; what was being written is gone or goes on with the same command", file=sys.stderr)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import MASK_FILE, ModelIdentity, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.console import show_inspection, show_scores, show_selection
+from llmdrop_vllm.cli.console import show_inspection, show_next, show_scores, show_selection
 from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
@@ -33,7 +33,7 @@ def fetch(args: Namespace) -> None:
     from llmdrop_vllm.fetching.fetch import fetch as fetch_model
 
     found = fetch_model(args.what, args.out, overwrite=args.overwrite)
-    print(f"{found} is a checkpoint; next: llmdrop drop {args.what if args.out is None else found} OUT --attention 4")
+    show_next(found, "drop", args.what if args.out is None else found, "OUT", "--attention", 4)
 
 
 def score(args: Namespace) -> None:
@@ -44,7 +44,7 @@ def score(args: Namespace) -> None:
     write_record(scores, args.out)
     forget(args.out)
     show_scores(scores)
-    print(f"written to {args.out}; next: llmdrop select {args.out} --attention 4 --out mask.json")
+    show_next(args.out, "select", args.out, "--attention", 4, "--out", "mask.json")
 
 
 def select(args: Namespace) -> None:
@@ -55,7 +55,7 @@ def select(args: Namespace) -> None:
     write_record(chosen_file(chosen, scores), args.out)
     forget(args.out)
     show_selection(chosen)
-    print(f"written to {args.out}; next: llmdrop apply {scores.provenance.model.path} OUT --mask {args.out}")
+    show_next(args.out, "apply", scores.provenance.model.path, "OUT", "--mask", args.out)
 
 
 def apply(args: Namespace) -> None:
@@ -64,13 +64,15 @@ def apply(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
     plan = plan_of(args, checkpoint, None if file is None else file.mask)
-    write_plan(plan, args, {} if file is None else {MASK_FILE: file})
+    write_plan(plan, args, {} if file is None or args.renumber else {MASK_FILE: file})
 
 
 def convert(args: Namespace) -> None:
     """`llmdrop convert`."""
     check_free(args.out, overwrite=args.overwrite)
-    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True), args)
+    if args.dialect is None and not args.renumber:
+        raise InputError("nothing to convert: give --dialect, --renumber or both")
+    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True, renumber=args.renumber), args)
 
 
 def inspect(args: Namespace) -> None:
@@ -106,9 +108,8 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
 
 def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
     """The tokens that the arguments ask to score with."""
-    return load_calibration(
-        checkpoint, args.data or EMBEDDED, samples=args.samples, seq_len=args.seq_len, seed=args.seed
-    )
+    amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
+    return load_calibration(checkpoint, args.data or EMBEDDED, **amount)
 
 
 def run_scoring(
@@ -258,8 +259,8 @@ def _scored_data(scores: Scores, checkpoint: Checkpoint) -> Calibration:
 
 def chosen_file(chosen: Selection, scores: Scores) -> MaskFile:
     """A mask with the provenance of the scores that it was chosen by."""
-    measured = scores.provenance
-    return MaskFile.of(chosen.mask, chosen.method, Provenance(model=measured.model, data=measured.data))
+    origin = Provenance(model=scores.provenance.model, data=scores.provenance.data)
+    return MaskFile.of(chosen.mask, chosen.method, origin)
 
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:
@@ -283,7 +284,8 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
     """What the arguments ask to write."""
-    return plan_surgery(checkpoint, mask, dialect=args.dialect, portable=args.portable, config_only=args.config_only)
+    how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber}
+    return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)
 
 
 def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
+from llmdrop_vllm.errors import command
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
 from llmdrop_vllm.mask_file import Compared, Finalist, MaskFile
@@ -29,13 +30,18 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
     Console().print(table)
 
 
+def show_next(written: object, *words: object) -> None:
+    """What a command wrote, and the command of ours that takes it."""
+    print(f"written to {written}; next: {command(*words)}")
+
+
 def show_inspection(found: "Inspection") -> None:
     """What a mask saves."""
     weights = "gone" if found.stripped else "in the files" if any(found.mask.dropped) else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "with the mask", "share"), found.rows())
-    if found.chunk_note:
-        print(found.chunk_note)
+    for note in filter(None, (found.dtype_note, found.chunk_note)):
+        print(note)
     if found.healing is not None:
         print(f"healed: {found.healing.summary()}")
 

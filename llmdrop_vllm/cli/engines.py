@@ -38,10 +38,12 @@ def max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
 
 
 def default_dtype(checkpoint: Checkpoint) -> str:
-    """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact."""
+    """The checkpoint's on a GPU; float32 on a CPU, where the others are not faster everywhere and less exact, but for
+    quantized weights, whose kernels want the checkpoint's.
+    """
     import torch
 
-    return checkpoint.dtype if torch.cuda.is_available() else "float32"
+    return checkpoint.dtype if torch.cuda.is_available() or checkpoint.is_quantized else "float32"
 
 
 def refuse_skipped(harness: Harness) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, run_scoring
-from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_sweep
+from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_next, show_sweep
 from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len, refuse_skipped
 from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
 from llmdrop_vllm.data.prompts import PROMPTS
-from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
@@ -52,7 +52,7 @@ def answers(args: Namespace) -> None:
         print(f"llmdrop: warning: {plan.left_out}", file=sys.stderr)
     sample_answers(plan, args.out, progress=True)
     show_answers(read_answers(args.out)[1], args.max_tokens)
-    print(f"written to {args.out}; next: llmdrop heal DROPPED OUT --teacher {args.model} --data {args.out}")
+    show_next(args.out, "heal", "DROPPED", "OUT", "--teacher", args.model, "--data", args.out)
 
 
 def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
@@ -102,8 +102,8 @@ def sweep(args: Namespace) -> None:
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
     show_sweep(found)
-    elsewhere = f" --results {args.results}" if args.results else ""
-    print(f"written to {directory / SWEEP_FILE}; next: llmdrop report {args.model}{elsewhere}")
+    elsewhere = ("--results", args.results) if args.results else ()
+    show_next(directory / SWEEP_FILE, "report", args.model, *elsewhere)
     refuse_skipped(measures.harness)
 
 
@@ -124,7 +124,7 @@ def recommend(args: Namespace) -> None:
         mask = choice.point.quality.mask
         provenance = Provenance(model=found.provenance.model, data=found.provenance.data)
         write_record(MaskFile.of(mask, f"recommended for {goal}", provenance), args.out)
-        print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
+        show_next(args.out, "apply", args.model, "OUT", "--mask", args.out)
 
 
 def report(args: Namespace) -> None:
@@ -147,7 +147,7 @@ def _sweep_of(args: Namespace) -> Sweep:
     """The sweep in the results directory. Raises InputError for one of other weights."""
     path = _results_directory(args) / SWEEP_FILE
     if not path.exists():
-        raise InputError(f"{path} does not exist; run `llmdrop sweep {args.model}` first, or give its --results")
+        raise InputError(f"{path} does not exist; run `{command('sweep', args.model)}` first, or give its --results")
     found = read_record(Sweep, path)
     if found.request.fingerprint != (fingerprint := Checkpoint.open(args.model).fingerprint):
         raise InputError(f"{path} is of the weights {found.request.fingerprint}; {args.model} has {fingerprint}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdrop_vllm.artifacts import MASK_FILE, SCORES_FILE, Record, Scores
+from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, Record, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.cli.commands import (
     beside,
@@ -29,9 +29,6 @@ from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.healing.parents import check_parent, check_plain
-from llmdrop_vllm.healing.records import HEAL_FILE
-from llmdrop_vllm.masks.dialects import ON_DISK
-from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.selection.candidates import Candidates
 from llmdrop_vllm.selection.selection import KVBudget
@@ -57,10 +54,16 @@ def drop(args: Namespace) -> None:
     possible = select_mask(
         Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect, mixers=args.mixers
     ).mask
-    check_destination(plan_of(args, checkpoint, possible), args.out, overwrite=args.overwrite)
+    # Which layers go as a whole is not known yet.
+    unnumbered = Namespace(**{**vars(args), "renumber": False})
+    check_destination(plan_of(unnumbered, checkpoint, possible), args.out, overwrite=args.overwrite)
     if args.heal is not None:
         if args.config_only:
             raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
+        if args.renumber:
+            raise InputError(
+                "--heal compares layers by their numbers; heal first: then llmdrop convert OUT NEW --renumber"
+            )
         check_plain(checkpoint)
     if args.search:
         _space(checkpoint, Scores.unmeasured(checkpoint), args)
@@ -84,7 +87,7 @@ def drop(args: Namespace) -> None:
         )
         show_search(file)
     plan = plan_of(args, checkpoint, file.mask)
-    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}
+    records: dict[str, Record] = {} if args.renumber else {SCORES_FILE: scores, MASK_FILE: file}
     if args.heal is None:
         write_plan(plan, args, records)
     else:
@@ -134,9 +137,7 @@ def heal(args: Namespace) -> None:
     """`llmdrop heal`."""
     dropped, teacher = Checkpoint.open(args.model), Checkpoint.open(args.teacher)
     check_parent(dropped, teacher)
-    spoken = DropMask.dialects(dropped.config)
-    dialect = next((name for name in ON_DISK if name in spoken), ON_DISK[0])
-    plan = plan_surgery(dropped, dialect=dialect, keep_dropped=True)
+    plan = plan_surgery(dropped, dialect=None, keep_dropped=True)
     check_destination(plan, args.out, overwrite=args.overwrite)
     data = healing_data(dropped, args.data or EMBEDDED, args)
     with healing(dropped.under(dropped.mask), teacher.under(teacher.mask), data, args) as found:

@@ -7,6 +7,7 @@ from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, 
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
+RENUMBER = "layers that lose both sublayers go, and the others move up: an ordinary smaller model"
 Parser = argparse.ArgumentParser
 Group = argparse._ArgumentGroup
 
@@ -29,9 +30,8 @@ def add_directory(command: Parser) -> None:
 
 def add_results(command: Parser) -> None:
     """Where a sweep and what is made of it are kept."""
-    command.add_argument(
-        "--results", type=Path, metavar="DIR", help="directory of the sweep (MODEL's name with -llmdrop, here)"
-    )
+    what = "directory of the sweep (MODEL's name with -llmdrop, here)"
+    command.add_argument("--results", type=Path, metavar="DIR", help=what)
 
 
 def add_mask(command: Parser) -> None:
@@ -41,9 +41,8 @@ def add_mask(command: Parser) -> None:
     mask.add_argument("--attention", type=layers, default=(), metavar="25,26", help="layers whose attention goes")
     mask.add_argument("--mlp", type=layers, default=(), metavar="24", help="layers whose MLP goes")
     add_windows(mask)
-    mask.add_argument(
-        "--other-model", action="store_true", help="take a mask that was chosen for another model's weights"
-    )
+    what = "take a mask that was chosen for another model's weights"
+    mask.add_argument("--other-model", action="store_true", help=what)
 
 
 def add_windows(command: Parser | Group) -> None:
@@ -98,11 +97,8 @@ def add_selection(command: Parser) -> None:
     }.items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=what)
     group.add_argument("--kv-budget", metavar="50%", help="attention until the KV cache is at most this share")
-    group.add_argument(
-        "--kind",
-        choices=("attention", "mlp", "blocks", "joint"),
-        help="for --last, --random, --least (attention)",
-    )
+    kinds = ("attention", "mlp", "blocks", "joint")
+    group.add_argument("--kind", choices=kinds, help="for --last, --random, --least (attention)")
     group.add_argument("--keep-last-layer", action="store_true", help="for --last: spare the very last layer")
     group.add_argument("--seed", type=int, default=0, help="for --random")
     group.add_argument("--iterative", action="store_true", help="score again after each drop")
@@ -150,6 +146,7 @@ def add_output(command: Parser) -> None:
     how = group.add_mutually_exclusive_group()
     how.add_argument("--portable", action="store_true", help="keep the dropped weights, output projections zeroed")
     how.add_argument("--config-only", action="store_true", help="write the config and link to MODEL's weights")
+    group.add_argument("--renumber", action="store_true", help=RENUMBER)
     group.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 
@@ -167,9 +164,8 @@ def add_healing(command: Parser) -> None:
     group.add_argument("--epochs", type=float, default=3, metavar="N", help="of the training, at most (3)")
     group.add_argument("--learning-rate", type=float, default=2e-4, metavar="RATE", help="its largest (2e-4)")
     group.add_argument("--lora", type=count, metavar="RANK", help="train adapters, merged in the end, not full weights")
-    group.add_argument(
-        "--train-parts", choices=("mlp", "all"), default="mlp", help="of the layers from the first drop on (mlp)"
-    )
+    what = "of the layers from the first drop on (mlp)"
+    group.add_argument("--train-parts", choices=("mlp", "all"), default="mlp", help=what)
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="for TensorBoard")
 
 
@@ -242,8 +238,9 @@ def add_tasks(group: Group, what: str) -> None:
 def add_engine(command: Parser) -> None:
     """The engine that models run in."""
     engine = command.add_argument_group("engine")
-    precisions = ("float32", "bfloat16", "float16")
-    engine.add_argument("--dtype", choices=precisions, help="default the checkpoint's, float32 on a CPU")
+    engine.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default the checkpoint's, float32 on a CPU"
+    )
     engine.add_argument(
         "--engine-args",
         type=json_object,

@@ -9,7 +9,7 @@ from typing import Self
 from llmdrop_vllm.artifacts import Scores, read_record, sha256, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
-from llmdrop_vllm.cli.console import show_finals, show_search
+from llmdrop_vllm.cli.console import show_finals, show_next, show_search
 from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
@@ -60,7 +60,7 @@ def search(args: Namespace) -> None:
         show_finals(found)
     write_record(found, args.out)
     forget(args.out)
-    print(f"written to {args.out}; next: llmdrop apply {args.model} OUT --mask {args.out}")
+    show_next(args.out, "apply", args.model, "OUT", "--mask", args.out)
 
 
 def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
@@ -102,7 +102,7 @@ def windows(args: Namespace) -> None:
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
     write_record(found, args.out)
-    print(f"written to {args.out}; next: llmdrop serve {args.model} --mask {args.out}")
+    show_next(args.out, "serve", args.model, "--mask", args.out)
 
 
 def _long_texts(checkpoint: Checkpoint, args: Namespace) -> Calibration:

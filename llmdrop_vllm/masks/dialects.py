@@ -71,7 +71,7 @@ def _read_transformers(config: Entries, num_layers: int) -> Indices:
             raise MaskError(f"{where} is {overrides!r}; expected an object")
         if extra := sorted(set(overrides) - {"skip"}):
             raise MaskError(f"{where} overrides {', '.join(extra)}; only 'skip' is supported")
-        names = overrides.get("skip", [])
+        names = [] if overrides.get("skip") is None else overrides["skip"]
         if not isinstance(names, list | tuple | set):
             raise MaskError(f"{where}.skip is {names!r}; expected a list of 'attention' and 'mlp'")
         for name in names:
@@ -111,7 +111,7 @@ def _is_of_widths(config: Entries) -> bool:
     layers = config.get("per_layer_config")
     overrides = layers.values() if isinstance(layers, Mapping) else ()
     told = [each for each in overrides if isinstance(each, Mapping)]
-    return any({*each} - {"skip"} for each in told) and not any("skip" in each for each in told)
+    return any({*each} - {"skip"} for each in told) and not any(each.get("skip") for each in told)
 
 
 def _is_of_block_types(config: Entries) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from llmdrop_vllm.errors import CheckpointError
+
 RECURRENT, NO_MIXER, HYBRID = "recurrent", "none", "hybrid"
 # Ours for what configs write, in lists of names and in patterns of one letter a layer; other names are kept.
 MEANINGS = {
@@ -31,10 +33,14 @@ def layer_types(config: Mapping[str, Any], num_layers: int | None) -> tuple[str,
     """Per decoder layer `recurrent`, `hybrid` where a recurrent mixer stands beside attention, `none` where the layer
     only has an MLP, else what the config calls its attention; None where the config does not tell layers apart.
 
-    num_layers: for configs without a list of layers, which say nothing without it.
+    num_layers: for configs without a list of layers, which say nothing without it. A list may go on with the layers of
+    draft heads; raises CheckpointError for one that is shorter.
     """
-    if listed := next((config[key] for key in LISTS if config.get(key)), None):
-        return _meanings(listed)
+    for key in LISTS:
+        if listed := config.get(key):
+            if len(listed) < (num_layers or 0):
+                raise CheckpointError(f"{key} names {len(listed)} layers; the model has {num_layers}")
+            return _meanings(listed)
     if rule := next((rule for key, rule in RULES.items() if config.get(key)), None):
         return tuple(rule(config, layer) for layer in range(num_layers)) if num_layers else None
     return None

@@ -184,11 +184,15 @@ def _check_count(key: str, value: object) -> None:
 
 def _ranges(indices: Iterable[int]) -> str:
     """` [3,5-7]` for (7, 5, 3, 6), nothing for none."""
+    return f" [{found}]" if (found := ranges(indices)) else ""
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """`3,5-7` for (7, 5, 3, 6)."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and index == runs[-1][-1] + 1:
             runs[-1].append(index)
         else:
             runs.append([index])
-    spans = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f" [{','.join(spans)}]" if runs else ""
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

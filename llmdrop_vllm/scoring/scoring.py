@@ -32,6 +32,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError
+from llmdrop_vllm.hf_passthrough import DroppedNorm
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.scoring.batches import Batches
@@ -85,6 +86,7 @@ class _Run:
     ) -> None:
         checkpoint, mask = self.checkpoint, self.mask = masked.checkpoint, masked.mask
         self.calibration, self.family = calibration, checkpoint.family
+        self.kinds = checkpoint.decoder.kinds  # asked first: it refuses a config that contradicts itself
         self.batches = Batches.of(calibration, TOKENS_PER_CHUNK[device.type])
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
         self.chunks = self.batches.chunks
@@ -177,6 +179,8 @@ class _Run:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
             if module is None:
                 raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
+            if isinstance(module, DroppedNorm):  # what stands where the MLP was gets the stream itself
+                module = getattr(layer, mlp.transformers_module)
             handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
 
         def streams(x: torch.Tensor, _z: torch.Tensor) -> list[torch.Tensor]:
@@ -257,8 +261,8 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
             ),
             mlp=SublayerDiagnostics(**sublayer("mlp", no_mlp)),
         ),
-        kv_groups=tuple(map(str, run.checkpoint.decoder.kinds)),
-        kv_values=tuple(kind.values for kind in run.checkpoint.decoder.kinds),
+        kv_groups=tuple(map(str, run.kinds)),
+        kv_values=tuple(kind.values for kind in run.kinds),
         dropped=mask,
         provenance=Provenance(
             model=ModelIdentity.of(run.checkpoint),

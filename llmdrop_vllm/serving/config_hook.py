@@ -15,7 +15,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
-from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.errors import InputError, MaskError, in_one_line
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 from llmdrop_vllm.serving.drafts import check_what_it_reads, is_draft_head
@@ -80,7 +80,7 @@ def _clear_errors() -> Iterator[None]:
     except InputError as error:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.")):
-            raise SystemExit(f"llmdrop: error: {error}") from None
+            raise SystemExit(f"llmdrop: error: {in_one_line(error)}") from None
         raise
 
 

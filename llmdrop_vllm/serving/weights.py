@@ -148,6 +148,6 @@ class RefuseDroppedAdapters(WeightsMapper):
                 if name.startswith(f"{module}."):
                     raise ValueError(
                         f"the LoRA adapter carries {key}, but the drop mask removed {module}; "
-                        "train the adapter on the dropped model, or take that weight out of it"
+                        "take out what has no place: llmdrop adapter DROPPED OUT --lora ADAPTER"
                     )
         return name

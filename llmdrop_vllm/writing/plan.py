@@ -13,6 +13,7 @@ from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
+from llmdrop_vllm.writing.renumbering import renumbered
 from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
 
 NEMOTRON_CODE = Path(nemotron.__file__).with_name("configuration_nemotron_nas.py")
@@ -32,19 +33,22 @@ class OutputShard:
 class SurgeryPlan:
     """Everything that will be in the new checkpoint.
 
-    `zeroed` names tensors whose values become zeros; `links` are files to link to in place of `shards` and `index`;
-    `copies` and `left_out` are names in the checkpoint's directory; `code` are files of ours that come along;
-    `warnings` are for the user to read.
+    `dropped` are the tensors that the checkpoint has and the new one will not have; `zeroed` names tensors whose values
+    become zeros; `links` are files to link to in place of `shards` and `index`; `copies` and `left_out` are names in
+    the checkpoint's directory; `code` are files of ours that come along; `others` are JSON files by name, in place of
+    the checkpoint's; `warnings` are for the user to read.
     """
 
     masked: MaskedCheckpoint
     config: Mapping[str, Any]
     shards: tuple[OutputShard, ...]
     index: str | None
+    dropped: tuple[StoredTensor, ...]
     zeroed: frozenset[str]
     links: tuple[Path, ...]
     copies: tuple[str, ...]
     code: tuple[Path, ...]
+    others: Mapping[str, Any]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -75,88 +79,87 @@ class SurgeryPlan:
             shards.append(replace(shard, tensors=tuple(tensors.get(each.name, each) for each in shard.tensors)))
         return replace(self, shards=tuple(shards))
 
-    @property
-    def dropped(self) -> tuple[StoredTensor, ...]:
-        """The tensors that the checkpoint has and the new one will not have."""
-        if self.links:
-            return ()
-        kept = {tensor.name for shard in self.shards for tensor in shard.tensors}
-        return tuple(tensor for name, tensor in self.masked.checkpoint.tensors.items() if name not in kept)
-
 
 def plan_surgery(
     model: str | Path | Checkpoint,
     mask: DropMask | None = None,
     *,
-    dialect: str = "llm-drop",
+    dialect: str | None = "llm-drop",
     portable: bool = False,
     config_only: bool = False,
     keep_dropped: bool = False,
+    renumber: bool = False,
 ) -> SurgeryPlan:
     """Plan a checkpoint of `model` with a mask, by default its own, and check all that can be known beforehand.
 
     The tensors of dropped sublayers go, unless: `portable` keeps them with their output projections zeroed, for engines
     that know no masks; `config_only` links to the weights as they are; `keep_dropped` only says the mask in another
-    dialect. Raises InputError for what cannot be done; nothing is written here.
+    dialect, by None its own. With `renumber` layers that lose both sublayers go in any case, and the others move up.
+    Raises InputError for what cannot be done; nothing is written here.
     """
-    for_nemotron = dialect == "nemotron-nas"
-    _check_options(dialect, portable, config_only, keep_dropped)
-    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    source = checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    dialect = dialect or next(iter(DropMask.dialects(checkpoint.config)), ON_DISK[0])
+    _check_options(dialect, portable, config_only, keep_dropped, renumber)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
     check_mask(masked, may_be_empty=keep_dropped)
-    _check_can_be_said(masked, dialect, portable)
+    masked, others = renumbered(masked) if renumber else (masked, {})
+    checkpoint = masked.checkpoint
+    _check_can_be_said(masked, dialect, portable, config_only)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
-    nothing_goes = len(masked.kept) == len(checkpoint.tensors)
-    keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or nothing_goes
-    if config_only and for_nemotron and not nothing_goes:
-        raise InputError(
-            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
-        )
+    for_nemotron = dialect == "nemotron-nas"
+    keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or masked.loses_nothing
     whole = keeps_all and checkpoint.is_whole
     reference = checked_config(checkpoint.under(checkpoint.decoder.whole) if whole else masked)
-    kept = checkpoint.tensors if keeps_all else masked.kept
     plain_files = for_nemotron or (whole and not masked.mask.windows)
-    shards = () if config_only else _shards(checkpoint, kept, None if plain_files else VARIANT)
+    shards = () if config_only else _shards(masked, keeps_all, None if plain_files else VARIANT)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
-    has_plain_name = checkpoint.config["architectures"] == [checkpoint.architecture]
-    keeps_name = keep_dropped and plain_files and whole and has_plain_name
-    explicit = bool(masked.mask) and not (portable or keeps_name)
-    copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name}))
+    has_plain_name = plain_files and whole and checkpoint.config["architectures"] == [checkpoint.architecture]
+    explicit = bool(masked.mask) and not (portable or (keep_dropped and has_plain_name))
+    copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
     return SurgeryPlan(
         masked=masked,
-        config=_config(masked, dialect, reference, explicit=explicit),
+        config=_config(masked, dialect, reference, explicit=explicit, plain=renumber and not masked.mask),
         shards=shards,
         index=_index_name(shards),
+        dropped=() if config_only else _not_in(shards, source),
         zeroed=output_projections(masked) if portable else frozenset(),
         links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
         copies=copies,
         code=(NEMOTRON_CODE,) if for_nemotron else (),
+        others={name: value for name, value in others.items() if value is not None},
         left_out=left_out,
-        warnings=tuple(_warnings(masked, dialect, reference)),
+        warnings=(*source.remarks, *_warnings(masked, dialect, reference)),
     )
 
 
-def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool) -> None:
+def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool, renumber: bool) -> None:
     if dialect not in ON_DISK:
         raise MaskError(f"{dialect!r} is not a dialect for checkpoints; expected one of {', '.join(ON_DISK)}")
     if portable + config_only + keep_dropped > 1:
         raise InputError("portable, config_only and keep_dropped exclude each other")
+    if config_only and renumber:
+        raise InputError("renumbered layers have tensors of other names; config_only links to those that there are")
     if portable and dialect == "nemotron-nas":
         raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
 
 
-def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool) -> None:
+def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool, config_only: bool) -> None:
     if dialect in DIALECTS and DIALECTS[dialect].foreign(masked.checkpoint.config):
         keys = ", ".join(DIALECTS[dialect].keys)
         raise MaskError(f"the config's {keys} tells how wide layers are; say the mask in the dialect llm-drop")
     if masked.mask.windows and (portable or dialect == "nemotron-nas"):
         raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
+    if config_only and dialect == "nemotron-nas" and not masked.loses_nothing:
+        raise InputError(
+            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
+        )
 
 
-def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: str | None) -> tuple[OutputShard, ...]:
+def _shards(masked: MaskedCheckpoint, keeps_all: bool, variant: str | None) -> tuple[OutputShard, ...]:
     """One for each weight file that keeps anything, numbered as Transformers does."""
+    checkpoint = masked.checkpoint
     sources: dict[Path, list[StoredTensor]] = {}
-    for tensor in kept.values():
+    for tensor in (checkpoint.tensors if keeps_all else masked.kept).values():
         sources.setdefault(tensor.path, []).append(tensor)
     prefix, shards = f"model.{variant}" if variant else "model", []
     for number, (path, tensors) in enumerate(sources.items(), start=1):
@@ -165,14 +168,22 @@ def _shards(checkpoint: Checkpoint, kept: Mapping[str, StoredTensor], variant: s
     return tuple(shards)
 
 
+def _not_in(shards: Collection[OutputShard], source: Checkpoint) -> tuple[StoredTensor, ...]:
+    """The source's tensors that no shard has, whatever it calls them."""
+    written = {(tensor.path, tensor.start) for shard in shards for tensor in shard.tensors if tensor.num_bytes}
+    return tuple(each for each in source.tensors.values() if each.num_bytes and (each.path, each.start) not in written)
+
+
 def _index_name(shards: Collection[OutputShard]) -> str | None:
     if len(shards) < 2:
         return None
     return VARIANT_INDEX_FILE if all(shard.name.startswith(f"model.{VARIANT}") for shard in shards) else INDEX_FILE
 
 
-def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool) -> Mapping[str, Any]:
-    """config.json of the new checkpoint, its keys in the order of the old one's."""
+def _config(
+    masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool, plain: bool
+) -> Mapping[str, Any]:
+    """config.json of the new checkpoint, its keys in the order of the old one's; `plain` ones do not speak of masks."""
     checkpoint, mask = masked.checkpoint, masked.mask
     if dialect == "nemotron-nas":
         # The architecture without our prefix is what the model is called when it gets its name back.
@@ -181,7 +192,7 @@ def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit:
     else:
         # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
         name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
-        entries = checkpoint.decoder.config_with(mask.to_config(dialect)) | {"architectures": [name]}
+        entries = checkpoint.decoder.config_with({} if plain else mask.to_config(dialect)) | {"architectures": [name]}
     return {key: entries[key] for key in checkpoint.config if key in entries} | entries
 
 

@@ -14,20 +14,12 @@ def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
     """
     mask, checkpoint = masked.mask, masked.checkpoint
     own = checkpoint.mask
-    if mask.num_hidden_layers != own.num_hidden_layers:
-        raise MaskError(
-            f"the mask is for {mask.num_hidden_layers} layers; {checkpoint.directory} has {own.num_hidden_layers}"
-        )
     checkpoint.decoder.check_attention_is_left(mask)
     if not mask and not may_be_empty:
         raise MaskError(
             f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
         )
-    if masked.missing:
-        raise CheckpointError(
-            f"{checkpoint.directory} lacks weights of sublayers that the mask keeps: {', '.join(masked.missing)}; "
-            f"its config says: {own.summary()}"
-        )
+    masked.check_complete()
 
 
 def checked_config(masked: MaskedCheckpoint) -> Any:
@@ -36,28 +28,24 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     A quantized model's tensors are not the architecture's and are not compared. None where Transformers does not know
     the model type, though vLLM may. Importing Transformers takes seconds.
     """
-    import torch
     from transformers import CONFIG_MAPPING
 
-    from llmdrop_vllm import hf
     from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     checkpoint = masked.checkpoint
     if checkpoint.decoder.whole_config.get("model_type") not in CONFIG_MAPPING:
         return None
-    try:
-        config = hf.transformers_config(masked)
-        with torch.device("meta"):
-            model = hf.model_class(config)(config)
-    except (CheckpointError, MaskError):
-        raise
-    except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
-        raise CheckpointError(
-            f"{checkpoint.directory}/config.json does not describe a {checkpoint.architecture}: {error}"
-        ) from error
+    model = built(masked)
     if not checkpoint.is_quantized:
         find_tensors(checkpoint, model)
-    return config
+    return model.config
+
+
+def built(masked: MaskedCheckpoint) -> Any:
+    """The Transformers model that the config describes under a mask, without memory for any weights."""
+    from llmdrop_vllm import hf
+
+    return hf.on_meta(hf.transformers_config(masked))
 
 
 def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:

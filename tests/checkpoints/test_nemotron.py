@@ -166,11 +166,12 @@ def test_mistrals_default_sliding_window_counts(tmp_path):
         (DropMask(8, (2,), (7, 3)), {}, ["llama.cpp ignores the attention of layers without an MLP: 3, 7"]),
         (DropMask(8, (2,)), {"intermediate_size": 128}, ["intermediate_size is 128"]),
         (DropMask(8, (2,)), {"head_dim": 16}, ["head_dim is 16"]),
+        (DropMask(8, (2,)), {"vocab_size": 256}, ["the vocabulary of Llama 3 only (128,256 tokens)"]),
         (DropMask(8, (2,)), {"attention_bias": True, "mlp_bias": True}, ["attention biases", "MLP biases"]),
     ],
 )
 def test_engines_that_would_not_serve_it_are_named(mask, changes, expected):
-    found = warnings(mask, LlamaConfig.from_dict(REGULAR | changes))
+    found = warnings(mask, LlamaConfig.from_dict(REGULAR | {"vocab_size": 128_256} | changes))
     assert len(found) == len(expected)
     assert all(part in warning for part, warning in zip(expected, found, strict=True))
 

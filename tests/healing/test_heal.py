@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.artifacts import HEAL_FILE
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.calibration import load_calibration
@@ -19,7 +20,6 @@ from llmdrop_vllm.healing import heal as healing
 from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
-from llmdrop_vllm.healing.records import HEAL_FILE
 from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.healing.units import units
 from llmdrop_vllm.writing.plan import plan_surgery

@@ -1,7 +1,7 @@
 """What the record of a healing says of itself."""
 
-from llmdrop_vllm.artifacts import write_record
-from llmdrop_vllm.healing.records import HEAL_FILE, healing_of
+from llmdrop_vllm.artifacts import HEAL_FILE, write_record
+from llmdrop_vllm.healing.records import healing_of
 from tests.healing.records import TRAINING, healing
 
 CLOSED = (

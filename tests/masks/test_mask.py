@@ -88,6 +88,8 @@ def test_widths_layer_by_layer_are_no_mask():
     assert not DropMask.from_config(widths)
     assert without_mask(widths) == widths
     assert without_mask({"per_layer_config": {"1": {"skip": ["mlp"]}}}) == {}
+    for layers in ({"2": {"skip": None}}, {"2": {"skip": []}}, {"1": {"head_dim": 8, "skip": None}}):
+        assert not DropMask.from_config({"num_hidden_layers": 4, "per_layer_config": layers})
 
 
 def test_a_mask_of_lists_is_a_value_too():

@@ -164,6 +164,20 @@ def test_a_model_that_is_not_there(refused):
     assert line == f"llmdrop: error: ./nowhere {expected}"
 
 
+def test_a_tokenizer_that_was_not_saved(refused, tmp_path):
+    """As `save_pretrained` of a model leaves it."""
+    (tmp_path / "config.json").write_text("{}")
+    assert f"{tmp_path} has no tokenizer; copy its files from the model" in refused(str(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = ("--host", "127.0.0.1", "--port", str(taken.getsockname()[1]))
+        for others in (("--tokenizer", "another"), ("--skip-tokenizer-init",)):
+            assert "cannot be listened on" in refused(str(tmp_path), *where, *others)
+        (tmp_path / "vocab.json").write_text("{}")
+        assert "cannot be listened on" in refused(str(tmp_path), *where)
+
+
 def test_no_engine(refused, monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -11,12 +11,11 @@ from llmdrop_server import SCORES_ENVIRONMENT
 from llmdrop_server.report import report
 from llmdrop_server.schemas import Drop
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.artifacts import write_record
+from llmdrop_vllm.artifacts import HEAL_FILE, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
-from llmdrop_vllm.healing.records import HEAL_FILE
 from tests.architectures.cases import CASES
 from tests.healing.records import healing
 from tests.selection.scores import make_scores

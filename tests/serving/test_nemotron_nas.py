@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llmdrop_server.report import report
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
@@ -59,3 +60,32 @@ def test_layers_may_differ_in_width(tmp_path):
         save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         logprobs[kind] = outputs(tmp_path / kind)[0][2]
     assert logprobs["narrow"] == pytest.approx(logprobs["padded"], abs=1e-5)
+
+
+def test_published_checkpoints_with_null_for_what_differs_are_served_and_reported(tmp_path):
+    """Their configs leave the heads of keys and values, and the FFN's width, to the block configs."""
+    mask = DropMask(8, (6, 1))
+    full = write_checkpoint(tmp_path / "full", TINY_LLAMA)
+    write(plan_surgery(full, mask, dialect="nemotron-nas"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    published = config | {"num_key_value_heads": None, "intermediate_size": None}
+    logprobs = {}
+    for name, entries in {"said": config, "null": published}.items():
+        (tmp_path / "out" / "config.json").write_text(json.dumps(entries))
+        with engine(tmp_path / "out") as llm:
+            logprobs[name] = greedy(llm, PROMPT)
+            found = report(llm.llm_engine.vllm_config)
+        assert (found.summary, found.full.attention_layers) == (mask.summary(), 8)
+        # Keys and values of 2 heads of 32 numbers, in float32.
+        assert (found.full.kv_bytes_per_token, found.served.kv_bytes_per_token) == (8 * 512, 6 * 512)
+    assert logprobs["null"] == logprobs["said"]
+
+
+def test_attention_that_a_linear_map_replaces_is_refused_by_its_place(tmp_path):
+    full = write_checkpoint(tmp_path / "full", TINY_LLAMA)
+    write(plan_surgery(full, DropMask(8, (6,)), dialect="nemotron-nas"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    config["block_configs"][3]["attention"]["replace_with_linear"] = True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"block_configs\[3\]\.attention\.replace_with_linear is set; only kept"):
+        outputs(tmp_path / "out")

@@ -190,6 +190,15 @@ def test_a_missing_tensor_is_named(name, tmp_path):
         plan_surgery(tmp_path, MASK)
 
 
+def test_weights_that_many_layers_lack_are_named_and_counted(tmp_path):
+    write_checkpoint(tmp_path, TINY_LLAMA, without=tuple(f"model.layers.{layer}.mlp." for layer in range(1, 8)))
+    named = (
+        r"keeps: (model\.layers\.[123]\.mlp\.[\w.]+, ){7}[\w.]+ and 13 more; its config says: attention dropped in 0"
+    )
+    with pytest.raises(CheckpointError, match=named):
+        plan_surgery(tmp_path, DropMask(8, attention=(5,)))
+
+
 def test_a_tied_head_may_be_missing(tmp_path):
     write_checkpoint(tmp_path, TINY_LLAMA | {"tie_word_embeddings": True})
     kept = {tensor.name for shard in plan_surgery(tmp_path, MASK).shards for tensor in shard.tensors}
@@ -223,7 +232,7 @@ def test_a_portable_checkpoint_needs_the_dropped_weights(tmp_path):
 def test_a_config_that_contradicts_itself_is_refused(tmp_path):
     write_checkpoint(tmp_path, TINY_LLAMA)
     (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"hidden_size": "wide"}))
-    with pytest.raises(CheckpointError, match=r"config\.json does not describe a LlamaForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"the config does not describe a LlamaForCausalLM: .*hidden_size"):
         plan_surgery(tmp_path, MASK)
 
 

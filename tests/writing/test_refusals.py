@@ -5,23 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError, OutputError
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.checkpoints.files import MASK, SMALL, content, put_nan, truncate
 from tests.tiny import TINY_LLAMA, write_checkpoint
-
-
-def unlist(directory):
-    path = directory / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"].pop("model.norm.weight")
-    path.write_text(json.dumps(index))
-
-
-def extra_shard(directory):
-    shutil.copyfile(directory / "model-00001-of-00002.safetensors", directory / "model-00003-of-00003.safetensors")
 
 
 def only_pickle(directory):
@@ -34,15 +24,56 @@ def unsupported(directory):
     (directory / "config.json").write_text(json.dumps(TINY_LLAMA | {"architectures": ["MambaForCausalLM"]}))
 
 
+def shard_elsewhere(directory):
+    """A whole shard of another model, in the place that the index names."""
+    shutil.copyfile(directory / "model-00002-of-00002.safetensors", directory.parent / "theirs.safetensors")
+    path = directory / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00002-of-00002", "../theirs"))
+
+
+def twice(directory):
+    """The first shard's tensors in the second as well."""
+    first, second = sorted(directory.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(second), second)
+
+
+def adapter(directory):
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def unmerged(directory):
+    """PEFT's own model, saved as if it were the one inside."""
+    for path in directory.glob("*.safetensors"):
+        renamed = {f"base_model.model.{name}": value for name, value in load_file(path).items()}
+        save_file(renamed, path)
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {f"base_model.model.{name}": file for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+
+
 BAD_MODELS = {
     "NaN": (put_nan, r"1\.mlp\.up_proj\.weight in .*00001-of-00002\.safetensors holds NaN"),
     "negative NaN": (lambda model: put_nan(model, value=-np.float32(np.nan)), "holds NaN"),
     "missing shard": (lambda model: (model / "model-00002-of-00002.safetensors").unlink(), "00002.* is missing"),
-    "extra shard": (extra_shard, r"00003-of-00003\.safetensors is not listed"),
-    "disagreeing index": (unlist, r"model\.norm\.weight, which the index does not list"),
     "truncated shard": (truncate, "truncated or damaged"),
     "pickle": (only_pickle, r"only safetensors are read.*\n?.*Convert: python -c"),
     "unsupported architecture": (unsupported, "MambaForCausalLM has no row in the family table"),
+    "shard elsewhere": (
+        shard_elsewhere,
+        r"index\.json puts lm_head\.weight in '\.\./theirs\.safetensors'; expected the n",
+    ),
+    "no index": (
+        lambda model: (model / "model.safetensors.index.json").unlink(),
+        r"has shards like model-00001-of-00002\.safetensors and no model\.safetensors\.index\.json",
+    ),
+    "a tensor twice": (
+        twice,
+        r"is in model-00001-of-00002\.safetensors and again in model-00002-of-00002\.safetensors",
+    ),
+    "adapter": (adapter, "model is an adapter of PEFT's; merge it into its model first"),
+    "unmerged adapter": (unmerged, r"no decoder layers, .*base_model\.model\.lm_head\.weight; it holds an adapter"),
     "no config": (lambda model: (model / "config.json").unlink(), r"has no config\.json"),
 }
 

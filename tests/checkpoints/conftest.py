@@ -1,0 +1,3 @@
+from tests.checkpoints.fixtures import parent
+
+__all__ = ["parent"]
