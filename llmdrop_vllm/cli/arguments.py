@@ -149,11 +149,11 @@ def _add_writing(add: Add) -> None:
     quantize = add("quantize", "quantize what remains, by llm-compressor", example, QUANTIZING)
     options.add_model(quantize)
     options.add_directory(quantize)
-    schemes = ", ".join(f"{name}: {scheme.what}" for name, scheme in SCHEMES.items())
+    schemes = "; ".join(f"{name}: {scheme.what}" for name, scheme in SCHEMES.items())
     quantize.add_argument("--scheme", choices=SCHEMES, required=True, help=schemes)
     what = "inputs that share a scale in w4a16 (the largest of 128, 64 and 32 that divides all)"
     quantize.add_argument("--group-size", type=values.count, metavar="N", help=what)
-    options.add_calibration(quantize)
+    options.add_calibration(quantize, "64", "512", ", or 'none' for rounding to the nearest")
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
 
