@@ -27,6 +27,7 @@ from llmdrop_vllm import InputError
 from llmdrop_vllm.artifacts import read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main as llmdrop
+from llmdrop_vllm.cli.values import names
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from llmdrop_vllm.evaluation.records import Evaluation
 from llmdrop_vllm.fetching.fetch import fetch
@@ -34,6 +35,7 @@ from llmdrop_vllm.fetching.fetch import fetch
 MEMORY_BYTES, CONTEXT = 8 << 30, 4096  # of the requests that are counted
 BATCHES, PROMPT_TOKENS, OUTPUT_TOKENS = (1, 16), 64, 32
 FULL, EIGHT_BIT = "full", "8-bit KV"
+PLUS = " + "
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class Variant:
 
 def variants(model: Path, directory: Path) -> list[Variant]:
     """The full model first; an 8-bit KV cache beside it, what is dropped and what is smallest."""
-    found = [Variant(FULL, model, False), Variant(f"{FULL}, {EIGHT_BIT}", model, True)]
+    found = [Variant(FULL, model, False), Variant(f"{FULL}{PLUS}{EIGHT_BIT}", model, True)]
     for path in sorted(each for each in directory.iterdir() if (each / "config.json").is_file()):
         found.append(Variant(path.name, path, False))
         if path.name in ("dropped", "dropped-w4a16"):
-            found.append(Variant(f"{path.name}, {EIGHT_BIT}", path, True))
+            found.append(Variant(f"{path.name}{PLUS}{EIGHT_BIT}", path, True))
     return found
 
 
 def quality(variant: Variant, model: str, text: Path, directory: Path) -> Evaluation:
     """What `llmdrop evaluate` says of it, now or before."""
-    out = directory / f"{variant.name.replace(', ', '-').replace(' ', '-')}.json"
+    out = directory / f"{variant.name.replace(PLUS, '-').replace(' ', '-')}.json"
     if not out.exists():
         asked = [str(variant.directory), "--text", str(text), *PRECISION, *measures(model), "--out", str(out)]
         # Without a mask there is nothing to compare with, but for quantized weights.
@@ -136,12 +138,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-coder-1.5b", metavar="NAME")
     parser.add_argument("--directory", type=Path, default=Path("quantized"), metavar="DIR", help="with checkpoints")
+    what = "by their names in the table, in this order; default all"
+    parser.add_argument("--variants", type=names, default=(), metavar="A,B", help=what)
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="turns of speed; 0 for none")
     add_out(parser)
     args = parser.parse_args()
     with ending("quantized"):
         text = prose(args.directory / "prose.txt")
-        line = variants(fetch(args.model), args.directory)
+        there = {each.name: each for each in variants(fetch(args.model), args.directory)}
+        if unknown := {*args.variants} - {*there}:
+            raise InputError(f"no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+        line = [there[name] for name in args.variants or there]
         found = [quality(each, args.model, text, args.directory) for each in line]
         speed = speeds(line, args.repeats) if args.repeats else {each.name: {} for each in line}
         lines = [line_of(each, its, speed[each.name]) for each, its in zip(line, found, strict=True)]
