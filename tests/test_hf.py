@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
@@ -59,6 +59,58 @@ def test_every_way_to_generate_agrees_with_no_cache_at_all(model, options):
     plain = {key: value for key, value in options.items() if key == "num_beams"} | {"use_cache": False}
     run = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(prompt, **run, **options), model.generate(prompt, **run, **plain))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        lambda _: DynamicCache(),
+        lambda config: DynamicCache(config=config),
+        lambda config: StaticCache(config=config, max_cache_len=16),
+    ],
+    ids=["bare", "dynamic", "static"],
+)
+def test_a_cache_of_the_users_own_is_filled_for_the_remaining_layers(dropped, cache, implementation):
+    """In two steps, as by hand: the first attention is dropped, and a cache's length is asked of its first entry."""
+    model = hf.from_pretrained(dropped, dtype=torch.float32, attn_implementation=implementation).eval()
+    prompt, own = torch.tensor([[5, 6, 7, 9, 3, 8]]), cache(model.config)
+    with torch.no_grad():
+        model(prompt[:, :4], past_key_values=own)
+        logits = model(prompt[:, 4:], past_key_values=own).logits
+        expected = model(prompt, use_cache=False).logits[:, 4:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert (int(own.get_seq_length()), len(own.layers)) == (6, 5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_at_the_left_changes_nothing(dropped, implementation):
+    model = hf.from_pretrained(dropped, dtype=torch.float32, attn_implementation=implementation).eval()
+    prompt, run = torch.tensor([[5, 6, 7, 9]]), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    padded, seen = (torch.nn.functional.pad(each, (3, 0)) for each in (prompt, torch.ones_like(prompt)))
+    with torch.no_grad():
+        logits = model(padded, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)).logits[:, 3:]
+        torch.testing.assert_close(logits, model(prompt).logits, rtol=0, atol=1e-5)
+    assert torch.equal(model.generate(padded, attention_mask=seen, **run)[:, 3:], model.generate(prompt, **run))
+
+
+def test_attention_weights_are_those_of_the_remaining_layers(dropped):
+    """One entry for each attention that is left, in their order, and all hidden states."""
+    model = hf.from_pretrained(dropped, dtype=torch.float32, attn_implementation="eager").eval()
+    prompt, found = torch.tensor([[5, 6, 7, 9]]), {}
+    handles = [
+        layer.self_attn.register_forward_hook(lambda _module, _args, output, index=index: found.update({index: output}))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        output = model(prompt, output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    kept = (1, 2, 4, 5, 7)
+    assert len(output.attentions) == len(kept)
+    assert all(torch.equal(each, found[index][1]) for each, index in zip(output.attentions, kept, strict=True))
+    assert all(found[index][1] is None and not found[index][0].any() for index in (0, 3, 6))
+    assert len(output.hidden_states) == 9
 
 
 def test_sliding_windows_stay_with_their_layers(tmp_path):
@@ -110,7 +162,7 @@ def test_saved_again_it_loads_again_and_plain_transformers_refuses_it(model, tmp
     tokens = torch.tensor([[5, 6, 7]])
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        LlamaForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_is_dropped_is_said_once_at_a_level_that_is_shown(dropped, caplog):

@@ -72,8 +72,11 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             if not (directory / file).is_file():
                 raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
         return [directory / file for file in listed], index
-    if numbered := {path.name for path in directory.glob("model*-of-*.safetensors")}:
-        raise CheckpointError(f"{directory} has shards like {min(numbered)} and no {INDEX_FILE}")
+    if numbered := sorted(directory.glob("model*-of-*.safetensors")):
+        counts = {path.stem.rpartition("-of-")[2] for path in numbered}
+        if counts == {f"{len(numbered):05}"}:  # all of them, which vLLM reads as they are
+            return numbered, {}
+        raise CheckpointError(f"{directory} has shards like {numbered[0].name} and no {INDEX_FILE}")
     for name in ("model.safetensors", f"model.{VARIANT}.safetensors"):
         if (directory / name).is_file():
             return [directory / name], {}

@@ -3,9 +3,11 @@
 Transformers 5 merges, for one, a mixture's experts into one parameter; its own conversions are used both ways.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -18,7 +20,7 @@ from transformers.utils import logging
 from llmdrop_vllm.architectures.names import within_decoder
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.shards import StoredTensor
+from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, StoredTensor, stored_tensors
 from llmdrop_vllm.errors import CheckpointError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,6 +69,33 @@ def load_converted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
     if wrong := {**info.conversion_errors, **dict.fromkeys(info.unexpected_keys, "not a parameter of the model")}:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
         raise CheckpointError(f"{type(model).__name__} cannot take these weights from the checkpoint: {reasons}")
+
+
+def in_own_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Tensors under the names and in the shapes of the model's parameters, where they are as its checkpoints have them.
+
+    Raises CheckpointError for some that the model does not have.
+    """
+    if tensors.keys() <= model.state_dict().keys() or not is_converted(model):
+        return tensors
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    load_converted(twin, tensors, torch.device("cpu"))
+    return {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
+
+
+def leave_index(directory: Path) -> None:
+    """Beside stripped weights, put the index by which Trainer finds what it saved, and goes on from or ends with.
+
+    Trainer reads where the tensors are. Whatever builds a model by it reads its metadata too, which is none: a plain
+    from_pretrained ends with an error there, instead of inventing the dropped weights.
+    """
+    files = sorted(directory.glob(f"model.{VARIANT}*.safetensors"))
+    weight_map = {tensor.name: path.name for path in files for tensor in stored_tensors(path)}
+    index = {"metadata": "load with llmdrop_vllm.hf.from_pretrained", "weight_map": weight_map}
+    partial = directory / f".{INDEX_FILE}.partial"
+    partial.write_text(json.dumps(index, indent=2))
+    partial.replace(directory / INDEX_FILE)
 
 
 def find_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:

@@ -8,9 +8,12 @@ from llmdrop_vllm import __version__
 from llmdrop_vllm.cli import options, values
 from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
+from llmdrop_vllm.quantizing.schemes import SCHEMES
 
 MODULE, MEASURING = "llmdrop_vllm.cli.commands", "llmdrop_vllm.cli.evaluation_commands"
+QUANTIZING = "llmdrop_vllm.cli.quantizing_commands"
 HEALING, SEARCHING = "llmdrop_vllm.cli.healing_commands", "llmdrop_vllm.cli.search_commands"
+ADAPTERS = "llmdrop_vllm.cli.adapter_commands"
 Add = Callable[..., options.Parser]
 
 
@@ -42,6 +45,7 @@ def parser() -> options.Parser:
     _add_searching(add)
     _add_dropping(add)
     _add_writing(add)
+    _add_saying(add)
     _add_measuring(add)
     return top
 
@@ -141,6 +145,19 @@ def _add_writing(add: Add) -> None:
     options.add_healing(heal)
     heal.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
 
+    example = "llmdrop quantize DROPPED OUT --scheme w4a16 --data answers.jsonl"
+    quantize = add("quantize", "quantize what remains, by llm-compressor", example, QUANTIZING)
+    options.add_model(quantize)
+    options.add_directory(quantize)
+    schemes = "; ".join(f"{name}: {scheme.what}" for name, scheme in SCHEMES.items())
+    quantize.add_argument("--scheme", choices=SCHEMES, required=True, help=schemes)
+    what = "inputs that share a scale in w4a16 (the largest of 128, 64 and 32 that divides all)"
+    quantize.add_argument("--group-size", type=values.count, metavar="N", help=what)
+    options.add_calibration(quantize, "64", "512", ", or 'none' for rounding to the nearest")
+    quantize.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
+
+
+def _add_saying(add: Add) -> None:
     inspect = add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
     options.add_model(inspect)
     memory = "memory for weights and KV cache (80GiB)"
@@ -158,6 +175,13 @@ def _add_writing(add: Add) -> None:
     convert.add_argument("--dialect", choices=ON_DISK, help="(the checkpoint's own)")
     convert.add_argument("--renumber", action="store_true", help=options.RENUMBER)
     convert.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
+
+    example = "llmdrop adapter DROPPED OUT --lora ADAPTER"
+    adapter = add("adapter", "take out of a full model's LoRA what a dropped one has no place for", example, ADAPTERS)
+    options.add_model(adapter)
+    options.add_directory(adapter)
+    what = "its directory, as PEFT writes it"
+    adapter.add_argument("--lora", type=Path, required=True, metavar="ADAPTER", help=what)
 
 
 def _add_measuring(add: Add) -> None:

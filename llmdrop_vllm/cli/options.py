@@ -52,16 +52,18 @@ def add_windows(command: Parser | Group) -> None:
     command.add_argument("--window", type=int, metavar="TOKENS", help="how many at least, a token itself among them")
 
 
-def add_calibration(command: Parser) -> None:
-    """What to score with."""
+def add_calibration(
+    command: Parser, samples: str = "256", seq_len: str = "2048, or the model's context", other: str = ""
+) -> None:
+    """What to score with; as much of it as is said, and what other data may be."""
     group = command.add_argument_group("calibration")
     group.add_argument(
         "--data",
         help="'embedded' text (default), a .txt, a .jsonl with a text field or of `llmdrop answers`, a .json list of "
-        "token-id lists, or a `datasets` name, NAME[:CONFIG[:SPLIT]]",
+        f"token-id lists, or a `datasets` name, NAME[:CONFIG[:SPLIT]]{other}",
     )
-    group.add_argument("--samples", type=int, metavar="N", help="sequences (256)")
-    group.add_argument("--seq-len", type=int, metavar="N", help="tokens in each (2048, or the model's context)")
+    group.add_argument("--samples", type=int, metavar="N", help=f"sequences ({samples})")
+    group.add_argument("--seq-len", type=int, metavar="N", help=f"tokens in each ({seq_len})")
     # `select` has a seed of its own for --random; together they are one.
     if command.get_default("seed") is None:
         group.add_argument("--seed", type=int, default=0, help="of the choice of sequences")

@@ -32,6 +32,7 @@ from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 
 SWEEP_FILE, SCORES_FILE, ANSWERS_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "answers.json", "lm-eval"
+ELSEWHERE = "choose another directory"
 # The second for what the first cannot tell.
 WAYS: tuple[Callable[[Plan], AbstractContextManager[Engines | None]], ...] = (one_for_all, one_for_each)
 
@@ -83,6 +84,8 @@ class SweepPlan:
         request = fresh.request.model_copy(update={"workload": self.workload or kept.request.workload})
         if kept.request.model_copy(update={"workload": kept.request.workload or self.workload}) != request:
             raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, request)}")
+        if kept.base != fresh.base:  # a config may say another mask for the same weights
+            raise OutputError(f"{out} begins with mask {kept.base}, and the model has {fresh.base}; {ELSEWHERE}")
         before = {each.name: each for each in kept.series}
         own = [_united(before.pop(each.name, each), each) for each in self.series]
         return kept.model_copy(update={"request": request, "series": (*own, *before.values())})
@@ -197,4 +200,4 @@ def _united(kept: Series, asked: Series) -> Series:
 
 def _difference(kept: SweepRequest, asked: SweepRequest) -> str:
     name = next(key for key in type(kept).model_fields if getattr(kept, key) != getattr(asked, key))
-    return f"{name} was {getattr(kept, name)} and is {getattr(asked, name)}; choose another directory"
+    return f"{name} was {getattr(kept, name)} and is {getattr(asked, name)}; {ELSEWHERE}"

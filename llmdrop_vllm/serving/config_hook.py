@@ -18,6 +18,7 @@ from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError, in_one_line
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask, config_dict
+from llmdrop_vllm.serving.drafts import check_what_it_reads, is_draft_head
 from llmdrop_vllm.serving.kv_stores import check_stores
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
 
@@ -45,9 +46,10 @@ class ConfigHook:
         self.inner = inner
 
     def verify_and_update_model_config(self, model_config: "ModelConfig") -> None:
-        """For every model of an engine, draft models included."""
-        with _clear_errors():
-            checked_decoder(self.architecture, model_config)
+        """For every model of an engine. What a draft is vLLM works out later, from how it is to draft."""
+        if model_config.runner != "draft":
+            with _clear_errors():
+                checked_decoder(self.architecture, model_config)
         if self.inner is not None:
             self.inner.verify_and_update_model_config(model_config)
 
@@ -58,10 +60,14 @@ class ConfigHook:
             if decoder is not None and decoder.mask:
                 check_stores(vllm_config)
             _set_partition(decoder, vllm_config)
+            _prepare_model(vllm_config.model_config, vllm_config)
             draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-            for model_config in (vllm_config.model_config, draft):
-                if model_config is not None:
-                    _prepare_model(model_config, vllm_config)
+            if draft is not None and is_draft_head(draft.architecture):
+                if decoder is not None:
+                    check_what_it_reads(draft, decoder)
+            elif draft is not None and draft is not vllm_config.model_config:
+                checked_decoder(draft.architecture, draft)
+                _prepare_model(draft, vllm_config)
         if self.inner is not None:
             self.inner.verify_and_update_config(vllm_config)
 

@@ -95,13 +95,16 @@ class Dropping:
         """Give back a dropped module's KV cache entry and its weights.
 
         vLLM gives KV cache to every layer in the static forward context, where recurrent ones stand under names that
-        they do not know. The storage is freed by hand because modules with reference cycles would otherwise hold it
-        until the garbage collector runs.
+        they do not know, and may find experts by counting those in a list. The storage is freed by hand because modules
+        with reference cycles would otherwise hold it until the garbage collector runs.
         """
-        context = self.vllm_config.compilation_config.static_forward_context
+        compilation = self.vllm_config.compilation_config
+        context, experts = compilation.static_forward_context, compilation.static_all_moe_layers
         parts = {*module.modules()}
         for name in [name for name, layer in context.items() if layer in parts]:
             self.dropped += self._stored([context.pop(name)])
+            if name in experts:
+                experts.remove(name)
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.serving.overrides import may_say
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +24,7 @@ def check_stores(vllm_config: "VllmConfig") -> None:
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return
-    at_run_time = _says_a_mask(vllm_config.model_config.hf_overrides)
+    at_run_time = may_say(vllm_config.model_config.hf_overrides, DropMask.said_in)
     for name, extra in _stores(transfer.kv_connector, transfer.kv_connector_extra_config):
         by_tokens = name in BY_TOKENS_ALONE
         if not extra.get(OWN_STORE) and (by_tokens or at_run_time):
@@ -43,12 +44,3 @@ def _stores(name: str, extra: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[
     in_memory = name == "OffloadingConnector" and extra.get("spec_name", "CPUOffloadingSpec") == "CPUOffloadingSpec"
     if not (name in WITHIN_THE_ENGINE or name == "MultiConnector" or in_memory):
         yield name, extra
-
-
-def _says_a_mask(overrides: Any) -> bool:
-    """Whether any part of what goes over the config does; a function may."""
-    if not isinstance(overrides, Mapping):
-        return overrides is not None
-    return bool(DropMask.said_in(overrides)) or any(
-        _says_a_mask(each) for each in overrides.values() if isinstance(each, Mapping)
-    )

@@ -21,6 +21,7 @@ from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import (
     RefuseDroppedAdapters,
+    Source,
     check_all_loaded,
     forget_missing_layers,
     without_dropped,
@@ -56,10 +57,13 @@ class Droppable(nn.Module):
     dropping_class: type[Dropping] = Dropping
     dropping: Dropping | None = None
     expects_whole_checkpoint = False
+    source: Source | None = None
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
         config = vllm_config.model_config.hf_config
         decoder = None if _building.get() else Decoder.of_masked(config, self.architecture)
+        if not _building.get():
+            self.source = Source(vllm_config.model_config, self.architecture, decoder)
         if decoder is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
@@ -77,9 +81,14 @@ class Droppable(nn.Module):
         _log(dropped)
 
     def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
-        """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error."""
-        if self.dropping is not None:
-            weights = without_dropped(self, weights)
+        """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error, and so is one under
+        another mask that takes the first one's place.
+        """
+        if self.source is not None:
+            changed = self.source.has_changed(self)
+            if self.dropping is not None:
+                weights = without_dropped(self, weights, self.source.depth)
+                self.expects_whole_checkpoint |= changed
         if not self.expects_whole_checkpoint:
             return super().load_weights(weights)
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
+from llmdrop_vllm.serving.drafts import know_our_names
 from llmdrop_vllm.serving.nemotron_nas import register_config
 
 
@@ -21,6 +22,7 @@ def register_with_vllm() -> None:
         # that nothing else has asked before would end the engine with an illegal instruction.
         torch.cpu._init_amx()
     register_config()
+    know_our_names()
     for architecture in (*BY_ARCHITECTURE, *WRAPPERS):
         entry = ModelRegistry.models.get(architecture)
         stock = getattr(entry, "module_name", MODELS_MODULE)

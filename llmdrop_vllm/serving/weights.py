@@ -1,17 +1,72 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
 from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.checkpoints.checkpoint import check_complete
+from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.directory import read_config
+from llmdrop_vllm.errors import InputError, MaskError
+from llmdrop_vllm.masks.mask import has_layer_count
+from llmdrop_vllm.serving.overrides import may_say
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
+
+
+class Source:
+    """The checkpoint of a model. vLLM can load another one into it while it runs: the weights, and not the config."""
+
+    def __init__(self, model_config: "ModelConfig", architecture: str, decoder: Decoder | None) -> None:
+        self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
+        self.model = model_config.model
+
+    @property
+    def depth(self) -> float:
+        """How many layers are loaded where an override says how many; vLLM's loaders refuse weights of others."""
+        shortened = self.decoder is not None and may_say(self.model_config.hf_overrides, has_layer_count)
+        return self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
+
+    def has_changed(self, model: nn.Module) -> bool:
+        """Whether another checkpoint has taken its place since this was asked, from which the model is to be loaded.
+
+        Raises InputError for one that does not fit, with the model as it was.
+        """
+        if self.model == self.model_config.model:
+            return False
+        try:
+            self._check(Path(self.model_config.model))
+        except InputError:
+            self.model_config.model = self.model
+            finalize_layerwise_reload(model, self.model_config)  # puts back what was made ready for other weights
+            raise
+        self.model = self.model_config.model
+        return True
+
+    def _check(self, directory: Path) -> None:
+        """Raise MaskError for another mask than the model was built with, CheckpointError for missing weights."""
+        if not directory.is_dir():
+            return
+        own, theirs = self.decoder, Decoder.of_masked(read_config(directory), self.architecture)
+        if theirs is not None and (own is None or own.mask.effect != theirs.mask.effect):
+            raise MaskError(
+                f"{directory} has a mask ({theirs.mask.summary()}), and the running model was built with "
+                f"{f'another ({own.mask.summary()})' if own else 'none'}; start an engine for it"
+            )
+        if own is not None and own.family is not None:
+            check_complete(directory, own.family, own.mask)
 
 
 def forget_missing_layers(model: nn.Module) -> None:
@@ -24,15 +79,15 @@ def forget_missing_layers(model: nn.Module) -> None:
 
 
 def without_dropped(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], depth: float
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights but those of dropped modules, by their names in vLLM's model.
+    """The weights but those of dropped modules, by their names in vLLM's model, and of layers from `depth` on.
 
     Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to. The
     one of Granite's hybrids does not, and renames none.
     """
     gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
-    return ((name, tensor) for name, tensor in weights if not name.startswith(gone))
+    return ((name, tensor) for name, tensor in weights if not name.startswith(gone) and (layer_in(name) or 0) < depth)
 
 
 def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
@@ -93,6 +148,6 @@ class RefuseDroppedAdapters(WeightsMapper):
                 if name.startswith(f"{module}."):
                     raise ValueError(
                         f"the LoRA adapter carries {key}, but the drop mask removed {module}; "
-                        "train the adapter on the dropped model, or take that weight out of it"
+                        "take out what has no place: llmdrop adapter DROPPED OUT --lora ADAPTER"
                     )
         return name

@@ -11,7 +11,7 @@ from pathlib import Path
 from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
 from llmdrop_server.mask_options import mask_entries, windows_asked
-from llmdrop_server.preflight import check_port, check_readable, check_served_name, read_keys
+from llmdrop_server.preflight import check_port, check_readable, check_served_name, check_tokenizer, read_keys
 from llmdrop_server.vllm_options import Told, read
 from llmdrop_vllm import register
 from llmdrop_vllm.errors import InputError, in_one_line
@@ -24,6 +24,8 @@ DEFAULTS = {"--shutdown-timeout": "30", "--max-num-queued-reqs": "1024"}
 # the soak saw it. Proxies keep idle connections for a minute, and must not outlast the server's.
 KEEP_ALIVE_S = 75
 PORT = 8000  # vLLM's
+# By which it is told to do without the model's own tokenizer.
+TOKENIZER_OPTIONS = ("--tokenizer", "--tokenizer-mode", "--skip-tokenizer-init")
 DESCRIPTION = """Serve MODEL, a checkpoint directory, a hub id or a name of `llmdrop fetch`, with vLLM's
 OpenAI-compatible server, a page at / and the mask at /v1/drop.
 Everything that `vllm serve` takes is passed on; `vllm serve --help=all` lists it."""
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         theirs = read(words)
         model = resolve(theirs.model)
         check_served_name(model)
+        if not any(map(theirs.says, TOKENIZER_OPTIONS)):
+            check_tokenizer(model)
         check_readable([ours.api_key_file, *theirs.files])
         check_port(theirs.host, PORT if theirs.port is None else theirs.port)
         arguments = vllm_arguments(ours, theirs, model)

@@ -7,6 +7,9 @@ from pathlib import Path
 from llmdrop_vllm.checkpoints.directory import check_model_name
 from llmdrop_vllm.errors import InputError
 
+# Tokenizers have files under many names, and these words are in nearly all of them.
+TOKENIZERS = ("*token*", "vocab*", "*.model", "*.tiktoken", "tekken*", "*spm*", "*bpe*")
+
 
 def check_served_name(model: str) -> None:
     """Raise InputError for a path where no checkpoint is. Any other name is vLLM's to find: on a hub, in a store."""
@@ -14,6 +17,16 @@ def check_served_name(model: str) -> None:
     is_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if is_local and "://" not in model:
         check_model_name(model)
+
+
+def check_tokenizer(model: str) -> None:
+    """Raise InputError for a checkpoint directory without a tokenizer, which a model's save_pretrained leaves out."""
+    directory = Path(model)
+    if (directory / "config.json").is_file() and not any(next(directory.glob(each), None) for each in TOKENIZERS):
+        raise InputError(
+            f"{model} has no tokenizer; copy its files from the model that it was made of (in Python: "
+            f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({model!r})), or name one with --tokenizer"
+        )
 
 
 def check_readable(paths: Iterable[Path | None]) -> None:

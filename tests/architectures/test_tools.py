@@ -109,6 +109,7 @@ def test_what_moves_scales_from_norms_to_weights_finds_those_that_are_left(archi
     would be put together with the next layer's.
     """
     model, family = model_of(architecture), CASES[architecture].family
+    modules = [*model.named_modules()]
     mask = fitting(architecture, DropMask(LAYERS, attention=(0, 4), mlp=(2, 4)))
     for sublayer, gone in ((family.attention, mask.attention), (family.mlp, mask.mlp)):
         last = rf"re:.*\.{sublayer.transformers_module}\.(?:.*\.)?(?:{sublayer.output})$"
@@ -123,3 +124,4 @@ def test_what_moves_scales_from_norms_to_weights_finds_those_that_are_left(archi
             left = [norm for (norm,), _ in match_modules_set(model, names)]
         kept = [norm for layer, ((norm,), _) in enumerate(whole) if layer not in gone]
         assert [*map(id, left)] == [*map(id, kept)]
+    assert [*model.named_modules()] == modules

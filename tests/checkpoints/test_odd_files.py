@@ -81,6 +81,16 @@ def test_a_shard_that_is_left_over_stays_behind(parent):
     }
 
 
+def test_shards_that_are_all_there_need_no_index(parent):
+    before = stored(parent / "model")
+    (parent / "model" / "model.safetensors.index.json").unlink()
+    write(plan_surgery(parent / "model", MASK), parent / "out")
+    assert stored(parent / "out").items() <= before.items()
+    (parent / "model" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has shards like model-00001-of-00002\.safetensors and no model\.saf"):
+        Checkpoint.open(parent / "model")
+
+
 @pytest.mark.parametrize("name", ["mtp.safetensors", "model-mtp-00001-of-00001.safetensors"])
 def test_a_draft_head_in_a_file_of_its_own_comes_along(name, parent):
     model = parent / "model"

@@ -2,9 +2,12 @@
 
 import inspect
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.tasks import TaskManager
 from vllm import LLM, SamplingParams
@@ -77,3 +80,17 @@ def test_lm_eval_knows_the_metrics_that_stand_for_a_task():
     from lm_eval.api.registry import METRIC_REGISTRY  # noqa: F401 - filled when the metrics are imported
 
     assert all(name in inspect.getsource(metrics) for name in METRICS[:4])
+
+
+def test_lm_evals_cache_of_answers_tells_no_models_apart(tmp_path):
+    """So no evaluation here goes through it, and the README says so of lm-eval's own command line."""
+    request = Instance("loglikelihood", {}, ("a", "b"), 0)
+    answers = []
+    for value in (-1.0, -2.0):
+        model = SimpleNamespace(
+            loglikelihood=lambda requests, value=value: [(value, True) for _ in requests],
+            set_cache_hook=lambda hook: None,
+            cache_hook=SimpleNamespace(add_partial=lambda *args: None),
+        )
+        answers += CachingLM(model, str(tmp_path / "cache.db")).loglikelihood([request])
+    assert answers == [(-1.0, True)] * 2

@@ -121,6 +121,15 @@ def test_another_request_is_refused_by_what_differs(plan, measured):
         measure_sweep(other, measured[0])
 
 
+def test_the_same_weights_under_a_mask_of_their_own_are_another_sweep(plan, measured):
+    """Its points would be compared with a full model that is not theirs."""
+    decoder = replace(plan.checkpoint.decoder, mask=DropMask(12, attention=(5,)))
+    checkpoint = replace(plan.checkpoint, decoder=decoder)
+    assert checkpoint.fingerprint == plan.checkpoint.fingerprint
+    with pytest.raises(OutputError, match="begins with mask full, and the model has .*; choose another directory"):
+        measure_sweep(replace(plan, checkpoint=checkpoint), measured[0])
+
+
 def test_two_sweeps_do_not_share_a_directory(plan, tmp_path):
     lock = hold(tmp_path, "measuring into it")
     with pytest.raises(OutputError, match="in use"):

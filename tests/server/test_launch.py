@@ -78,6 +78,12 @@ def test_a_mask_goes_beside_the_users_overrides():
     assert entries == {"rope_theta": 1.0} | DropMask(12, (1, 2)).to_config("runtime")
 
 
+def test_a_mask_goes_beside_fewer_layers():
+    """Its indices are judged by the engine, which knows how many layers are served."""
+    entries = overrides("--drop-attention", "1,6", "--hf-overrides.num_hidden_layers", "4")
+    assert entries == {"num_hidden_layers": 4} | DropMask(8, (1, 6)).to_config("runtime")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -156,6 +162,20 @@ def test_a_model_that_is_not_there(refused):
     line = refused("./nowhere")
     expected = "is not a directory; expected a checkpoint directory or a hub id like org/name"
     assert line == f"llmdrop: error: ./nowhere {expected}"
+
+
+def test_a_tokenizer_that_was_not_saved(refused, tmp_path):
+    """As `save_pretrained` of a model leaves it."""
+    (tmp_path / "config.json").write_text("{}")
+    assert f"{tmp_path} has no tokenizer; copy its files from the model" in refused(str(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = ("--host", "127.0.0.1", "--port", str(taken.getsockname()[1]))
+        for others in (("--tokenizer", "another"), ("--skip-tokenizer-init",)):
+            assert "cannot be listened on" in refused(str(tmp_path), *where, *others)
+        (tmp_path / "vocab.json").write_text("{}")
+        assert "cannot be listened on" in refused(str(tmp_path), *where)
 
 
 def test_no_engine(refused, monkeypatch):

@@ -16,7 +16,7 @@ from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, Dropp
 from llmdrop_vllm.serving.weights import check_all_loaded
 
 FAMILY = Family("toy", ("ToyForCausalLM",), Sublayer("attn", "ln_1", "c_proj"), Sublayer("ffn", "ln_2", "c_proj"))
-CONFIG = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+CONFIG = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}, static_all_moe_layers=[]))
 
 
 class Part(nn.Module):

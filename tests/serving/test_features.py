@@ -3,14 +3,18 @@
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from llmdrop_vllm import DropMask
-from tests.engines import engine, greedy
+from llmdrop_vllm import DropMask, hf
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.writing.adapters import strip_adapter
+from tests.architectures.cases import CASES, model_of
+from tests.engines import engine, greedy, kv_tokens
 from tests.tiny import TINY_LLAMA, tensor, write_checkpoint
 
 PROMPT = [*range(3, 203)]
@@ -81,6 +85,28 @@ def test_dropped_checkpoint_as_draft_model_of_its_own_full_model(full, dropped):
     assert len(layers) == len(MASK.kept_attention)
 
 
+def test_naming_a_dropped_layer_among_those_of_full_precision_changes_nothing(full):
+    """`--kv-cache-dtype-skip-layers`: the kept layers' KV cache is as small as without it."""
+    options = {"kv_cache_dtype": "bfloat16", "hf_overrides": {"drop_attn_list": [2]}}
+    found = {}
+    for skipped in ("", "2", "3"):
+        with engine(full, **options, kv_cache_dtype_skip_layers=[skipped] if skipped else []) as llm:
+            found[skipped] = (greedy(llm, PROMPT)[2], kv_tokens(llm))
+    assert found["2"] == found[""]
+    assert found["3"] != found[""]
+
+
+def test_experts_that_are_gone_are_not_counted(tmp_path):
+    """By their number in this list vLLM may find the experts whose turn it is."""
+    case = CASES["Qwen3MoeForCausalLM"]
+    case.save(model_of(case.name), tmp_path)
+    with engine(tmp_path, hf_overrides={"drop_mlp_list": [0, 3]}) as llm:
+        compilation = llm.llm_engine.vllm_config.compilation_config
+        experts = [f"model.layers.{layer}.mlp.experts" for layer in (1, 2, 4)]
+        assert compilation.static_all_moe_layers == experts
+        assert {*experts} <= compilation.static_forward_context.keys()
+
+
 def test_weights_of_a_running_model_can_be_updated_in_parts(dropped, eager):
     name = "model.layers.0.input_layernorm.weight"  # on CPU, vLLM repacks linear weights for good
     weight = torch.from_numpy(load_file(dropped / "model.safetensors")[name])
@@ -148,12 +174,25 @@ class TestLoRA:
         assert ours == pytest.approx(merged[2], abs=1e-3)
         assert max(abs(a - b) for a, b in zip(ours, eager[2], strict=True)) > 0.1
 
-    def test_adapter_on_a_dropped_sublayer_is_refused_by_name(self, dropped, tmp_path):
-        self.adapter(tmp_path, [4, 5])
-        with (
-            engine(dropped, enable_lora=True, max_lora_rank=8) as llm,
-            pytest.raises(
+    def test_adapter_on_a_dropped_sublayer_is_refused_by_name_until_it_is_stripped(self, dropped, tmp_path):
+        (tmp_path / "full").mkdir()
+        self.adapter(tmp_path / "full", [4, 5])
+        checkpoint = Checkpoint.open(dropped)
+        assert strip_adapter(checkpoint.under(checkpoint.mask), tmp_path / "full", tmp_path / "stripped") == (4, 4)
+        with engine(dropped, enable_lora=True, max_lora_rank=8) as llm:
+            with pytest.raises(
                 ValueError, match=r"carries model.layers.5.self_attn.\w+.lora_\w.weight, but the drop mask removed"
-            ),
-        ):
-            llm.llm_engine.add_lora(LoRARequest("adapter", 1, str(tmp_path)))
+            ):
+                llm.llm_engine.add_lora(LoRARequest("full", 1, str(tmp_path / "full")))
+            assert llm.llm_engine.add_lora(LoRARequest("stripped", 2, str(tmp_path / "stripped")))
+
+    def test_merged_and_saved_in_transformers_it_is_served(self, dropped, tmp_path):
+        self.adapter(tmp_path, [0, 4])
+        adapted = peft.PeftModel.from_pretrained(hf.from_pretrained(dropped, dtype=torch.float32), tmp_path).eval()
+        with torch.no_grad():
+            logprobs = adapted(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        with engine(tmp_path / "merged") as llm:
+            served = greedy(llm, PROMPT, tokens=1)[2]
+        expected = [logprobs[place, token].item() for place, token in enumerate(PROMPT[1:])]
+        assert served == pytest.approx(expected, abs=1e-4)

@@ -1,6 +1,7 @@
 """What the contract of all architectures leaves out: hybrids compiled or in bfloat16, models without a class."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.families import no_row
 from llmdrop_vllm.architectures.refused import REFUSED
 from tests.architectures.cases import CASES, FULL, LAYERS, model_of
-from tests.architectures.reference import skipping
+from tests.architectures.reference import layers_of, skipping
 from tests.engines import engine, greedy
 from tests.tiny import tensor
 
@@ -55,6 +56,28 @@ def test_gated_delta_nets_by_vllms_own_kernels(eager, tmp_path, monkeypatch):
         errors.append((found - expected).abs().mean())
     whole, masked = errors
     assert masked < 1.5 * whole
+
+
+@pytest.mark.parametrize("one_kind", [False, True])
+@pytest.mark.parametrize("gone", ["sliding_attention", FULL])
+def test_all_attention_of_one_kind_may_go(gone, one_kind, tmp_path):
+    """With vLLM's manager for both kinds, and without it; what is seen of a window is less than the prompt."""
+    case = CASES["GptOssForCausalLM"]
+    model = deepcopy(model_of(case.name))
+    kinds = model.config.layer_types
+    model.config.sliding_window = 16
+    for layer in layers_of(model):
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = 16
+    mask = DropMask(LAYERS, attention=tuple(layer for layer, kind in enumerate(kinds) if kind == gone))
+    assert 0 < len(mask.attention) < LAYERS
+    with torch.no_grad(), skipping(model, case.family, mask):
+        expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)[range(len(PROMPT) - 1), PROMPT[1:]]
+    case.save(model, tmp_path)
+    with engine(tmp_path, **runtime(mask), disable_hybrid_kv_cache_manager=one_kind) as llm:
+        assert greedy(llm, PROMPT)[2] == pytest.approx(expected.tolist(), abs=1e-4)
+        (group,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    assert len(group.layer_names) == len(mask.kept_attention)
 
 
 class Plamo3Config(PretrainedConfig):

@@ -64,10 +64,6 @@ BAD_MODELS = {
         shard_elsewhere,
         r"index\.json puts lm_head\.weight in '\.\./theirs\.safetensors'; expected the n",
     ),
-    "no index": (
-        lambda model: (model / "model.safetensors.index.json").unlink(),
-        r"has shards like model-00001-of-00002\.safetensors and no model\.safetensors\.index\.json",
-    ),
     "a tensor twice": (
         twice,
         r"is in model-00001-of-00002\.safetensors and again in model-00002-of-00002\.safetensors",

@@ -1,0 +1,73 @@
+"""The schemes that `llmdrop quantize` offers, and whether a checkpoint's weights fit them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.architectures.wrappers import WRAPPERS
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.errors import CheckpointError, InputError
+
+GROUP_SIZES = (128, 64, 32)  # inputs that share a scale, the usual number first
+GROUPS_OF = 32  # vLLM's kernels take multiples of it
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`preset` is llm-compressor's name; `grouped` weights have a scale for so many inputs, others for each output.
+
+    `calibrated`: rounding is made good by GPTQ on data, for which 4 bits need it and 8-bit floats do not.
+    """
+
+    preset: str
+    what: str
+    grouped: bool = False
+    calibrated: bool = True
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        "w8a8": Scheme("W8A8", "8-bit integers, activations too"),
+        "w4a16": Scheme("W4A16", "4-bit weights", grouped=True),
+        "fp8": Scheme("FP8_DYNAMIC", "8-bit floats, activations too", calibrated=False),
+    }
+)
+
+
+def group_size_of(scheme: Scheme, checkpoint: Checkpoint, asked: int | None) -> int | None:
+    """Inputs that share a scale; None for schemes without groups.
+
+    Raises InputError for a size that the inputs of some weight are no multiple of.
+    """
+    if not scheme.grouped:
+        if asked is not None:
+            raise InputError(f"--group-size is of w4a16; {scheme.preset} has a scale for each output")
+        return None
+    widths = {columns: name for name, columns in _inputs(checkpoint)}
+    if asked is not None and (asked < 1 or asked % GROUPS_OF):
+        raise InputError(f"--group-size is {asked}; expected a multiple of {GROUPS_OF}, like {GROUP_SIZES[0]}")
+    for size in GROUP_SIZES if asked is None else (asked,):
+        odd = next((name for columns, name in widths.items() if columns % size), None)
+        if odd is None:
+            return size
+    columns = checkpoint.tensors[odd].shape[-1] if odd else 0
+    raise InputError(f"{odd} has {columns} inputs, which groups of {size} do not divide")
+
+
+def check_quantizable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what is quantized already, and for models that consist of more than a decoder."""
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.directory} is quantized already; name the model that it was made of")
+    if checkpoint.architecture in WRAPPERS:
+        raise CheckpointError(
+            f"{checkpoint.architecture} consists of more than a decoder, of which this command does not know what may "
+            "be quantized"
+        )
+
+
+def _inputs(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """Name and number of inputs of each weight in the decoder's layers."""
+    for name, tensor in checkpoint.under(checkpoint.mask).kept.items():
+        if layer_in(name) is not None and len(tensor.shape) > 1 and name.endswith(".weight"):
+            yield name, tensor.shape[-1]
