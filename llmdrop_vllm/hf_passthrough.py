@@ -1,9 +1,12 @@
 """What stands in a Transformers model where a sublayer and its norms were."""
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from llmdrop_vllm.architectures.family import Family, Sublayer
 from llmdrop_vllm.errors import MaskError
@@ -35,6 +38,7 @@ class DroppedNorm:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -42,8 +46,16 @@ class DroppedNorm:
         found = next((each for each in self.layer.parameters() if each.is_floating_point()), torch.empty(0))
         return found.new_empty(0)
 
+    def register_forward_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """As a module's, for a hook that only looks."""
+        handle = RemovableHandle(self.hooks)
+        self.hooks[handle.id] = hook
+        return handle
+
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The input as it is."""
+        for hook in self.hooks.values():
+            hook(self, (hidden_states,))
         return hidden_states
 
 

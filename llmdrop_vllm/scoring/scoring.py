@@ -33,7 +33,6 @@ from llmdrop_vllm.checkpoints.dequantizing import dequantized
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, InputError
-from llmdrop_vllm.hf_passthrough import DroppedNorm
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.attention_probe import PROBED_ATTENTION, AttentionProbe, probing
 from llmdrop_vllm.scoring.batches import Batches
@@ -178,8 +177,6 @@ class _Run:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
             if module is None:
                 raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
-            if isinstance(module, DroppedNorm):  # what stands where the MLP was gets the stream itself
-                module = getattr(layer, mlp.transformers_module)
             handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
 
         def streams(x: torch.Tensor, _z: torch.Tensor) -> list[torch.Tensor]:
