@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.fetching.fetch import resolve
@@ -64,12 +62,6 @@ def converted(model: Path, out: Path, converter: Path) -> Path:
     return out
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
 def compare(
     form: Form, checkpoint: Checkpoint, token_ids: list[int], converter: Path, directory: Path
 ) -> dict[str, Any]:
@@ -81,18 +73,18 @@ def compare(
 
     model = hf.load(checkpoint.under(form.mask), dtype=torch.float32)
     with torch.no_grad():
-        expected = log_softmax(model(torch.tensor([token_ids])).logits[0].numpy())
+        expected = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
     write_checkpoint(plan_surgery(checkpoint, form.mask, **form.options), directory / "model")
     file = converted(directory / "model", directory / "model.gguf", converter)
     engine = Llama(str(file), n_ctx=512, logits_all=True, type_k=0, type_v=0, verbose=False)
     engine.eval(token_ids)
-    found = log_softmax(np.array(engine.scores[: len(token_ids)]))
+    found = torch.tensor(engine.scores[: len(token_ids)]).log_softmax(-1)
     return {
         "form": form.name,
         "mask": form.mask.summary(),
         "tokens": len(token_ids),
-        "max_logprob_difference": float(np.abs(found - expected).max()),
-        "same_next_token": float((found.argmax(-1) == expected.argmax(-1)).mean()),
+        "max_logprob_difference": (found - expected).abs().max().item(),
+        "same_next_token": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
         "bytes": file.stat().st_size,
     }
 

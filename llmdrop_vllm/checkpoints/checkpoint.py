@@ -27,7 +27,6 @@ from llmdrop_vllm.masks.mask import DropMask, ranges
 
 # Draft heads that are published beside the model, in a file that its index may not list.
 DRAFT_HEADS = "*mtp*.safetensors"
-
 # Where vLLM looks for how the weights are stored; ModelOpt before 0.31 says it in a file beside the config.
 QUANTIZED_KEYS, QUANTIZED_FILE = ("quantization_config", "compression_config"), "hf_quant_config.json"
 
@@ -74,8 +73,8 @@ class Checkpoint:
         if decoder.family is None:
             raise CheckpointError(f"{directory}: {no_row(tower_of(entries, names[0])[0] or names[0])}")
         _check_layers(directory, tensors, decoder.family, decoder.mask)
-        frozen = MappingProxyType(config), decoder, decoder.family, MappingProxyType(tensors), metadata
-        checkpoint = cls(directory, *frozen, tuple(remarks))
+        whole, found = MappingProxyType(config), MappingProxyType(tensors)
+        checkpoint = cls(directory, whole, decoder, decoder.family, found, metadata, tuple(remarks))
         checkpoint._check_index(index)
         return checkpoint
 

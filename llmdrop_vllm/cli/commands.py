@@ -64,7 +64,7 @@ def apply(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     file = given_mask(args, checkpoint)
     plan = plan_of(args, checkpoint, None if file is None else file.mask)
-    write_plan(plan, args, {} if file is None or args.renumber else {MASK_FILE: file})
+    write_plan(plan, args, {} if file is None else {MASK_FILE: file})
 
 
 def convert(args: Namespace) -> None:

@@ -87,7 +87,7 @@ def drop(args: Namespace) -> None:
         )
         show_search(file)
     plan = plan_of(args, checkpoint, file.mask)
-    records: dict[str, Record] = {} if args.renumber else {SCORES_FILE: scores, MASK_FILE: file}
+    records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}
     if args.heal is None:
         write_plan(plan, args, records)
     else:

@@ -1,6 +1,7 @@
 """`llmdrop quantize`: makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import beside, write_plan
@@ -20,12 +21,10 @@ def quantize(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     if args.data is not None and not SCHEMES[args.scheme].calibrated:
         raise InputError(f"--scheme {args.scheme} rounds to the nearest and takes no --data")
-    QuantizePlan.of(checkpoint, args.scheme, args.group_size, None)  # refused before any data is read
-    calibration = None
+    plan = QuantizePlan.of(checkpoint, args.scheme, args.group_size)
     if SCHEMES[args.scheme].calibrated and args.data != NO_DATA:
         amount = {"samples": args.samples or SEQUENCES, "seq_len": args.seq_len or TOKENS, "seed": args.seed}
-        calibration = load_calibration(checkpoint, args.data or EMBEDDED, **amount)
-    plan = QuantizePlan.of(checkpoint, args.scheme, args.group_size, calibration)
+        plan = replace(plan, calibration=load_calibration(checkpoint, args.data or EMBEDDED, **amount))
     with quantized(plan, beside(args.out, "quantizing")) as (surgery, record):
         write_plan(surgery, args, {QUANTIZE_FILE: record})
     print(record.summary())

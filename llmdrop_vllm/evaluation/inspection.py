@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 
+from transformers import PreTrainedModel
+
 from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import checkpoint_tensors
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import Healing, healing_of
-from llmdrop_vllm.hf import count_parameters, on_meta, transformers_config
+from llmdrop_vllm.hf import on_meta, transformers_config
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
@@ -116,13 +118,14 @@ def inspect_checkpoint(
     context = request_context(checkpoint, context)
     masked.check_complete()
     checked_config(masked)
-    disk_bytes = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype)
-    parameters = {each.mask: count_parameters(transformers_config(each)) for each in (whole, masked)}
-
+    models = {
+        each.mask: on_meta(transformers_config(each)) for each in {whole.mask: whole, masked.mask: masked}.values()
+    }
+    parameters = {mask: int(model.num_parameters()) for mask, model in models.items()}
     weights = {each.mask: sum(tensor.num_bytes for tensor in each.kept.values()) for each in (whole, masked)}
     if checkpoint.is_stripped:
-        weights[whole.mask] += _weight_of_gone(whole, parameters[masked.mask])
+        weights[whole.mask] += _weight_of_gone(checkpoint, models[whole.mask], parameters[masked.mask])
 
     def footprint(each: MaskedCheckpoint, chunk: int = chunk) -> Footprint:
         return _footprint(
@@ -136,7 +139,7 @@ def inspect_checkpoint(
         mask=masked.mask,
         summary=masked.mask.summary(),
         stripped=checkpoint.is_stripped,
-        disk_bytes=disk_bytes,
+        disk_bytes=sum(tensor.num_bytes for tensor in checkpoint.tensors.values()),
         memory_bytes=memory_bytes,
         context=context,
         chunk=chunk,
@@ -149,14 +152,14 @@ def inspect_checkpoint(
     )
 
 
-def _weight_of_gone(whole: MaskedCheckpoint, all_left: int) -> int:
+def _weight_of_gone(checkpoint: Checkpoint, whole: PreTrainedModel, all_left: int) -> int:
     """Bytes of what a stripped checkpoint lacks: parameter for parameter as the sublayers of the same kind that are
     left, which may be packed where embeddings are not; where none is, as all parameters that are left.
     """
-    checkpoint, own = whole.checkpoint, whole.checkpoint.mask
-    depth, family = own.num_hidden_layers, checkpoint.family
+    own, family = checkpoint.mask, checkpoint.family
+    depth = own.num_hidden_layers
     every, found = tuple(range(depth)), 0.0
-    parameters = {name: each.numel() for name, each in checkpoint_tensors(on_meta(transformers_config(whole))).items()}
+    parameters = {name: each.numel() for name, each in checkpoint_tensors(whole).items()}
     num_bytes = {name: each.num_bytes for name, each in checkpoint.tensors.items()}
 
     def total(sizes: Mapping[str, int], mask: DropMask) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -51,20 +51,19 @@ class Quantized(Record):
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What is asked for, checked."""
+    """What is asked for, checked; `calibration` is what GPTQ rounds for, none for rounding to the nearest."""
 
     checkpoint: Checkpoint
     scheme: str
     group_size: int | None
-    calibration: Calibration | None
+    calibration: Calibration | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, scheme: str, group_size: int | None, calibration: Calibration | None) -> Any:
+    def of(cls, checkpoint: Checkpoint, scheme: str, group_size: int | None) -> Self:
         """Raises InputError for a model or a size of groups that the scheme does not fit, before anything slow."""
         check_quantizable(checkpoint)
         plan_surgery(checkpoint, dialect=None, keep_dropped=True)  # weights are all there, and of the config's shapes
-        found = group_size_of(SCHEMES[scheme], checkpoint, group_size)
-        return cls(checkpoint, scheme, found, calibration if SCHEMES[scheme].calibrated else None)
+        return cls(checkpoint, scheme, group_size_of(SCHEMES[scheme], checkpoint, group_size))
 
 
 @contextmanager

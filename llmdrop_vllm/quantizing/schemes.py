@@ -44,15 +44,15 @@ def group_size_of(scheme: Scheme, checkpoint: Checkpoint, asked: int | None) -> 
         if asked is not None:
             raise InputError(f"--group-size is of w4a16; {scheme.preset} has a scale for each output")
         return None
-    widths = {columns: name for name, columns in _inputs(checkpoint)}
+    weights = {columns: name for name, columns in _inputs(checkpoint)}  # one of each width
     if asked is not None and (asked < 1 or asked % GROUPS_OF):
         raise InputError(f"--group-size is {asked}; expected a multiple of {GROUPS_OF}, like {GROUP_SIZES[0]}")
-    for size in GROUP_SIZES if asked is None else (asked,):
-        odd = next((name for columns, name in widths.items() if columns % size), None)
-        if odd is None:
+    sizes = GROUP_SIZES if asked is None else (asked,)
+    for size in sizes:
+        if all(columns % size == 0 for columns in weights):
             return size
-    columns = checkpoint.tensors[odd].shape[-1] if odd else 0
-    raise InputError(f"{odd} has {columns} inputs, which groups of {size} do not divide")
+    columns = next(columns for columns in weights if columns % sizes[-1])
+    raise InputError(f"{weights[columns]} has {columns} inputs, which groups of {sizes[-1]} do not divide")
 
 
 def check_quantizable(checkpoint: Checkpoint) -> None:

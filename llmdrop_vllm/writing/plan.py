@@ -36,7 +36,7 @@ class SurgeryPlan:
     `dropped` are the tensors that the checkpoint has and the new one will not have; `zeroed` names tensors whose values
     become zeros; `links` are files to link to in place of `shards` and `index`; `copies` and `left_out` are names in
     the checkpoint's directory; `code` are files of ours that come along; `others` are JSON files by name, in place of
-    the checkpoint's; `warnings` are for the user to read.
+    the checkpoint's and of records, None for what is not to be there; `warnings` are for the user to read.
     """
 
     masked: MaskedCheckpoint
@@ -126,7 +126,7 @@ def plan_surgery(
         links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
         copies=copies,
         code=(NEMOTRON_CODE,) if for_nemotron else (),
-        others={name: value for name, value in others.items() if value is not None},
+        others=others,
         left_out=left_out,
         warnings=(*source.remarks, *_warnings(masked, dialect, reference)),
     )

@@ -90,13 +90,13 @@ class Renumbering:
         Raises CheckpointError for a config that tells layers apart in a way that would not follow them.
         """
         checkpoint = masked.checkpoint
-        entries = self.config(checkpoint.decoder)
-        decoder = Decoder.of(MappingProxyType(entries), checkpoint.architecture)
+        config = MappingProxyType(self.config(checkpoint.decoder))
+        decoder = Decoder.of(config, checkpoint.architecture)
         renamed = ((self.tensor_name(name), tensor) for name, tensor in checkpoint.tensors.items())
         tensors = {name: replace(tensor, name=name) for name, tensor in renamed if name is not None}
         assert decoder.family is not None, "the architecture has a row, as before"
         new = replace(
-            checkpoint, config=entries, decoder=decoder, family=decoder.family, tensors=MappingProxyType(tensors)
+            checkpoint, config=config, decoder=decoder, family=decoder.family, tensors=MappingProxyType(tensors)
         )
         _check_layers(checkpoint, new, self.numbers)
         return new.under(self.mask(masked.mask))

@@ -81,9 +81,11 @@ def _write_others(plan: SurgeryPlan, directory: Path, records: Mapping[str, Reco
     for path in plan.code:
         shutil.copyfile(path, directory / path.name)
     for name, record in records.items():
-        write_record(record, directory / name)
+        if name not in plan.others:
+            write_record(record, directory / name)
     for name, value in plan.others.items():
-        _write_json(directory / name, value)
+        if value is not None:
+            _write_json(directory / name, value)
     _write_json(directory / "config.json", plan.config)
     if plan.index:
         weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
