@@ -22,7 +22,8 @@ ROUTE := chat/completions
 ASK := \"messages\": [{\"role\": \"user\", \"content\": \"What is os.path.join?\"}]
 endif
 ifeq ($(MODEL),smollm2)
-SERVE_DEFAULTS := --drop-attention $(SMOLLM2_MASK) --dtype float32 $(SMALL)
+SERVE_DEFAULTS := --drop-attention $(SMOLLM2_MASK) --dtype float32 $(SMALL) \
+    --comparison benchmarks/results/real/smollm2/comparison.json
 ROUTE := chat/completions
 ASK := \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]
 endif
@@ -64,15 +65,21 @@ start:
 test: $(VENV)/ready ## the whole suite: no GPU, no hub
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+canary: $(VENV)/ready ## contacts with vLLM, by the newest one's Python over the libraries here; ARGS="tests/serving" for more
+	$(VENV)/bin/python docker/canary.py $(ARGS)
+
 soak: $(VENV)/ready ## ten minutes of good and bad clients at a full KV cache; ARGS="--seconds 60" for less
 	$(VENV)/bin/python benchmarks/server_soak.py $(ARGS)
 
 bench: $(VENV)/ready ## what dropping buys on this machine, against stock vLLM and Transformers; ARGS="--smoke" for seconds
 	$(VENV)/bin/python benchmarks/throughput.py $(ARGS)
 
+image-test: ## build the image on a base made here, run it, ask it and stop it; as root, with podman, runc and mmdebstrap
+	bash docker/image_test.sh
+
 lint: $(VENV)/ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-.PHONY: help setup quantize-setup serve start test soak bench lint
+.PHONY: help setup quantize-setup serve start test canary soak bench image-test lint

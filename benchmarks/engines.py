@@ -72,7 +72,7 @@ class VllmEngine:
 
     def stages_kv_tokens(self, splits: Sequence[Sequence[int]], memory_bytes: int) -> list[int]:
         """What vLLM plans for pipeline stages of so many layers, each with this memory: tokens, 0 where it refuses."""
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
         config = self.llm.llm_engine.vllm_config
         (specs,) = self.llm.llm_engine.model_executor.get_kv_cache_specs()
@@ -87,7 +87,7 @@ class VllmEngine:
             if not all(stages):
                 found.append(0)
                 continue
-            plans = get_kv_cache_configs(config, stages, [memory_bytes] * len(stages))
+            plans = _planned(config, stages, [memory_bytes] * len(stages))
             found.append(min(get_kv_cache_capacity(config, plan)[0] for plan in plans))
         return found
 
@@ -109,6 +109,17 @@ class VllmEngine:
 
     def _preemptions(self) -> int:
         return sum(each.value for each in self.llm.get_metrics() if each.name == "vllm:num_preemptions")
+
+
+def _planned(config: Any, stages: list[dict[str, Any]], memory: list[int]) -> list[Any]:
+    """vLLM's plan of the KV cache for each stage."""
+    try:
+        from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+    except ImportError:  # before vLLM 0.33, which wants to be given the groups
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+        return get_kv_cache_configs(config, stages, memory)
+    return get_kv_cache_configs(config, stages, memory, get_global_kv_cache_groups(config, stages))
 
 
 class TokenTimes(StoppingCriteria):

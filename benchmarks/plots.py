@@ -178,6 +178,23 @@ def capacity_and_quality(result: Mapping[str, Any], axes: Axes) -> None:
     )
 
 
+def answers_and_capacity(result: Mapping[str, Any], axes: Axes) -> None:
+    """What each variant answers right, and how many requests it leaves room for."""
+    variants = [each for each in result["variants"] if each["tasks"]]
+    task = next(iter(variants[0]["tasks"]))
+    for place, each in enumerate(variants):
+        share, error = each["tasks"][task]
+        style = {"fmt": "osD^vP"[place % 6], "color": f"C{place}", "label": each["label"]}
+        axes.errorbar(each["requests"], 100 * share, yerr=100 * error, markersize=10, capsize=3, **style)
+    memory = f"weights and KV cache in {result['memory_bytes'] / 2**30:g} GiB"
+    axes.set(
+        xlabel=f"requests of {result['context']:,} tokens that fit",
+        ylabel="HumanEval, problems solved, %",
+        ylim=(0, 100),
+    )
+    axes.set_title(f"{result['model']}, {memory}", fontsize=13)
+
+
 def drops_differ(result: Mapping[str, Any]) -> bool:
     """Whether one workload was measured at three numbers of attention sublayers dropped or more."""
     lines = lines_of(result, "throughput")
@@ -205,6 +222,7 @@ PICTURES: tuple[
     ("ttft", "a run of load.py", ttft_under_load, lambda r: any(each["rate_per_s"] for each in lines_of(r, "load"))),
     ("position", "a run of windows.py", loss_by_position, is_of_windows),
     ("capacity", "a run of windows_served.py", capacity_and_quality, lambda r: "step_tokens" in r),
+    ("answers", "a run of quantized.py", answers_and_capacity, lambda r: "variants" in r),
     ("fits", "a run of kv_capacity.py", sequences_that_fit, lambda r: r.get("benchmark") == "kv_capacity"),
 )
 

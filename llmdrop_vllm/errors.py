@@ -1,7 +1,8 @@
 """What users can get wrong: every error here says what was found, what is expected and where."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MOST_NAMES = 8
 
@@ -24,6 +25,16 @@ class DataError(InputError):
 
 class OutputError(InputError):
     """A place that cannot be written to."""
+
+
+@contextmanager
+def refusing(what: str, kind: type[InputError] = OutputError, then: str = "") -> Iterator[None]:
+    """Within this context, what the system refuses is an error of ours, between these words."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) not in what else ""
+        raise kind(f"{what}: {error.strerror or error}{where}{then}") from error
 
 
 def listed(names: Iterable[str]) -> str:

@@ -38,6 +38,7 @@ from llmdrop_vllm.masks.mask import DropMask, config_dict
 
 logger = logging.getLogger("llmdrop_vllm")
 ANY_SIZE = 1 << 60  # bytes
+DONOR = "kv_shared_layer_index"  # in Transformers' attention, of the layer whose keys and values it reads
 
 
 def from_pretrained(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -65,7 +66,7 @@ def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
     checkpoint = masked.checkpoint
     config = kwargs.get("config") or transformers_config(masked)
-    if is_variant(checkpoint):
+    if any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     loaded, info = model_class(config).from_pretrained(checkpoint.directory, **kwargs)
@@ -144,11 +145,6 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
         raise CheckpointError(f"the config does not describe a {config.architectures[0]}: {error}") from error
 
 
-def is_variant(checkpoint: Checkpoint) -> bool:
-    """Whether the weights lie under the names of stripped checkpoints."""
-    return any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata)
-
-
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     """The decoder's list of layers, whatever the architecture calls it."""
     for module in model.get_decoder().modules():
@@ -168,7 +164,8 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
         for index in dropped:
             drop_sublayer(layers[index], sublayer, index)
     name = family.attention.transformers_module
-    kinds = layer_kinds(config_dict(model.config.get_text_config())) if mask.windows else ()
+    needed = mask.windows or family.unlike_attention
+    kinds = layer_kinds(config_dict(model.config.get_text_config())) if needed else ()
     handles = [
         look_back(getattr(layers[index], name), tokens, bare=kinds[index].name == "sliding")
         for index, tokens in mask.windows
@@ -177,6 +174,8 @@ def drop(model: PreTrainedModel, family: Family, mask: DropMask) -> list[Removab
     for entry, index in enumerate(mask.kept_attention):
         for module in _mixers(layers[index], family, index):
             module.layer_idx = entry
+            if getattr(module, DONOR, None) is not None:  # of Gemma 3n: by its number there, too
+                setattr(module, DONOR, mask.kept_attention.index(kinds[index].donor))
     return handles
 
 
@@ -188,7 +187,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     layers = decoder_layers(model, mask.num_hidden_layers)
     before = [(dict(layer._modules), {*vars(layer)}) for layer in layers]
     mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
-    entries = [getattr(module, "layer_idx", None) for module in mixers]
+    entries = [{name: getattr(module, name, None) for name in ("layer_idx", DONOR)} for module in mixers]
     handles: list[RemovableHandle] = []
     try:
         handles += drop(model, family, mask)
@@ -201,8 +200,8 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
             layer._modules.update(modules)
             for name in {*vars(layer)} - attributes:
                 del vars(layer)[name]  # delattr would take the module of that name, which is back
-        for module, entry in zip(mixers, entries, strict=True):
-            module.layer_idx = entry
+        for module, numbers in zip(mixers, entries, strict=True):
+            vars(module).update(numbers)
 
 
 def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:

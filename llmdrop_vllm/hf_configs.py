@@ -35,18 +35,16 @@ class DroppedConfig(PretrainedConfig):
         cached = copy.copy(config)
         cached.__class__ = stock
         cached.num_hidden_layers = len(kept)
+        if shared := getattr(config, "num_kv_shared_layers", None):
+            cached.num_kv_shared_layers = sum(layer >= config.num_hidden_layers - shared for layer in kept)
         if (layer_types := getattr(config, "layer_types", None)) is not None:
             kept_types = [layer_types[index] for index in kept]
             try:
                 cached.layer_types = kept_types
             except AttributeError:  # the class works them out
-                cached.__class__ = _listing(stock, kept_types)
+                listed = dict.fromkeys(("layer_types", "layers_block_type"), kept_types)
+                cached.__class__ = type(stock.__name__, (stock,), listed)
         return cached
-
-
-def _listing(stock: type[PretrainedConfig], layer_types: list[str]) -> type[PretrainedConfig]:
-    """A config class whose layers are these."""
-    return type(stock.__name__, (stock,), dict.fromkeys(("layer_types", "layers_block_type"), layer_types))
 
 
 @cache

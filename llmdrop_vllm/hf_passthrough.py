@@ -73,12 +73,13 @@ def check_norms(layer: nn.Module, family: Family, index: int) -> None:
 def drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
     """Put pass-throughs in place of a layer's sublayer and its norms. Raises MaskError where it has none."""
     name = sublayer.transformers_module
-    parts = [part for part in (name, *sublayer.also) if getattr(layer, part, None) is not None]
+    values = {name: sublayer.transformers_tuple, **dict.fromkeys(sublayer.also, 0), **dict(sublayer.inner)}
+    parts = [part for part in values if getattr(layer, part, None) is not None]
     if name not in (*parts, *sublayer.optional) or not parts:
         raise MaskError(f"the mask drops {name} in layer {index}, which has none, only: {', '.join(layer._modules)}")
     for part in parts:
-        substitute = DroppedSublayer(sublayer.transformers_tuple, adds_residual=sublayer.transformers_adds_residual)
-        substitute = substitute if part == name else DroppedSublayer()
+        adds_residual = part == name and sublayer.transformers_adds_residual
+        substitute = DroppedSublayer(values[part], adds_residual=adds_residual)
         for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
             substitute.register_buffer(table, values, persistent=False)
         setattr(layer, part, substitute)

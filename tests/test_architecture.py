@@ -12,7 +12,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
 FRAMEWORKS = {"torch", "transformers", "vllm", "lm_eval", "matplotlib"}
 # The rooms from the ground up, each floor's beside one another: a room sees those below it, and none on its own floor.
 FLOORS = (
-    ("errors", "shares", "embedded"),
+    ("errors", "shares", "versions", "embedded"),
     ("masks",),
     ("architectures", "kv_cache"),
     ("checkpoints", "hf_windows", "hf_passthrough", "hf_configs"),
@@ -33,7 +33,7 @@ NOT_FOR_TOOLS = "llmdrop_vllm.serving"
 # Files outside any room: what everybody uses and what users import.
 MAX_LOOSE_FILES = 10
 # Rooms that no framework may enter: they are read by every process of vLLM, and by tools that want an answer at once.
-LIGHT = ("errors", "shares", "masks", "architectures", "kv_cache")
+LIGHT = ("errors", "shares", "versions", "masks", "architectures", "kv_cache")
 # Who touches vLLM; everything else works on a machine without it.
 MAY_IMPORT_VLLM = ("llmdrop_vllm.serving", "llmdrop_vllm.evaluation.engine", "llmdrop_server")
 

@@ -2,18 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from vllm.config import ModelConfig
 
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL, held_out
-from tests.architectures.kernels import kernels
-from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.engines import engine, greedy
-from tests.serving.engine_process import run_job
 
 MASKS = {
     "attention": ["--attention", "4"],
@@ -71,23 +66,3 @@ def test_the_ranking_is_the_one_found_on_other_text(scores, tmp_path):
     assert main(["select", str(scores), "--attention", "4", "--out", str(tmp_path / "mask.json")]) == 0
     found = json.loads((tmp_path / "mask.json").read_text())["attention"]
     assert found[:2] == LEAST_IMPORTANT
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("name", ["Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
-def test_a_dropped_wrapper_is_served_with_the_plugin_and_refused_without_it(name, tmp_path, monkeypatch):
-    """By text: the checkpoint has no processor. Qwen3.5's tower is a hybrid."""
-    pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
-    model, out = str(WRAPPER_CASES[name].write(tmp_path / "model")), str(tmp_path / "out")
-    data = tmp_path / "ids.json"
-    data.write_text(json.dumps(np.random.default_rng(0).integers(3, 256, (4, 64)).tolist()))
-    assert main(["drop", model, out, "--attention", "2", "--mlp", "1", "--data", str(data)]) == 0
-
-    prompt = [*range(3, 43)]
-    loaded = hf.from_pretrained(out, dtype=torch.float32).eval()
-    made = loaded.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    monkeypatch.setattr(ModelConfig, "_supports_multimodal_inputs", lambda self: False)
-    with kernels(), engine(out) as llm:
-        assert greedy(llm, prompt, tokens=8)[0] == made[0, len(prompt) :].tolist()
-    with pytest.raises(AssertionError, match=rf"Dropped{name}'?\]? are not supported"):
-        run_job({"VLLM_PLUGINS": ""}, model=out, prompt=prompt)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from llmdrop_vllm.architectures.family import Family, Sublayer, attention
 from llmdrop_vllm.architectures.hybrids import HYBRIDS
-from llmdrop_vllm.architectures.refused import REFUSED
+from llmdrop_vllm.architectures.refused import REFUSED, UNTRIED
 
 PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
 FAMILIES = (
@@ -289,10 +289,12 @@ def no_row(architecture: str) -> str:
     """For an error where `family_of` found none: what is supported, and what to do about it."""
     if reason := REFUSED.get(architecture.removeprefix(EXPLICIT_PREFIX)):
         return f"{architecture} cannot go without sublayers: {reason}"
+    if reason := UNTRIED.get(architecture.removeprefix(EXPLICIT_PREFIX)):
+        return f"{architecture} has no row in the family table yet: {reason}"
     if rows := BY_ARCHITECTURE.get(architecture.removeprefix(EXPLICIT_PREFIX)):
         layouts = "; or ".join(family.describe_when() for family in rows)
         return f"{architecture} has no row in the family table for layers as this config has them, only for: {layouts}"
     return (
         f"{architecture} has no row in the family table; supported: {', '.join(sorted(BY_ARCHITECTURE))}; "
-        'to add a row, see "Adding an architecture" in the README of llmdrop-vllm'
+        'to add a row, see "Adding an architecture" in docs/families.md of llmdrop-vllm'
     )

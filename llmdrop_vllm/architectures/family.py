@@ -18,7 +18,9 @@ class Sublayer:
     `pre_norm` is None where the sublayer has none, or where it is shared with the other sublayer: then it stays.
     `output` is the module's last projection, a regular expression where kinds of layers differ: with its weights zeroed
     the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer: what they return is
-    added to what it returns, or is its input. `optional` are names that not every layer or config has.
+    added to what it returns, or is its input. `optional` are names that not every layer or config has. `inner` are
+    norms and routers that stand between these where a layer has them, each with how many values it returns in
+    Transformers, 0 for a tensor alone: no output of theirs is added to anything.
 
     `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
     `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.
@@ -34,6 +36,7 @@ class Sublayer:
     post_norm: str | None = None
     also: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    inner: tuple[tuple[str, int], ...] = ()
     in_vllm: str | None = None
     in_transformers: str | None = None
     vllm_tuple: int = 0
@@ -50,7 +53,7 @@ class Sublayer:
     @property
     def names(self) -> tuple[str, ...]:
         """Everything that goes when the sublayer is dropped, as the checkpoint names it."""
-        return self.module, *self.also, *self.norms
+        return self.module, *self.also, *dict(self.inner), *self.norms
 
     @property
     def output_ending(self) -> str:
@@ -66,7 +69,7 @@ class Sublayer:
     @property
     def vllm_modules(self) -> tuple[str, ...]:
         """All modules of the sublayer in vLLM's decoder layer."""
-        return self.vllm_module, *(name for name, _ in self.vllm_parts), *self.also
+        return self.vllm_module, *dict(self.vllm_parts), *self.also, *dict(self.inner)
 
     @property
     def transformers_module(self) -> str:
@@ -94,7 +97,10 @@ class Family:
 
     `parallel` layers give attention and MLP the same input: `x + attention(norm(x)) + mlp(norm(x))`. `scales_outputs`
     is for layers that, in vLLM, multiply what a sublayer returned before the next norm adds it to the residual stream,
-    `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values.
+    `transformers_layer_tuple` for those that, in Transformers, return the stream as the first of several values,
+    `unlike_attention` for those whose attention has other parts in layers of another type. `then` is the module that
+    the stream goes into behind both sublayers where a layer adds something else to it, such as a token's own input.
+    `streams` names what keeps several residual streams, which importance and healing are not measured in.
 
     In hybrids some layers have a recurrent mixer where others have attention, and both are what a mask calls attention:
     `recurrent` is that sublayer. `alone` is for layers that have a mixer or an MLP, and not both. `layers` is what the
@@ -109,16 +115,22 @@ class Family:
     parallel: bool = False
     scales_outputs: bool = False
     transformers_layer_tuple: bool = False
+    unlike_attention: bool = False
+    then: str | None = None
+    streams: str | None = None
     recurrent: Sublayer | None = None
     alone: bool = False
     layers: tuple[str, ...] = ()
 
     def of(self, config: object) -> Self:
         """The row for layers as this config.json dict or config object has them."""
-        if self.recurrent is None:
+        if self.recurrent is None and not self.unlike_attention:
             return self
         entries = config_dict(config)
-        return replace(self, layers=layer_types(entries, entries.get("num_hidden_layers")) or ())
+        types = layer_types(entries, depth := entries.get("num_hidden_layers")) or ()
+        if shared := entries.get("num_kv_shared_layers"):  # these have no keys and values
+            types = (*types[: depth - shared], *(f"{each}, shared" for each in types[depth - shared :]))
+        return replace(self, layers=types)
 
     def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
         """Each kind of sublayer with the layers that go without it."""
@@ -138,6 +150,11 @@ class Family:
     def mixers(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
         """Each kind of what a mask calls attention, with the layers that have it."""
         return self._having(self.mixer, self.attention, num_layers)
+
+    def alike(self, layers: Collection[int]) -> Iterator[set[int]]:
+        """Layers put together whose attention has the same parts."""
+        types = self.layers or ("",) * (max(layers, default=0) + 1)
+        return iter([{layer for layer in layers if types[layer] == each} for each in dict.fromkeys(types)])
 
     def mlps(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
         """The MLP, with the layers that have it."""

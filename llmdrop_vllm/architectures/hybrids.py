@@ -3,15 +3,38 @@
 from llmdrop_vllm.architectures.family import Family, Sublayer, attention
 
 GATED_DELTA_NET = Sublayer("linear_attn", "input_layernorm", "out_proj")
+GEMMA4_MIXTURE = (
+    *(("post_feedforward_layernorm_1", 0), ("post_feedforward_layernorm_2", 0)),
+    *(("pre_feedforward_layernorm_2", 0), ("router", 3)),
+)
 
 HYBRIDS = (
-    # Attention of two head sizes. E-models share keys and values between layers, which must not lose their donor.
+    # Attention of two head sizes, in E-models with another layer's keys and values; beside the MLP may be a mixture.
     Family(
         "gemma4",
         ("Gemma4ForCausalLM",),
         attention(post_norm="post_attention_layernorm"),
+        Sublayer(
+            "mlp",
+            "pre_feedforward_layernorm",
+            "down_proj",
+            "post_feedforward_layernorm",
+            also=("experts",),
+            optional=("experts", *dict(GEMMA4_MIXTURE)),
+            inner=GEMMA4_MIXTURE,
+        ),
+        unlike_attention=True,
+        then="per_layer_input_gate",
+    ),
+    # AltUp's and LAuReL's parts of a layer stay, and with them the norm that attention shares. Keys and values are
+    # those of other layers in many of them.
+    Family(
+        "gemma3n",
+        ("Gemma3nForCausalLM",),
+        attention(pre_norm=None, post_norm="post_attention_layernorm"),
         Sublayer("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
-        when={"num_kv_shared_layers": (0, None), "num_experts": (None,)},
+        unlike_attention=True,
+        streams="AltUp",
     ),
     # Gated delta nets.
     Family(

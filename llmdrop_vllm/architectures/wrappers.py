@@ -30,6 +30,7 @@ _TOWERS: dict[str, tuple[str, ...]] = {
     "Ernie4_5ForCausalLM": ("PaddleOCRVLForConditionalGeneration",),
     "Exaone4ForCausalLM": ("Exaone4_5_ForConditionalGeneration",),
     "Gemma3ForCausalLM": ("Gemma3ForConditionalGeneration",),
+    "Gemma3nForCausalLM": ("Gemma3nForConditionalGeneration",),
     "Gemma4ForCausalLM": ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
     "Glm4ForCausalLM": ("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"),
     "Glm4MoeForCausalLM": ("Glm4vMoeForConditionalGeneration",),

@@ -11,10 +11,10 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.architectures.wrappers import WRAPPERS, at, place_of, put
 from llmdrop_vllm.checkpoints.tower import completed, drops, only_mask, row_of, said_in, tower_of
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
+from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds, readers
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.dialects import DIALECTS, without_mask
-from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count
+from llmdrop_vllm.masks.mask import DropMask, config_dict, layer_count, ranges
 from llmdrop_vllm.masks.stretches import STRETCH
 
 WITH_ALIBI = frozenset({"bloom", "mpt"})  # and others whose config says so
@@ -104,10 +104,15 @@ class Decoder:
         """Without the mask's windows."""
         return layer_kinds(completed(self.config))
 
-    def layout(self, mask: DropMask | None = None) -> KVLayout:
-        """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own."""
+    def layout(self, mask: DropMask | None = None, wide: Mapping[int, int] | None = None) -> KVLayout:
+        """How vLLM stores the KV cache of the attention that a mask keeps, by default the config's own.
+
+        `wide`: layers whose numbers take so many times the bytes of the others'; they are counted as so many more.
+        """
         kept = self.mask if mask is None else mask  # a mask that drops nothing is false
-        kinds = self._windowed(kept)
+        kinds = list(self._windowed(kept))
+        for layer, times in (wide or {}).items():
+            kinds[layer] = replace(kinds[layer], values=kinds[layer].values * times)
         return kv_layout([kinds[layer] for layer in kept.kept_attention])
 
     def check(self, mask: DropMask) -> None:
@@ -121,8 +126,27 @@ class Decoder:
             for what, absent in (("mixer", no_mixer & {*mask.attention}), ("MLP", no_mlp & {*mask.mlp})):
                 if absent:
                     raise MaskError(f"the mask drops the {what} of layers {sorted(absent)}, which have none")
+            for donor, its in self.readers(mask).items():
+                if donor in mask.attention:
+                    raise MaskError(
+                        f"the mask drops the attention of layer {donor}, whose keys and values layers {ranges(its)} "
+                        "read; keep it, or drop theirs too"
+                    )
         if mask.windows:
             self._windowed(mask)
+
+    @property
+    def keys_are_values(self) -> set[int]:
+        """Layers whose attention has one projection for both; of Gemma 4."""
+        if not self.config.get("attention_k_eq_v"):
+            return set()
+        return {layer for layer, kind in enumerate(self._own_kinds) if kind.name == "full"}
+
+    def readers(self, mask: DropMask) -> dict[int, list[int]]:
+        """By layer whose keys and values others read, those that do under a mask."""
+        if self.family is None or not self.family.unlike_attention:
+            return {}
+        return readers(self._own_kinds, mask.kept_attention)
 
     def check_attention_is_left(self, mask: DropMask) -> None:
         """Raise MaskError where a mask leaves no attention, or recurrent mixers only."""
@@ -149,6 +173,10 @@ class Decoder:
             raise MaskError("the model's ALiBi weighs keys by where they stand, which windows do not keep")
         for layer, tokens in mask.windows:
             kind = found[layer]
+            if layer in (others := self.readers(mask)):
+                raise MaskError(
+                    f"layer {layer} takes no window: layers {ranges(others[layer])} read its keys and values"
+                )
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
             found[layer] = replace(kind, name="window" if kind.span is None else kind.name, span=tokens)

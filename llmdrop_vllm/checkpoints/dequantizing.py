@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
+from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, read_tensor
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 
@@ -119,8 +119,7 @@ def _quantized_modules(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:
-    stored.read_into(content := bytearray(stored.num_bytes))
-    return torch.frombuffer(content, dtype=(PACKED_DTYPES | TORCH_DTYPES)[stored.dtype]).view(stored.shape)
+    return read_tensor(stored, PACKED_DTYPES | TORCH_DTYPES)
 
 
 def _refused(checkpoint: Checkpoint, how: str) -> CheckpointError:

@@ -26,6 +26,14 @@ from llmdrop_vllm.errors import CheckpointError
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def read_tensor(
+    stored: StoredTensor, dtypes: Mapping[str, torch.dtype] = MappingProxyType(TORCH_DTYPES)
+) -> torch.Tensor:
+    """A stored tensor, in memory of its own; `dtypes` are those that it may have, by safetensors' names."""
+    stored.read_into(content := bytearray(stored.num_bytes))
+    return torch.frombuffer(content, dtype=dtypes[stored.dtype]).view(stored.shape)
+
+
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
     """The model's parameters, all or those named, under the names and in the shapes that its checkpoints have."""
     state = model.state_dict()

@@ -1,7 +1,8 @@
 """Safetensors files and their index, read by their headers."""
 
-import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,14 +27,6 @@ class ShardIndex(BaseModel):
     """model.safetensors.index.json: tensor name to the file that holds it."""
 
     weight_map: dict[str, str]
-
-
-class TensorHeader(BaseModel):
-    """One tensor's entry in a shard's header; `data_offsets` are bytes from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -106,12 +99,18 @@ def open_shard(path: Path) -> Any:
 
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:
-    """A shard's tensors in the order of their bytes; the library has checked the header, but does not tell offsets."""
+    """A shard's tensors in the order of their bytes, which lie end to end behind the header."""
+    shard = open_shard(path)
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    entries = {name: TensorHeader.model_validate(entry) for name, entry in header.items()}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        start, stop = (8 + header_bytes + offset for offset in entry.data_offsets)
-        yield StoredTensor(name, entry.dtype, entry.shape, path, start, stop)
+        start = 8 + int.from_bytes(file.read(8), "little")
+    for name in shard.offset_keys():
+        tensor = shard.get_slice(name)
+        dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+        stop = start + math.prod(shape) * dtype_bits(dtype) // 8
+        yield StoredTensor(name, dtype, shape, path, start, stop)
+        start = stop
+
+
+def dtype_bits(dtype: str) -> int:
+    """Of one number: the safetensors names say it (BF16, F8_E4M3), but for BOOL, which takes a byte."""
+    return int((re.findall(r"\d+", dtype) or ["8"])[0])

@@ -10,10 +10,9 @@ from types import MappingProxyType
 
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import MASK_FILE, ModelIdentity, Provenance, Record, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import MASK_FILE, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.console import show_inspection, show_next, show_scores, show_selection
-from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
@@ -77,15 +76,31 @@ def convert(args: Namespace) -> None:
 
 def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
-    from llmdrop_vllm.evaluation.inspection import IN_FLIGHT_TOKENS, inspect_checkpoint
+    from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 
-    asked = {"memory_bytes": args.memory, "kv_dtype": args.kv_dtype, "context": args.context}
-    chunk = args.max_num_batched_tokens or IN_FLIGHT_TOKENS
-    found = inspect_checkpoint(Checkpoint.open(args.model), chunk=chunk, **asked)
+    asked = {"memory_bytes": args.memory, "context": args.context, "chunk": args.max_num_batched_tokens}
+    wide = args.kv_dtype_skip_layers
+    found = inspect_checkpoint(Checkpoint.open(args.model), kv_dtype=args.kv_dtype, kv_wide=wide, **asked)
     if args.json:
         print(found.model_dump_json(indent=2))
     else:
         show_inspection(found)
+
+
+def adapter(args: Namespace) -> None:
+    """`llmdrop adapter`."""
+    from llmdrop_vllm.writing.adapters import strip_adapter
+
+    checkpoint = Checkpoint.open(args.model)
+    if not checkpoint.mask:
+        raise MaskError(f"{checkpoint.directory} drops nothing; name the dropped model that the adapter is to serve")
+    kept, gone = strip_adapter(checkpoint.under(checkpoint.mask), args.lora, args.out)
+    print(f"{args.out}: {kept} tensors of {args.lora}, without {gone} for what is gone ({checkpoint.mask.summary()})")
+
+
+def opened(args: Namespace) -> Checkpoint:
+    """The model, with the windows that the arguments ask for beside those of its config."""
+    return Checkpoint.open(args.model).seeing(windows_of(args.window_attention, args.window))
 
 
 def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
@@ -100,7 +115,7 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> MaskFile | None:
     elif args.attention or args.mlp or windows:
         given = DropMask(checkpoint.mask.num_hidden_layers, args.attention, args.mlp)
         mask = given or checkpoint.mask
-        file = MaskFile.of(mask, "given on the command line", Provenance(model=ModelIdentity.of(checkpoint)))
+        file = MaskFile.of(mask, "given on the command line", Provenance.of(checkpoint))
     else:
         return None
     return file.model_copy(update={"windows": file.mask.seeing(windows).windows})
@@ -119,28 +134,13 @@ def run_scoring(
     from llmdrop_vllm.healing.importance import after_healing, check_can_heal
     from llmdrop_vllm.scoring.scoring import score as score_checkpoint
 
+    how = {"device": args.device, "dtype": args.dtype, "progress": True}
     if args.after_healing:
         check_can_heal(checkpoint, calibration)  # refused before the scores, which may take hours
         plain = Namespace(**{**vars(args), "after_healing": False})
         scores = scored_or_kept("before-healing", checkpoint, calibration, plain, out, mask)
-        return after_healing(
-            scores,
-            checkpoint,
-            calibration,
-            device=args.device,
-            dtype=args.dtype,
-            scratch=beside(out, "healing-scores"),
-            progress=True,
-        )
-    return score_checkpoint(
-        checkpoint,
-        calibration,
-        mask=mask,
-        device=args.device,
-        dtype=args.dtype,
-        scratch=beside(out, "scratch"),
-        progress=True,
-    )
+        return after_healing(scores, checkpoint, calibration, scratch=beside(out, "healing-scores"), **how)
+    return score_checkpoint(checkpoint, calibration, mask=mask, scratch=beside(out, "scratch"), **how)
 
 
 def beside(out: Path, what: str) -> Path:

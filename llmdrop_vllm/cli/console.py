@@ -1,6 +1,7 @@
 """What `llmdrop` shows: tables and lines for people."""
 
 from collections.abc import Iterable, Sequence
+from operator import eq
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.errors import command
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
@@ -40,7 +42,7 @@ def show_inspection(found: "Inspection") -> None:
     weights = "gone" if found.stripped else "in the files" if any(found.mask.dropped) else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "with the mask", "share"), found.rows())
-    for note in filter(None, (found.dtype_note, found.chunk_note)):
+    for note in filter(None, (found.dtype_note, found.keys_note, found.chunk_note)):
         print(note)
     if found.healing is not None:
         print(f"healed: {found.healing.summary()}")
@@ -117,6 +119,20 @@ def show_evaluation(found: Evaluation) -> None:
     """One line per measure."""
     print(found.quality.mask.summary())
     print_table(("", "value", "standard error", "chance", "over"), _rows(found.quality))
+
+
+def show_comparison(found: Comparison) -> None:
+    """What each form takes, and how often it says what the full model says."""
+    rows = [
+        (
+            form.name,
+            f"{form.weight_bytes:,}",
+            f"{form.kv_bytes_per_token:,}",
+            f"{sum(map(eq, form.answers, found.forms[0].answers))} of {len(form.answers)}",
+        )
+        for form in found.forms
+    ]
+    print_table(("", "weights, bytes", f"KV bytes per token ({found.kv_dtype})", "answers as in full"), rows)
 
 
 def show_sweep(found: Sweep) -> None:

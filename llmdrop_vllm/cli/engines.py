@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.evaluation.engine import EngineSettings
+from llmdrop_vllm.evaluation.engine import EngineSettings, default_device
 from llmdrop_vllm.evaluation.harness import Harness, find_tasks
 
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
@@ -41,9 +41,7 @@ def default_dtype(checkpoint: Checkpoint) -> str:
     """The checkpoint's on a GPU, and for quantized weights, whose kernels know no float32; else float32, beside which
     the others are less exact and on a CPU not faster everywhere.
     """
-    import torch
-
-    return checkpoint.dtype if torch.cuda.is_available() or checkpoint.is_quantized else "float32"
+    return checkpoint.dtype if default_device() == "cuda" or checkpoint.is_quantized else "float32"
 
 
 def refuse_skipped(harness: Harness) -> None:

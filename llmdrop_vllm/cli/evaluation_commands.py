@@ -1,22 +1,30 @@
-"""`llmdrop answers | evaluate | sweep | recommend | report`: each makes values of its arguments, calls the library and
-prints.
+"""`llmdrop answers | evaluate | compare | sweep | recommend | report`: each makes values of its arguments, calls the
+library and prints.
 """
 
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import Provenance, Scores, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import COMPARISON_FILE, Provenance, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, run_scoring
-from llmdrop_vllm.cli.console import show_answers, show_choice, show_evaluation, show_next, show_sweep
+from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, opened, run_scoring
+from llmdrop_vllm.cli.console import (
+    show_answers,
+    show_choice,
+    show_comparison,
+    show_evaluation,
+    show_next,
+    show_sweep,
+)
 from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len, refuse_skipped
-from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.data.prompts import PROMPTS
 from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
+from llmdrop_vllm.evaluation.comparing import plan_comparison
 from llmdrop_vllm.evaluation.engine import EngineSettings
 from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import write_results
@@ -85,6 +93,29 @@ def evaluate(args: Namespace) -> None:
     refuse_skipped(measures.harness)
 
 
+def compare(args: Namespace) -> None:
+    """`llmdrop compare`."""
+    checkpoint = Checkpoint.open(args.model)
+    out = args.out or checkpoint.directory / COMPARISON_FILE
+    check_new(out, args.overwrite)
+    file = given_mask(args, checkpoint)
+    plan = plan_comparison(
+        checkpoint,
+        checkpoint.mask if file is None else file.mask,
+        Checkpoint.open(args.full) if args.full else None,
+        prompts=args.prompts or PROMPTS,
+        samples=args.samples,
+        max_tokens=args.max_tokens,
+        dtype=args.dtype or default_dtype(checkpoint),
+        options=args.engine_args,
+    )
+    found = plan.record()
+    write_record(found, out)
+    show_comparison(found)
+    elsewhere = () if args.out is None else ("--comparison", out)
+    show_next(out, "serve", args.model, *elsewhere)
+
+
 def sweep(args: Namespace) -> None:
     """`llmdrop sweep`."""
     checkpoint = opened(args)
@@ -134,7 +165,8 @@ def report(args: Namespace) -> None:
     scores = [read_record(Scores, path) for path in (directory / SCORES_FILE, *args.scores)]
     evaluations = [read_record(Evaluation, path) for path in args.healed]
     searched = None if args.search is None else Searched.read(args.search)
-    written = write_report(found, scores, directory, evaluations, searched)
+    compared = None if args.compared is None else read_record(Comparison, args.compared)
+    written = write_report(found, scores, directory, evaluations, searched, compared)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 

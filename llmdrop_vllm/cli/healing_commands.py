@@ -2,13 +2,13 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, Record, Scores
+from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, DataIdentity, Record, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.cli.commands import (
     beside,
@@ -16,13 +16,13 @@ from llmdrop_vllm.cli.commands import (
     chosen_file,
     forget,
     methods_of,
+    opened,
     plan_of,
     scored_or_kept,
     selection_of,
     write_plan,
 )
 from llmdrop_vllm.cli.console import show_search, show_selection
-from llmdrop_vllm.cli.models import opened
 from llmdrop_vllm.cli.search_commands import SearchData, check_answers, check_search_options, searched
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
@@ -155,10 +155,9 @@ def healing_data(checkpoint: Checkpoint, source: str, args: Namespace) -> Calibr
     return load_calibration(checkpoint, source, samples=samples, seq_len=seq_len, seed=args.seed)
 
 
-@contextmanager
 def healing(
     student: MaskedCheckpoint, teacher: MaskedCheckpoint, data: Calibration, args: Namespace
-) -> Iterator["Healed"]:
+) -> AbstractContextManager["Healed"]:
     """Heal with the arguments' options, streams beside OUT; says what it will cost before it begins."""
     from llmdrop_vllm.healing.heal import healed
     from llmdrop_vllm.healing.run import HealOptions
@@ -172,7 +171,7 @@ def healing(
         )
     elif args.log_dir is not None:
         raise OutputError("--log-dir is for --train, which is not given")
-    with healed(
+    return healed(
         student,
         teacher,
         data,
@@ -183,13 +182,13 @@ def healing(
         dtype=args.dtype,
         scratch=beside(args.out, "healing"),
         progress=True,
-        announce=lambda run: _announce(run, data, train),
-    ) as found:
-        yield found
+        announce=lambda run: _announce(run, train),
+    )
 
 
-def _announce(run: "Run", data: Calibration, train: "TrainOptions | None") -> None:
+def _announce(run: "Run", train: "TrainOptions | None") -> None:
     """What it will take, and whether the data suffices."""
+    data = run.data.identity
     if run.steps:
         _announce_closed_form(run, data)
     if train is not None:
@@ -197,16 +196,16 @@ def _announce(run: "Run", data: Calibration, train: "TrainOptions | None") -> No
 
         cost = training_cost(run, train)
         print(
-            f"training ({train.method}) on {data.identity.tokens:,} tokens of {data.identity.source}, {train.epochs:g} "
+            f"training ({train.method}) on {data.tokens:,} tokens of {data.source}, {train.epochs:g} "
             f"times: about {cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory"
         )
 
 
-def _announce_closed_form(run: "Run", data: Calibration) -> None:
-    cost, tokens = run.cost, data.identity.tokens
+def _announce_closed_form(run: "Run", data: DataIdentity) -> None:
+    cost, tokens = run.cost, data.tokens
     minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
     print(
-        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.identity.source}: about {minutes:,.0f} min, "
+        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}: about {minutes:,.0f} min, "
         f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
     )
     if tokens < (enough := TOKENS_PER_COLUMN * cost.columns):

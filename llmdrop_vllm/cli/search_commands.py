@@ -6,24 +6,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from llmdrop_vllm.artifacts import Scores, read_record, sha256, write_record
+from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
 from llmdrop_vllm.cli.console import show_finals, show_next, show_search
 from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
-from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
-from llmdrop_vllm.data.tokens import Calibration, TokenIds
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.deciding import check_finals, decide
-from llmdrop_vllm.evaluation.goals import Wanted, mixes, wanted
+from llmdrop_vllm.evaluation.goals import Sizes, Wanted, mixes, wanted
+from llmdrop_vllm.evaluation.inspection import request_context
 from llmdrop_vllm.evaluation.masked_engines import Plan
 from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.masks.stretches import STRETCH, span
+from llmdrop_vllm.search.long_texts import long_texts
 from llmdrop_vllm.search.space import Space
+from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
 from llmdrop_vllm.selection.candidates import Candidates
 
@@ -31,7 +32,6 @@ from llmdrop_vllm.selection.candidates import Candidates
 TOKENS_OF_EACH = 64
 TOKENS, HELD_OUT_TOKENS, SCORED_TOKENS = 2048, 4096, 32_768
 FINALISTS = 8
-LONG_TEXTS, TIMES_THE_WINDOW = 6, 4
 OF_TASKS = ("limit", "finalists", "run_generated_code")
 
 
@@ -40,21 +40,22 @@ def search(args: Namespace) -> None:
     check_new(args.out, args.overwrite)
     check_search_options(args, searches=True)
     _check_finals(args)
+    _check_windows(args)
     checkpoint = Checkpoint.open(args.model)
     goal = wanted_of(checkpoint, args)
     # Refused before the scores: how many go depends on these only where layers differ in size.
     _spaces(checkpoint, Scores.unmeasured(checkpoint), goal, args)
-    data = SearchData.of(checkpoint, args.answers, args)
+    data = (SearchData.of_texts if args.window else SearchData.of)(checkpoint, args.answers, args)
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
     refuse_skipped(harness)  # without them something else would decide
     plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
     if harness.tasks:
         check_finals(plan, harness, finals, args.limit)
-    scores = _scores(checkpoint, args)
+    scores = _scores(checkpoint, data, args)
     spaces = _spaces(checkpoint, scores, goal, args)
     found = searched(checkpoint, spaces, data, scores, args, trials)
-    show_search(found)
+    show_search(found, "long texts" if args.window else "answers")
     if harness.tasks:
         masks = _finalists(found, Searched.read(trials), spaces, args.finalists or FINALISTS)
         found = decide(found, masks, plan, harness, finals, limit=args.limit, progress=True)
@@ -74,6 +75,7 @@ def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
         decode_speedup=args.decode_speedup,
         batch=args.batch,
         context=args.context,
+        windows=bool(args.window),
     )
 
 
@@ -86,46 +88,19 @@ def windows(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     goal = wanted_of(checkpoint, args)
     if (args.count is None) == (goal is None):
-        raise InputError("give --count, or one of --requests and --decode-speedup")
-    if args.kv_budget is not None:
-        raise InputError("--kv-budget counts a token before any window has passed it; give --requests or --count")
-    texts = _long_texts(checkpoint, args)
-    if len(texts.sequences) < 2:
-        raise DataError("one text was given; layers are chosen by some, and compared on others")
+        raise InputError("give --count, or one of --kv-budget, --requests and --decode-speedup")
     own = len(checkpoint.mask.windows)
     plan = WindowsPlan(
         checkpoint,
         args.window,
         goal or (lambda mask: len(mask.windows) - own >= args.count),
-        *_parts(texts, -(-len(texts.sequences) // 3)),
+        *long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed),
         *precision(checkpoint, args.device, args.dtype),
     )
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
     write_record(found, args.out)
     show_next(args.out, "serve", args.model, "--mask", args.out)
-
-
-def _long_texts(checkpoint: Checkpoint, args: Namespace) -> Calibration:
-    """Of text as long windows as show what is out of sight; token ids and answers as they are."""
-    data = args.data or EMBEDDED
-    as_it_is = data.endswith(".json") or (Path(data).is_file() and is_answers(Path(data)))
-    enough = max(TIMES_THE_WINDOW * args.window, 3 * (STRETCH + span(args.window)))
-    seq_len = None if as_it_is else min(enough, checkpoint.context or enough)
-    return load_calibration(
-        checkpoint, data, samples=args.samples or LONG_TEXTS, seq_len=args.seq_len or seq_len, seed=args.seed
-    )
-
-
-def _parts(texts: Calibration, held_out: int) -> tuple[Calibration, Calibration]:
-    """Those to choose by, and the last ones."""
-
-    def part(sequences: tuple[TokenIds, ...]) -> Calibration:
-        hashed = sha256(each.tolist() for each in sequences)
-        tokens = {"sequences": len(sequences), "tokens": sum(map(len, sequences)), "sha256": hashed}
-        return Calibration(sequences, texts.identity.model_copy(update=tokens))
-
-    return part(texts.sequences[:-held_out]), part(texts.sequences[-held_out:])
 
 
 def search_instead(args: Namespace) -> None:
@@ -184,6 +159,11 @@ class SearchData:
         held_out_sequences(to_heal)
         return cls(learnt, held_out, to_heal)
 
+    @classmethod
+    def of_texts(cls, checkpoint: Checkpoint, path: Path, args: Namespace) -> Self:
+        """Long texts, where they see less than everything. Raises DataError for shorter ones."""
+        return cls(*long_texts(checkpoint, str(path), args.window), None)
+
 
 def searched(
     checkpoint: Checkpoint, spaces: Sequence[Space], data: SearchData, scores: Scores, args: Namespace, trials: Path
@@ -208,6 +188,15 @@ def searched(
     return search_masks(plan, trials, progress=True)
 
 
+def _check_windows(args: Namespace) -> None:
+    """Raise InputError for options that a search for windows has no use for."""
+    names = ("attention", "mlp", "tokens", "held_out_tokens", "beam", "heal_aware", "tasks")
+    if args.window and (given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]):
+        raise InputError(f"{', '.join(given)} and --window exclude each other")
+    if args.window and args.kv_budget is None and args.requests is None and args.decode_speedup is None:
+        raise InputError("--window wants one of --kv-budget, --requests and --decode-speedup")
+
+
 def _check_finals(args: Namespace) -> None:
     """Raise InputError for options of tasks where there are none, or nothing that an engine could answer."""
     if args.tasks:
@@ -219,7 +208,7 @@ def _check_finals(args: Namespace) -> None:
 
 def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> list[Space]:
     """What the arguments ask to look among: so many attentions and MLPs, or as many as a goal takes by importance;
-    attentions of --fixed go in any case.
+    attentions of --fixed go in any case, and with --window some see less.
     """
     own, protect, mlps = checkpoint.mask, frozenset(args.protect), args.mlp
     if both := sorted(protect.intersection(args.fixed)):
@@ -236,7 +225,20 @@ def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: N
     candidates = Candidates(scores, start, protect)
     if goal(candidates.mask):
         raise MaskError(f"what is asked for is met by {candidates.mask.summary()}; nothing is left to search")
-    masks = mixes(candidates, goal, args.pipeline_parallel_size, mlps)
+    masks = mixes(candidates, goal, args.pipeline_parallel_size, 0 if args.window else mlps)
+    if args.window:
+        context = request_context(checkpoint, args.context)
+        space = StateSpace(
+            start,
+            len(masks[0].attention) - len(start.attention),
+            protect=protect,
+            stages=args.pipeline_parallel_size,
+            meets=goal,
+            window=args.window,
+            takers=frozenset(takers(checkpoint, args.window)),
+            stored=Sizes(checkpoint, context).request_bytes,
+        )
+        return [space]
     gone = [(len(mask.attention) - len(start.attention), len(mask.mlp) - len(start.mlp)) for mask in masks]
     return [Space(start, *counts, protect, args.pipeline_parallel_size, meets=goal) for counts in gone]
 
@@ -248,10 +250,12 @@ def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count
     return [*{mask.dropped: mask for mask in (found.mask, *asked_for)}.values()][:count]
 
 
-def _scores(checkpoint: Checkpoint, args: Namespace) -> Scores:
-    """As given, or on the answers that masks are chosen by."""
+def _scores(checkpoint: Checkpoint, data: SearchData, args: Namespace) -> Scores:
+    """As given, or on the answers or texts that masks are chosen by."""
     if args.scores is None:
-        learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
+        learnt = data.learnt
+        if not args.window:
+            learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
         return scored_or_kept("scores", checkpoint, learnt, args, args.out)
     scores = read_record(Scores, args.scores)
     check_scored(scores, checkpoint)

@@ -16,7 +16,7 @@ from llmdrop_vllm.data.answers import is_answers, load_answers
 from llmdrop_vllm.data.texts import Piece, check_text, dataset, embedded, file_pieces, in_pieces, json_lines
 from llmdrop_vllm.data.tokens import Calibration, TokenIds, load_tokenizer, vocab_size
 from llmdrop_vllm.embedded import held_out
-from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.errors import DataError, refusing
 
 EMBEDDED, HELD_OUT, DATASETS = "embedded", "held-out", "datasets"
 FILES = (".txt", ".jsonl", ".json")
@@ -48,7 +48,7 @@ def load_calibration(
     """
     context = checkpoint.context
     _check_sizes(samples, seq_len, seed, context)
-    try:
+    with refusing(f"{data} cannot be read", DataError):
         if (kind := _kind(data)) == ".jsonl" and is_answers(Path(data)):
             if seq_len:
                 raise DataError(f"{data} holds answers, which are used as they are: ask for no length")
@@ -62,8 +62,6 @@ def load_calibration(
             samples = samples or DEFAULT_SAMPLES
             least = 1 if fewer else samples
             sequences = [*_windows(_Encoder(checkpoint), kind, data, samples, seq_len, seed, least)]
-    except OSError as error:
-        raise DataError(f"{data} cannot be read: {error.strerror or error}") from None
     lengths = {len(sequence) for sequence in sequences}
     identity = DataIdentity(
         source=data,

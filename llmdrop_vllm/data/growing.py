@@ -3,14 +3,14 @@
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 from pydantic import ValidationError
 
 from llmdrop_vllm.artifacts import Provenance, Record
-from llmdrop_vllm.errors import DataError, OutputError
+from llmdrop_vllm.errors import DataError, OutputError, refusing
 
 
 class Header(Record):
@@ -124,10 +124,8 @@ def _open(path: Path, named: Path) -> Iterator[BinaryIO]:
 
 def read_grown(path: Path, header: type[H], kind: type[R], command: str) -> tuple[H, tuple[R, ...]]:
     """All of a file that a command wrote. Raises DataError naming the line that cannot be used."""
-    try:
+    with refusing(f"{path} cannot be read", DataError):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if not lines:
         raise DataError(f"{path} is empty; expected what `{command}` writes")
     first = _record(header, lines[0], path, 1, command)
@@ -155,9 +153,5 @@ def _hold(file: BinaryIO, path: Path) -> None:
         raise OutputError(f"{path} is in use: another process is writing into it")
 
 
-@contextmanager
-def _written(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; the same command goes on") from None
+def _written(path: str | Path) -> AbstractContextManager[None]:
+    return refusing(f"{path} cannot be written", then="; the same command goes on")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import from_json
 
-from llmdrop_vllm.errors import DataError
+from llmdrop_vllm.errors import DataError, refusing
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 ACCEPTED = 'a string, a list of messages, or an OpenAI request with "messages" or "prompt"'
@@ -69,13 +69,10 @@ Prompt = Chat | Completion
 def read_prompts(path: Path = PROMPTS) -> tuple[Prompt, ...]:
     """All of a file. Raises DataError naming the line that cannot be used."""
     found: list[Prompt] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line := line.removeprefix(codecs.BOM_UTF8).strip():
-                    found += _prompts(line, f"{path}, line {number}")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    with refusing(f"{path} cannot be read", DataError), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line := line.removeprefix(codecs.BOM_UTF8).strip():
+                found += _prompts(line, f"{path}, line {number}")
     if not found:
         raise DataError(f"{path} holds no prompt; expected one a line: {ACCEPTED}")
     return tuple(found)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
+from llmdrop_vllm.artifacts import Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import Answer, AnswersHeader
 from llmdrop_vllm.data.growing import growing
 from llmdrop_vllm.data.prompts import PROMPTS, Prompt, read_prompts
 from llmdrop_vllm.data.tokens import load_tokenizer, vocab_size
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.evaluation.engine import EngineSettings, Question, Reply, running
+from llmdrop_vllm.evaluation.engine import EngineSettings, Question, Reply, default_device, running
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,6 @@ class AnswersPlan:
     @property
     def header(self) -> AnswersHeader:
         """What the file begins with."""
-        import torch
-
         request = self.request
         return AnswersHeader(
             prompts="ours" if request.prompts == PROMPTS else str(request.prompts),
@@ -82,11 +80,7 @@ class AnswersPlan:
             seed=request.seed,
             held_out=request.held_out,
             engine_args=dict(self.settings.options),
-            provenance=Provenance(
-                model=ModelIdentity.of(self.checkpoint),
-                dtype=self.settings.dtype,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-            ),
+            provenance=Provenance.of(self.checkpoint, dtype=self.settings.dtype, device=default_device()),
         )
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import Provenance
 from llmdrop_vllm.data.growing import Header, appended
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
@@ -71,11 +71,10 @@ def decide(
 
 
 def _header(plan: Plan, harness: Harness, limit: int | None) -> FinalsHeader:
-    provenance = Provenance(model=ModelIdentity.of(plan.checkpoint), dtype=plan.settings.dtype)
     return FinalsHeader(
         tasks=harness.tasks,
         limit=limit,
         prompting=harness.prompting,
         start=plan.checkpoint.mask,
-        provenance=provenance,
+        provenance=Provenance.of(plan.checkpoint, dtype=plan.settings.dtype),
     )

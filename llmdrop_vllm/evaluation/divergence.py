@@ -13,6 +13,7 @@ from llmdrop_vllm import hf
 from llmdrop_vllm.artifacts import DataIdentity
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration, TokenIds
+from llmdrop_vllm.evaluation.engine import default_device
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -81,8 +82,7 @@ class Reference:
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hf.load(checkpoint.under(mask), dtype=getattr(torch, dtype)).to(device).eval()
+    return hf.load(checkpoint.under(mask), dtype=getattr(torch, dtype)).to(default_device()).eval()
 
 
 def _log_probabilities(model: Any, window: Window) -> torch.Tensor:

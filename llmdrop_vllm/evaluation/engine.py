@@ -53,9 +53,7 @@ class EngineSettings:
 
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
-        import torch
-
-        gpu = torch.cuda.is_available()
+        gpu = default_device() == "cuda"
         overrides = self.options.get("hf_overrides", {})
         # A mask that the checkpoint has already needs no override, whatever dialect says it.
         if mask.effect != checkpoint.mask.effect:
@@ -80,6 +78,13 @@ class EngineSettings:
             **self.options,
             "hf_overrides": overrides,
         }
+
+
+def default_device() -> str:
+    """Where vLLM, and whatever is told no other place, computes here."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

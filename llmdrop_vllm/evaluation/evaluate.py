@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import DataIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import load_calibration
@@ -110,10 +110,7 @@ def evaluate_checkpoint(
     `full` has the full model's weights, where the checkpoint lacks what the mask drops; without it there is no
     divergence then. Raises CheckpointError for one that is another model.
     """
-    if full is not None and _kind(full) != _kind(checkpoint):
-        raise CheckpointError(
-            f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
-        )
+    check_full(full, checkpoint)
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
     plan = Plan(checkpoint, settings, None, quality=True, harness=bool(measures.harness.tasks))
     # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
@@ -133,10 +130,18 @@ def evaluate_checkpoint(
         reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
         own = reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)
         quality = quality.model_copy(update={"divergence": own})
-    provenance = Provenance(model=ModelIdentity.of(checkpoint), data=measures.text.identity, dtype=settings.dtype)
+    provenance = Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype)
     record = healing_of(checkpoint.directory)
     healed = record.method if record else None
     return Evaluation(quality=quality, skipped=measures.harness.skipped, healed=healed, provenance=provenance), raw
+
+
+def check_full(full: Checkpoint | None, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for one that is another model."""
+    if full is not None and _kind(full) != _kind(checkpoint):
+        raise CheckpointError(
+            f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
+        )
 
 
 def _kind(checkpoint: Checkpoint) -> str:

@@ -45,6 +45,14 @@ class Sizes:
         whole, masked = (self._under(each).layout.token_values for each in (self.checkpoint.mask, mask))
         return float(masked / whole)
 
+    def request_share(self, mask: DropMask) -> float:
+        """Of KV cache for a request, once windows have passed what they do, in that of the checkpoint as it is."""
+        return self.request_bytes(mask) / self.request_bytes(self.checkpoint.mask)
+
+    def request_bytes(self, mask: DropMask) -> int:
+        """Of KV cache that vLLM keeps ready for a request."""
+        return self._request_bytes(self._under(mask), IN_FLIGHT_TOKENS)
+
     def requests(self, mask: DropMask, memory_bytes: int) -> float:
         """How many requests fit beside the weights."""
         masked = self._under(mask)
@@ -78,9 +86,10 @@ def wanted(
     decode_speedup: float | None = None,
     batch: int = 1,
     context: int | None = None,
+    windows: bool = False,
 ) -> Wanted | None:
     """What the one argument that is given asks for; None where none is. `decode_speedup` counts bytes, which bound
-    decoding, of a batch of requests of `context` tokens.
+    decoding, of a batch of requests of `context` tokens. With `windows` a share of the KV cache is that of a request.
 
     Raises InputError for more than one, and for more tokens than the model takes.
     """
@@ -88,6 +97,9 @@ def wanted(
     if len(asked) > 1:
         raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
     sizes = Sizes(checkpoint, request_context(checkpoint, context))
+    if kv_share is not None and windows:
+        text = f"the KV cache of a request of {sizes.context:,} tokens is {{:.0%}} of the full one"
+        return Wanted(sizes.request_share, kv_share, text, more_is_better=False)
     if kv_share is not None:
         text = "the KV cache is {:.0%} of the full one"
         return Wanted(sizes.kv_share, kv_share, text, more_is_better=False)

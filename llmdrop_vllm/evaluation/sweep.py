@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, hold, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.evaluation.answers import Answers, own_answers
@@ -73,9 +73,7 @@ class SweepPlan:
             request=self.request,
             series=self.series,
             base=mask_id(self.checkpoint.mask),
-            provenance=Provenance(
-                model=ModelIdentity.of(self.checkpoint), data=self.scores.provenance.data, dtype=self.settings.dtype
-            ),
+            provenance=Provenance.of(self.checkpoint, data=self.scores.provenance.data, dtype=self.settings.dtype),
         )
         if not out.exists():
             return fresh

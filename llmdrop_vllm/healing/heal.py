@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from llmdrop_vllm import __version__
 from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
@@ -26,6 +25,7 @@ from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
 from llmdrop_vllm.scoring.scoring import precision
+from llmdrop_vllm.versions import __version__
 
 DEFAULT = HealOptions()
 TEACHER_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -69,9 +69,9 @@ def healed(
             f"teacher {teacher.mask.summary()}: give both the same windows, or neither"
         )
     where, what = precision(student.checkpoint, device, dtype)
-    identities = tuple(ModelIdentity.of(each.checkpoint) for each in (student, teacher))
     values = [asdict(each) for each in (student.mask, teacher.mask, options)]
-    asked = [__version__, *(each.fingerprint for each in identities), data.identity.sha256, str(where), str(what)]
+    weights = [each.checkpoint.fingerprint for each in (student, teacher)]
+    asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         directory = scratch or Path(temporary) / "scratch"
         run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
@@ -80,60 +80,48 @@ def healed(
                 announce(run)
             if options.closed_form:
                 layers = run.layers(progress=progress)
-                found = Healed(run.tensors(), _record(run, data, layers, identities))
+                found = Healed(run.tensors(), _record(run, layers))
             else:
                 if not run.scratch.progress.layers:
                     run.scratch.save({})  # what has done nothing is thrown away by the run that goes on
                 before = healing_of(student.checkpoint.directory)  # which a training alone adds to
-                found = Healed({}, before or _record(run, data, (), identities))
+                found = Healed({}, before or _record(run, ()))
             if train is not None:
-                found = _trained(found, run, student, teacher, data, train, log_directory, progress=progress)
+                found = _trained(found, run, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
 
 
-def _record(
-    run: Run, data: Calibration, layers: tuple[HealedLayer, ...], identities: tuple[ModelIdentity, ...]
-) -> Healing:
+def _record(run: Run, layers: tuple[HealedLayer, ...]) -> Healing:
     counts = [0, 0]
     batches, stream = run.streams.batches, run.streams.student
     for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
         counts[judges] += len(each) - start
-    student, teacher = identities
-    dtype = str(stream.dtype).removeprefix("torch.")
     return Healing(
-        teacher=teacher,
+        teacher=ModelIdentity.of(run.teacher.checkpoint),
         tokens=counts[0],
         held_out_tokens=counts[1],
         layers=layers,
-        provenance=Provenance(model=student, data=data.identity, dtype=dtype, device=str(stream.device)),
+        provenance=Provenance.of(
+            run.student.checkpoint, data=run.data.identity, dtype=stream.dtype, device=stream.device
+        ),
     )
 
 
-def _trained(
-    closed: Healed,
-    run: Run,
-    student: MaskedCheckpoint,
-    teacher: MaskedCheckpoint,
-    data: Calibration,
-    train: TrainOptions,
-    log_directory: Path | None,
-    *,
-    progress: bool,
-) -> Healed:
+def _trained(closed: Healed, run: Run, train: TrainOptions, log_directory: Path | None, *, progress: bool) -> Healed:
     """After the closed form. One of the two models is in memory at a time."""
-    batches, directory = run.streams.batches, run.scratch.directory
+    student, batches, directory = run.student, run.streams.batches, run.scratch.directory
     dtype = run.streams.student.dtype
     at_once = TEACHER_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
     in_memory = replace(batches, tokens_per_chunk=at_once)  # of which there are logits, all at once
-    targets = teach(lambda: load_mended(teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
+    targets = teach(lambda: load_mended(run.teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
     # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
     held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32
     model = load_mended(student, closed.tensors, dtype=held)
     training, names = distill(
         model,
-        student.checkpoint.family,
-        student.mask,
+        run.family,
+        run.mask,
         batches,
         run.streams.held_out,
         targets,
@@ -147,5 +135,5 @@ def _trained(
     if training.kl_after < training.kl_before:
         trained = keep_mended(model, find_tensors(student.checkpoint, model), names, directory / "trained.safetensors")
         tensors, changed = tensors | trained, changed | trained.keys()
-    training = training.model_copy(update={"tensors": tuple(sorted(changed)), "data": data.identity})
+    training = training.model_copy(update={"tensors": tuple(sorted(changed)), "data": run.data.identity})
     return Healed(tensors, closed.record.model_copy(update={"training": training}))

@@ -1,6 +1,7 @@
 """Importance as healing sees it: how much of a sublayer's work is left undone once its neighbour was refitted."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llmdrop_vllm import __version__, hf
+from llmdrop_vllm import hf
 from llmdrop_vllm.artifacts import Scores, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
@@ -24,6 +25,7 @@ from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK, precision
 from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
+from llmdrop_vllm.versions import __version__
 
 KINDS = ("attention", "mlp")
 PASSES = 1 + 2  # of a layer, and of what is left of it without either sublayer
@@ -74,21 +76,21 @@ class _Run:
         held_out = held_out_sequences(data)
         self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
         asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]
+        asked += self.stream.cannot_go_on
         gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
         needed_bytes = 2 * self.batches.tokens * hidden.token_bytes
         self.scratch = Scratch(directory, sha256(["after healing", *asked, gone]), needed_bytes, SCRATCH_FILES)
 
     def layers(self, *, progress: bool) -> tuple[dict[str, Any], ...]:
         """Per layer, what is left without its attention and without its MLP."""
-        depth, done = self.mask.num_hidden_layers, len(self.scratch.progress.layers)
-        total, chunks = depth * PASSES * len(self.batches.chunks), self.batches.chunks
-        with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
-            bar.update(done * PASSES * len(chunks))
-            self.stream.embed(self.batches, None if done else self.streams.truth)
-            for index in range(done, depth):
-                bar.set_description(f"layer {index} of {depth}, after healing")
-                self.scratch.save(self._layer(index, bar))
-        return self.scratch.progress.layers
+        depth = self.mask.num_hidden_layers
+        titles = (f"layer {index} of {depth}, after healing" for index in range(depth))
+        steps = [(title, PASSES, partial(self._layer, index)) for index, title in enumerate(titles)]
+        with torch.no_grad():
+            return self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress)
+
+    def _embed(self, begins: bool) -> None:
+        self.stream.embed(self.batches, self.streams.truth if begins else None)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         with self.stream.layer(index) as layer:

@@ -16,6 +16,7 @@ from llmdrop_vllm.checkpoints.hf_weights import (
     find_tensors,
     is_converted,
     load_converted,
+    read_tensor,
 )
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 
@@ -25,7 +26,7 @@ def load_mended(masked: MaskedCheckpoint, tensors: Mapping[str, StoredTensor], *
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = hf.load(masked, dtype=dtype).to(device).eval()
     names = {stored.name: name for name, stored in find_tensors(masked.checkpoint, model).items()}
-    state = {names[name]: _read(stored).to(device) for name, stored in tensors.items()}
+    state = {names[name]: read_tensor(stored).to(device) for name, stored in tensors.items()}
     if is_converted(model):
         load_converted(model, state, device)
     else:
@@ -43,8 +44,3 @@ def keep_mended(
     }
     write_atomically(path, save(found))  # a run that goes on may read it
     return {tensor.name: tensor for tensor in stored_tensors(path)}
-
-
-def _read(stored: StoredTensor) -> torch.Tensor:
-    stored.read_into(buffer := bytearray(stored.num_bytes))
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)

@@ -9,10 +9,14 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.sublayer_tensors import in_dropped_sublayer
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.healing.records import healing_of
+from llmdrop_vllm.scoring.layers import check_stream
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where weights are quantized: a sum of products cannot be added to them."""
+    """Raise CheckpointError where weights are quantized, for a sum of products cannot be added to them, and as
+    `check_stream`.
+    """
+    check_stream(checkpoint)
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{checkpoint.directory} is quantized; heal in plain weights, and quantize what comes out"

@@ -59,4 +59,5 @@ def _by_descent(task: Task, parameters: Mapping[str, nn.Parameter], on_chunk: Ca
     for _ in task.streams.batches.chunks:
         on_chunk()
     columns = max(each.shape[-1] for each in parameters.values())
-    return Refit(error, columns, found.error_left, steps=found.steps) if found else Refit(error, columns)
+    steps, left = found or (None, 1.0)
+    return Refit(error, columns, left, steps=steps)

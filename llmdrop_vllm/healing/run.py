@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
@@ -87,7 +88,8 @@ class Run:
         directory: Path,
         asked: str,
     ) -> None:
-        self.options, self.family, self.mask = options, student.checkpoint.family, student.mask
+        self.student, self.teacher, self.data, self.options = student, teacher, data, options
+        self.family, self.mask = student.checkpoint.family, student.mask
         of_teacher, of_student = (
             LayerStream(each, device=device, dtype=dtype, attention=ATTENTION) for each in (teacher, student)
         )
@@ -104,7 +106,7 @@ class Run:
         self.units = units(*(_with_absent(each.mask, self.family) for each in (teacher, student)))
         self.steps = self._steps(self.units) if options.closed_form else []
         self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
-        self.scratch = Scratch(directory, asked, self.disk_bytes, SCRATCH_FILES)
+        self.scratch = Scratch(directory, sha256([asked, *of_student.cannot_go_on]), self.disk_bytes, SCRATCH_FILES)
 
     @property
     def lost(self) -> int:
@@ -120,19 +122,16 @@ class Run:
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""
-        done, chunks = len(self.scratch.progress.layers), len(self.chunks)
         self._go_on_with({name for each in self.scratch.progress.layers for name in each.get("tensors", ())})
-        total = sum(step.passes for step in self.steps) * chunks
-        with tqdm(total=total, unit="chunk", disable=not progress) as bar, torch.no_grad():
-            bar.update(sum(step.passes for step in self.steps[:done]) * chunks)
-            bar.set_description("embedding")
-            self.streams.teacher.embed(self.streams.batches, None if done else self.streams.truth)
-            self.streams.student.embed(self.streams.batches, None)
-            for step in self.steps[done:]:
-                bar.set_description(f"layer {step.layer} of {len(self.streams.student.layers)}")
-                self.scratch.save(step.do(bar))
-        found = [each for each in self.scratch.progress.layers if each]
-        return tuple(HealedLayer.model_validate(each, strict=False) for each in found)
+        depth = len(self.streams.student.layers)
+        steps = [(f"layer {step.layer} of {depth}", step.passes, step.do) for step in self.steps]
+        with torch.no_grad():
+            found = self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
+        return tuple(HealedLayer.model_validate(each, strict=False) for each in found if each)
+
+    def _embed(self, begins: bool) -> None:
+        self.streams.teacher.embed(self.streams.batches, self.streams.truth if begins else None)
+        self.streams.student.embed(self.streams.batches, None)
 
     def tensors(self) -> dict[str, StoredTensor]:
         """What has been changed, by the checkpoint's names."""
@@ -177,6 +176,7 @@ class Run:
 
     def _part(self, place: int, depth: int, _: "tqdm[Any]") -> dict[str, Any]:
         """The student's stream begins as the teacher's."""
+        self.streams.student.take_up(self.streams.teacher)
         for chunk in self.chunks:
             self.streams.mended.write(place, chunk, self.streams.truth.read(depth, chunk))
         return {}

@@ -44,7 +44,7 @@ class Streams:
         states = self.truth if stream is self.teacher else self.mended
         dtype = next((each.dtype for each in layer.parameters()), stream.dtype)
         hidden = states.read(at, chunk).to(self.device, dtype)
-        return stream.through(layer, index, hidden)
+        return stream.through(layer, index, chunk, hidden)
 
     def teach(self, layer: nn.Module, index: int, on_chunk: Callable[[], object]) -> None:
         """Take the teacher's stream through one of its layers."""

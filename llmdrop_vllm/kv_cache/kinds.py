@@ -1,6 +1,6 @@
 """What each layer's attention stores of the tokens it has seen, read from a config alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from llmdrop_vllm.masks.mask import layer_count
 from llmdrop_vllm.masks.stretches import STRETCH, span
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+SHARED = "shared"
 
 # Models with latent attention for which vLLM stores whole heads all the same.
 WHOLE_HEADS = frozenset({"minicpm3"})
@@ -34,8 +35,9 @@ class LayerKind:
 
     `name` is `full`, `compressed` (one latent vector stands for all keys and values), `sliding` (only the last `span`
     tokens are needed), `window` (the first stretch and a window of `span` tokens: `stretches`), `chunked` (tokens see
-    those of their chunk of `span`) or `none`. `values` are the numbers that a token takes, in the KV cache's dtype,
-    `state` those of a recurrent mixer's state, of which a request keeps `state_blocks`.
+    those of their chunk of `span`), `shared` (it reads what the layer `donor` keeps) or `none`. `values` are the
+    numbers that a token takes, in the KV cache's dtype, `state` those of a recurrent mixer's state, of which a request
+    keeps `state_blocks`.
     """
 
     name: str
@@ -43,10 +45,12 @@ class LayerKind:
     span: int | None = None
     state: int = 0
     state_blocks: int = 2
+    donor: int | None = None
 
     def __str__(self) -> str:
-        name = self.name if self.span is None else f"{self.name} {self.span}"
-        parts = (name if self.values else "", f"state {self.state}" if self.state else "")
+        number = self.span if self.donor is None else self.donor
+        name = self.name if number is None else f"{self.name} {number}"
+        parts = (name if "attention" in self.mixers else "", f"state {self.state}" if self.state else "")
         return " + ".join(filter(None, parts)) or self.name
 
     @classmethod
@@ -57,12 +61,20 @@ class LayerKind:
             state = int(last.removeprefix("state "))
             return replace(cls.parse(attention[0], values), state=state) if attention else cls(NO_MIXER, 0, state=state)
         name, _, span = text.partition(" ")
+        if name == SHARED:
+            return cls.of_donor(int(span))
         return cls(name, values, int(span) if span.isdecimal() else None)
+
+    @classmethod
+    def of_donor(cls, donor: int) -> Self:
+        """Of a layer that stores nothing and reads an earlier one's keys and values."""
+        return cls(SHARED, 0, donor=donor)
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """What mixes tokens in the layer: `attention`, `recurrent`, or both."""
-        return ("attention",) * bool(self.values) + ("recurrent",) * bool(self.state)
+        has_attention = bool(self.values) or self.donor is not None
+        return ("attention",) * has_attention + ("recurrent",) * bool(self.state)
 
     @property
     def parts(self) -> tuple[Self, ...]:
@@ -92,6 +104,15 @@ class LayerKind:
         return STRETCH + span(self.span) if self.name == "window" and self.span else self.span
 
 
+def readers(kinds: Sequence[LayerKind], kept_attention: Iterable[int]) -> dict[int, list[int]]:
+    """By layer whose keys and values others read, those of the kept attentions that do: without it they cannot be."""
+    found: dict[int, list[int]] = {}
+    for layer in kept_attention:
+        if (donor := kinds[layer].donor) is not None:
+            found.setdefault(donor, []).append(layer)
+    return found
+
+
 def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     """Per decoder layer, what its attention or recurrent mixer stores if it has any.
 
@@ -100,7 +121,13 @@ def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     """
     depth = layer_count(config)
     types = layer_types(config, depth) or [_usual_type(config)] * depth
-    return tuple(_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(depth))
+    # Of Gemma 3n and 4: so many layers read what the last one of their type before them keeps.
+    own = depth - (config.get("num_kv_shared_layers") or 0)
+    kinds = [_kind(_settings(config, layer, types[layer]), types[layer]) for layer in range(own)]
+    donors = {types[layer]: layer for layer in range(own)}
+    if lacking := {*types[own:depth]} - donors.keys():
+        raise CheckpointError(f"layers from {own} on read others' keys and values, and none before has {min(lacking)}")
+    return (*kinds, *(LayerKind.of_donor(donors[types[layer]]) for layer in range(own, depth)))
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -143,7 +143,7 @@ def _slots(kind: LayerKind) -> tuple[str, int | None]:
 
 
 def _group_size(counts: Sequence[int]) -> int:
-    """Layers per group for so many layers of each kind (vLLM 0.32, `_get_kv_cache_groups_uniform_page_size`)."""
+    """Layers per group for so many layers of each kind (vLLM's `_get_kv_cache_groups_uniform_page_size`)."""
     return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
 
 

@@ -1,6 +1,6 @@
 """What mixes tokens in each decoder layer of a hybrid, in whichever way its config says that."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,11 +40,7 @@ def layer_types(config: Mapping[str, Any], num_layers: int | None) -> tuple[str,
         if listed := config.get(key):
             if len(listed) < (num_layers or 0):
                 raise CheckpointError(f"{key} names {len(listed)} layers; the model has {num_layers}")
-            return _meanings(listed)
+            return tuple(MEANINGS.get(name, name) for name in listed)
     if rule := next((rule for key, rule in RULES.items() if config.get(key)), None):
         return tuple(rule(config, layer) for layer in range(num_layers)) if num_layers else None
     return None
-
-
-def _meanings(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(MEANINGS.get(name, name) for name in names)

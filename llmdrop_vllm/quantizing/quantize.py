@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record
+from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.data.tokens import Calibration
@@ -120,5 +120,5 @@ def _planned(plan: QuantizePlan, work: Path, report: dict[str, Any]) -> tuple[Su
         bytes_after=surgery.weight_bytes,
         versions=report["versions"],
         data=None if plan.calibration is None else plan.calibration.identity,
-        provenance=Provenance(model=ModelIdentity.of(source)),
+        provenance=Provenance.of(source),
     )

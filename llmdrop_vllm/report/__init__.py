@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import Scores, make_directory, write_atomically
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.evaluation.records import Evaluation, Sweep
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.search.trials import Searched
@@ -15,17 +16,18 @@ def write_report(
     out: Path,
     evaluations: Sequence[Evaluation] = (),
     searched: Searched | None = None,
+    compared: Comparison | None = None,
 ) -> list[Path]:
     """Write OUT/report.html and OUT/pictures/NAME.svg and .png, each whole or not at all, and say which.
 
     `scores` may be of several calibration sets, or none; `evaluations` are of the sweep's masks, healed; `searched` is
-    what a search judged. A picture that the records have nothing for is left out, the page says why, and an earlier
-    report's file of that name goes.
+    what a search judged, `compared` what was answered in full, dropped and healed. A picture that the records have
+    nothing for is left out, the page says why, and an earlier report's file of that name goes.
 
     Raises InputError for records that do not belong together and for a sweep without a point, OutputError for a place
     that cannot be written to.
     """
-    findings = Findings.of(sweep, scores, evaluations, searched)
+    findings = Findings.of(sweep, scores, evaluations, searched, compared)
     from llmdrop_vllm.report.page import render
     from llmdrop_vllm.report.pictures import Picture, draw
 

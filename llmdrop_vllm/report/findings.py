@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Series, Sweep, scores_id
 from llmdrop_vllm.masks.mask import DropMask
@@ -36,13 +37,14 @@ class Curve:
 class Findings:
     """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first;
     `mended` are what became of its masks by healing or search, as curves; `searched` is what a search
-    judged.
+    judged, `compared` what was answered in full, dropped and healed.
     """
 
     sweep: Sweep
     calibrations: Mapping[str, Scores]
     mended: Sequence[Curve] = ()
     searched: Searched | None = None
+    compared: Comparison | None = None
 
     @classmethod
     def of(
@@ -51,35 +53,29 @@ class Findings:
         scores: Sequence[Scores],
         evaluations: Sequence[Evaluation] = (),
         searched: Searched | None = None,
+        compared: Comparison | None = None,
     ) -> Self:
-        """Raises InputError for scores or a search of another model, for evaluations of masks that the sweep does not
-        have or with other measures, and for a sweep without a point.
+        """Raises InputError for scores, a search or answers of another model, for evaluations of masks that the sweep
+        does not have or with other measures, and for a sweep without a point.
         """
         depth = sweep.full.quality.mask.num_hidden_layers
         for name, each in zip(_names(scores), scores, strict=True):
             model = each.provenance.model
-            if model.fingerprint != sweep.request.fingerprint:
-                raise InputError(
-                    f"the scores on {name} are of {model.path} with the weights {model.fingerprint}; "
-                    f"the sweep is of {sweep.provenance.model.path} with the weights {sweep.request.fingerprint}"
-                )
+            _check_weights(sweep, f"the scores on {name} are of {model.path}", model.fingerprint)
             if each.num_hidden_layers != depth:
                 raise InputError(f"the scores on {name} are for {each.num_hidden_layers} layers, the sweep for {depth}")
         ordered = sorted(scores, key=lambda each: scores_id(each) != sweep.request.scores_sha256)
-        if (
-            searched is not None
-            and (model := searched.header.provenance.model).fingerprint != sweep.request.fingerprint
-        ):
-            raise InputError(
-                f"the search is of {model.path} with the weights {model.fingerprint}; "
-                f"the sweep is of {sweep.provenance.model.path} with the weights {sweep.request.fingerprint}"
-            )
+        if searched is not None:
+            model = searched.header.provenance.model
+            _check_weights(sweep, f"the search is of {model.path}", model.fingerprint)
+        if compared is not None:
+            _check_weights(sweep, "the answers are of a full model", compared.forms[0].fingerprint)
         mended = _mended(sweep, evaluations)
         if any("searched" in curve.series.name for curve in mended) and any(len({*each.kinds}) > 1 for each in scores):
             raise InputError(
                 "masks that the sweep does not have differ in KV cache where layers do; sweep them as well"
             )
-        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), mended, searched)
+        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), mended, searched, compared)
 
     @property
     def depth(self) -> int:
@@ -186,6 +182,15 @@ def _check_alike(point: Point, evaluation: Evaluation) -> None:
         raise InputError(
             f"the evaluation of {evaluation.provenance.model.path} was measured otherwise than the sweep ({where}); "
             "evaluate it with the sweep's own options"
+        )
+
+
+def _check_weights(sweep: Sweep, said: str, fingerprint: str) -> None:
+    """Raise InputError for what was measured of others."""
+    if fingerprint != (expected := sweep.request.fingerprint):
+        raise InputError(
+            f"{said} with the weights {fingerprint}; "
+            f"the sweep is of {sweep.provenance.model.path} with the weights {expected}"
         )
 
 

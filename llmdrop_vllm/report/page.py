@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmdrop_vllm.artifacts import DataIdentity, Provenance
 from llmdrop_vllm.evaluation.records import scores_id
+from llmdrop_vllm.report.answers import answers_section
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.pictures import LeftOut, Picture
 from llmdrop_vllm.report.summary import sentences
@@ -36,7 +37,9 @@ def render(findings: Findings, pictures: Sequence[Picture | LeftOut]) -> str:
             f'<section id="summary"><p class="lead">{escape(said)}</p>',
             verdicts_table(findings),
             *(f"<p>{escape(each)}</p>" for each in more),
-            '</section><section id="pictures"><h2>Pictures</h2>',
+            "</section>",
+            *([answers_section(findings.compared)] if findings.compared else []),
+            '<section id="pictures"><h2>Pictures</h2>',
             *(_figure(each) for each in pictures),
             '</section><section id="points"><h2>All points</h2>',
             '<p class="muted">Value ± standard error. Speedup: median, and range over rounds. Points lost are of the '

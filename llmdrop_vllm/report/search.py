@@ -16,6 +16,8 @@ def search(findings: Findings) -> tuple[Figure, str]:
     if not findings.searched.masks:
         raise NothingToShow("the search has judged no mask on all its answers yet")
     depth, masks = findings.depth, findings.searched.masks
+    if any({*mask.windows} - {*findings.searched.header.start.windows} for mask, _ in masks):
+        raise NothingToShow("the search was for windows too, and its masks are drawn by what is gone alone")
     judged = [(_gone(mask), kl) for mask, kl in masks]
     title = "What a search found among the masks that it judged"
     figure, (axes,) = panels(title, findings.model, 1, 1, (9.0, 5.0))

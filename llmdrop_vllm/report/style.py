@@ -76,6 +76,7 @@ LOOKS = (
     Look("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
     Look("#56B4E9", "P", (0, (3, 1))),
     Look(INK, "X", (0, (1, 1))),
+    Look("#7F5F2A", "*", (0, (6, 2))),  # beyond their palette's readable seven: a brown
 )
 LOOK_OF_WHAT: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
 

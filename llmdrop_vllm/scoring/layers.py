@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.dequantizing import dequantized
 from llmdrop_vllm.checkpoints.hf_weights import (
     TORCH_DTYPES,
@@ -24,7 +25,9 @@ from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
 from llmdrop_vllm.scoring.batches import Batches
-from llmdrop_vllm.scoring.scratch import HiddenStates
+from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+
+SHARED_STATES = "shared_kv_states"  # what Transformers' layers leave keys and values for later ones in
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
+def check_stream(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where layers hand on more than one residual stream."""
+    if (several := checkpoint.family.streams) is not None:
+        raise CheckpointError(
+            f"{checkpoint.directory} keeps several residual streams ({several}), and importance and healing are of "
+            "one; name layers yourself (`llmdrop apply --attention`), and see with `llmdrop evaluate` what they cost"
+        )
+
+
 class LayerStream:
     """The decoder of a checkpoint, without the mask's sublayers; Transformers' own code runs every part of it.
 
@@ -43,6 +55,7 @@ class LayerStream:
 
     def __init__(self, masked: MaskedCheckpoint, *, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         checkpoint = self.checkpoint = masked.checkpoint
+        check_stream(checkpoint)
         self.device, self.dtype = device, dtype
         config = transformers_config(masked)
         made = model_class(config)
@@ -59,8 +72,12 @@ class LayerStream:
         self.tensors = find_tensors(dequantized(checkpoint), self.model)
         self.is_converted = is_converted(self.model, self.tensors)
         self.buffers: dict[tuple[str, int], bytearray] = {}
-        self.hidden_size: int = config.get_text_config().hidden_size
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
+        text = config.get_text_config()
+        self.hidden_size: int = text.hidden_size
+        self.shares_keys = bool(getattr(text, "num_kv_shared_layers", None))
+        self.is_by_chunk = self.shares_keys or bool(getattr(text, "hidden_size_per_layer_input", None))
+        self.by_chunk: dict[Chunk, tuple[tuple[tuple[Any, ...], Any], ...]] = {}
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -80,13 +97,32 @@ class LayerStream:
     def embed(self, batches: Batches, into: HiddenStates | None) -> None:
         """Write the first layer's input; without a place for it, as in a run that goes on, learn only what the layers
         get beside it.
+
+        That is alike for chunks of one shape, but for inputs that some architectures give each layer of each token, and
+        keys and values that later layers read: these stay in memory for all tokens.
         """
         with self.embedding() as begin:
             for chunk in batches.chunks:
-                if into is not None or chunk.shape not in self.calls:
+                if into is not None or self.is_by_chunk or chunk.shape not in self.calls:
                     hidden = begin(batches.token_ids(chunk))
                     if into is not None:
                         into.write(0, chunk, hidden)
+                if self.is_by_chunk:
+                    calls = self.calls[chunk.shape]
+                    self.by_chunk[chunk] = tuple((call.args, call.kwargs.get(SHARED_STATES)) for call in calls)
+
+    def take_up(self, other: "LayerStream") -> None:
+        """Begin where another stream stands: with the keys and values that layers before have left for later ones."""
+        if self.shares_keys:
+            for chunk, ((_, shared), *_) in self.by_chunk.items():  # one for all layers
+                shared.update(other.by_chunk[chunk][0][1])
+
+    @property
+    def cannot_go_on(self) -> list[str]:
+        """For what identifies a run: makes it unlike any other where keys and values would be lost that it has in
+        memory only.
+        """
+        return [uuid4().hex] if self.shares_keys else []
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -105,11 +141,14 @@ class LayerStream:
         """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
         return self.calls[shape][index]
 
-    def through(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Layer `index`, which is in memory, run on [batch, tokens, hidden]; `begin` must have seen that shape."""
-        batch, tokens, _ = hidden.shape
-        call = self.call(index, (batch, tokens))
-        return first_of(layer(hidden, *call.args, **call.kwargs))
+    def through(self, layer: nn.Module, index: int, chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, which is in memory, run on a chunk's [batch, tokens, hidden]; `embed` must have seen it."""
+        call = self.call(index, chunk.shape)
+        args, kwargs = call.args, call.kwargs
+        if self.is_by_chunk:
+            args, shared = self.by_chunk[chunk][index]
+            kwargs = kwargs if shared is None else kwargs | {SHARED_STATES: shared}
+        return first_of(layer(hidden, *args, **kwargs))
 
     def _begin(self, token_ids: torch.Tensor) -> torch.Tensor:
         recorded: dict[int, tuple[torch.Tensor, LayerCall]] = {}

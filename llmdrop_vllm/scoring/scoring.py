@@ -6,9 +6,10 @@ was added (arXiv 2406.15786). One decoder layer is in memory at a time; all sequ
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llmdrop_vllm import __version__
 from llmdrop_vllm.artifacts import (
     AttentionDiagnostics,
     Diagnostics,
-    ModelIdentity,
     Provenance,
     Scores,
     Similarities,
@@ -39,6 +38,7 @@ from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream, first_of
 from llmdrop_vllm.scoring.scratch import GapHistory, HiddenStates, Scratch
 from llmdrop_vllm.scoring.similarity import ResidualSums
+from llmdrop_vllm.versions import __version__
 
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
 # depths stays below this size on disk.
@@ -103,24 +103,19 @@ class _Run:
             asdict(mask),
             str(device),
             str(dtype),
+            *self.stream.cannot_go_on,
         ]
         self.scratch = Scratch(directory, sha256(asked), needed_bytes, SCRATCH_FILES)
 
-    def layers(self, progress: bool) -> list[dict[str, Any]]:
-        """One result per layer; those that the scratch directory has already are not computed again."""
-        done = len(self.scratch.progress.layers)
-        num_layers = self.mask.num_hidden_layers
-        total = num_layers * len(self.chunks)
-        with (
-            tqdm(total=total, initial=done * len(self.chunks), unit="chunk", disable=not progress) as bar,
-            torch.inference_mode(),
-        ):
-            bar.set_description("embedding")
-            self.stream.embed(self.batches, None if done else self.hidden)
-            for index in range(done, num_layers):
-                bar.set_description(f"layer {index} of {num_layers}")
-                self.scratch.save(self._layer(index, bar))
-        return list(self.scratch.progress.layers)
+    def layers(self, progress: bool) -> tuple[dict[str, Any], ...]:
+        """One result per layer."""
+        depth = self.mask.num_hidden_layers
+        steps = [(f"layer {index} of {depth}", 1, partial(self._layer, index)) for index in range(depth)]
+        with torch.inference_mode():
+            return self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
+
+    def _embed(self, begins: bool) -> None:
+        self.stream.embed(self.batches, self.hidden if begins else None)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         sums, last = ResidualSums(), index == self.mask.num_hidden_layers - 1
@@ -133,8 +128,8 @@ class _Run:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
                 spans = self.batches.spans(chunk)
                 probe.tokens = min(span.stop for span in spans)
-                z = self.stream.through(layer, index, x)
-                sums.add(x, *inside(x, z), z, spans=spans)
+                z = self.stream.through(layer, index, chunk, x)
+                sums.add(x, *inside(x, z), spans=spans)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
                     self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
@@ -156,15 +151,16 @@ class _Run:
         self, layer: nn.Module, index: int
     ) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]]:
         """Within this context, the function given tells the streams inside the layer that just made its output of an
-        input.
+        input, and behind its sublayers.
 
         They are the stream between attention and MLP, which the MLP's norm or the MLP itself is called with; where both
-        run side by side, the input with what each of them adds.
+        run side by side, the input with what each of them adds. Behind them is the output, or what there was of it
+        before the layer added something else.
         """
         added: list[torch.Tensor] = []
         attention, mlp = self.family.mixer(index), self.family.mlp_of(index)
         if attention is None or mlp is None:  # the stream is the same before what the layer lacks and behind it
-            yield lambda x, z: [x if attention is None else z]
+            yield lambda x, z: [x if attention is None else z, z]
             return
         if self.family.parallel:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
@@ -177,13 +173,18 @@ class _Run:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
             if module is None:
                 raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
-            handles = [module.register_forward_pre_hook(lambda _m, args: added.append(args[0]))]
+            ends = (module, getattr(layer, self.family.then or "", None))
+            handles = [
+                each.register_forward_pre_hook(lambda _m, args: added.append(args[0]))
+                for each in ends
+                if each is not None
+            ]
 
-        def streams(x: torch.Tensor, _z: torch.Tensor) -> list[torch.Tensor]:
+        def streams(x: torch.Tensor, z: torch.Tensor) -> list[torch.Tensor]:
             # OPT's layer gives the MLP's norm all tokens in one row.
             found = [x + each if self.family.parallel else each.view_as(x) for each in added]
             added.clear()
-            return found
+            return found if len(found) == 2 and not self.family.parallel else [*found, z]
 
         try:
             yield streams
@@ -222,7 +223,7 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
+def _scores(layers: Sequence[dict[str, Any]], run: _Run) -> Scores:
     mask, num_layers = run.mask, run.mask.num_hidden_layers
     no_attention, no_mlp = run.family.absent(mask)
 
@@ -260,10 +261,7 @@ def _scores(layers: list[dict[str, Any]], run: _Run) -> Scores:
         kv_groups=tuple(map(str, run.kinds)),
         kv_values=tuple(kind.values for kind in run.kinds),
         dropped=mask,
-        provenance=Provenance(
-            model=ModelIdentity.of(run.checkpoint),
-            data=run.calibration.identity,
-            dtype=str(run.stream.dtype).removeprefix("torch."),
-            device=str(run.stream.device),
+        provenance=Provenance.of(
+            run.checkpoint, data=run.calibration.identity, dtype=run.stream.dtype, device=run.stream.device
         ),
     )

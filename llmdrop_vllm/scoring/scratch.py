@@ -6,7 +6,7 @@ system's page cache holds the files as far as memory is free.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import Record, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.shards import read_exactly
-from llmdrop_vllm.errors import InputError, OutputError
+from llmdrop_vllm.errors import InputError, OutputError, refusing
 
 # What a run leaves in its directory: whoever names one of their own must not lose what else is there.
 OWN_FILES = ("progress.json", ".progress.json.*.partial")
+
+# Title, passes of all chunks through a layer, and what does them and gives what is kept of it.
+Step = tuple[str, int, Callable[["tqdm[Any]"], dict[str, Any]]]
 
 
 class Progress(Record):
@@ -122,10 +126,8 @@ class Scratch:
     def __init__(self, directory: Path, run: str, needed_bytes: int, files: Sequence[str]) -> None:
         self.directory, self.state, self.files = directory, directory / "progress.json", (*files, *OWN_FILES)
         make_directory(directory)
-        try:
+        with refusing(f"{directory} cannot be used"):
             self.lock = hold(directory, "scoring or healing with it")
-        except OSError as error:
-            raise OutputError(f"{directory} cannot be used: {error.strerror}") from None
         self.progress = self._found(run)
         if not self.progress.layers:
             self._empty()
@@ -135,6 +137,20 @@ class Scratch:
                 raise OutputError(
                     f"{directory.parent} has {free_bytes:,} bytes free; the hidden states need {needed_bytes:,}"
                 )
+
+    def go_on(
+        self, steps: Sequence[Step], chunks: int, embed: Callable[[bool], object], *, progress: bool
+    ) -> tuple[dict[str, Any], ...]:
+        """What each step gave; those done are not done again. `embed` is told whether this is the beginning."""
+        done, passes = len(self.progress.layers), [each for _, each, _ in steps]
+        total, initial = sum(passes) * chunks, sum(passes[:done]) * chunks
+        with tqdm(total=total, initial=initial, unit="chunk", disable=not progress) as bar:
+            bar.set_description("embedding")
+            embed(not done)
+            for title, _, do in steps[done:]:
+                bar.set_description(title)
+                self.save(do(bar))
+        return self.progress.layers
 
     def save(self, layer: dict[str, Any]) -> None:
         """Record that a layer is done; its output must be on disk by now."""

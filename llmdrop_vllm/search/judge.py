@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.healing.targets import divergence, teach
@@ -53,8 +53,12 @@ class Judge:
     Raises CheckpointError for logits that are not finite.
     """
 
-    def __init__(self, weights: Weights, family: Family, mask: DropMask, answers: Calibration, directory: Path) -> None:
-        self.weights, self.family = weights, family
+    def __init__(
+        self, weights: Weights, checkpoint: Checkpoint, mask: DropMask, answers: Calibration, directory: Path
+    ) -> None:
+        self.weights, self.family = weights, checkpoint.family
+        # A layer that reads the keys of one before it needs that one computed, so no states are shared there.
+        self.shares_states = all(kind.donor is None for kind in checkpoint.decoder.kinds)
         self.batches = Batches.of(answers, TOKENS_PER_CHUNK)
         self.targets = teach(lambda: weights.model, self.batches, directory)
         self.tokens = np.array(answers.predicted)
@@ -100,7 +104,7 @@ class Judge:
         """Of the last so many positions, [batch, last, vocabulary]."""
         model = self.weights.model
         token_ids = self.batches.token_ids(chunk).to(model.device)
-        first = _first_difference(self.base, mask)
+        first = _first_difference(self.base, mask) if self.shares_states else 0
         if first and number not in self.states:
             self._keep(number, token_ids)
         begun = self._beginning(first, self.states[number][first]) if first else nullcontext()

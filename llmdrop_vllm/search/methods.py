@@ -1,12 +1,14 @@
 """Ways to look for a mask. Each gives what it stands at as it goes on, so that what is found is there at any time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import KINDS, Space
+from llmdrop_vllm.search.states import GONE, WINDOW, StateSpace
 from llmdrop_vllm.search.trials import Loss, Trials
 
 # Of the evolution: masks in a generation, and the share of the answers and of the masks of its first rounds.
@@ -44,6 +46,20 @@ def ranked_alone(space: Space, trials: Trials) -> list[tuple[str, int]]:
     return [each for each in gone if each not in started]
 
 
+def by_states(space: StateSpace, trials: Trials) -> Iterator[tuple[str, Iterator[Found]]]:
+    """Ways by what is lost where one attention alone is gone or sees a window: windows only, drops only, and both."""
+    choices = space.choices
+    alone = _judged(trials, space.start, (space.mask(dict([choice])) for choice in choices))
+    lost = dict(zip(choices, (each.loss.mean for each in alone), strict=True))
+    masks = {mask: {*space.states(mask).values()} for mask in space.by_losses(lost)}
+    for name, state in (("windows only", WINDOW), ("drops only", GONE)):
+        yield name, _judged(trials, space.start, (mask for mask, its in masks.items() if its == {state}))
+    both = _judged(trials, space.start, (mask for mask, its in masks.items() if its == {WINDOW, GONE}))
+    yield "least lost alone", accumulate(both, lambda *found: min(found, key=lambda each: each.loss.mean))
+    if (cheapest := space.cheapest(lost)) is not None:
+        yield "least lost for a byte", _judged(trials, space.start, [cheapest])
+
+
 def backward(space: Space, trials: Trials, start: DropMask) -> Iterator[Found]:
     """From more than was asked for, one sublayer back at a time: the one that is missed most."""
     mask = start
@@ -62,7 +78,7 @@ def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> 
     trials.judge.rebase(parent)
     while space.can_swap(best.mask):
         drawn = (space.swapped(best.mask, rng) for _ in range(OFFSPRING))
-        masks = list({each.dropped: each for each in drawn if space.allows(each)}.values())
+        masks = list({each.effect: each for each in drawn if space.allows(each)}.values())
         before = best
         for every, left in ROUNDS:
             losses = [trials.on_answers(each, every).mean for each in masks]
@@ -86,7 +102,7 @@ def _extended(space: Space, trials: Trials, masks: Sequence[DropMask]) -> list[F
     return list(seen.values())
 
 
-def _judged(trials: Trials, base: DropMask, masks: Iterator[DropMask]) -> Iterator[Found]:
+def _judged(trials: Trials, base: DropMask, masks: Iterable[DropMask]) -> Iterator[Found]:
     trials.judge.rebase(base)
     for mask in masks:
         yield Found(mask, trials.on_answers(mask))

@@ -6,13 +6,14 @@ from math import inf
 
 import torch
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores
+from llmdrop_vllm.artifacts import Provenance, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.search.space import KINDS, Space
+from llmdrop_vllm.search.states import StateSpace
 from llmdrop_vllm.search.trials import SearchHeader
 from llmdrop_vllm.selection.candidates import Candidates
 from llmdrop_vllm.selection.orders import LeastImportant
@@ -66,20 +67,26 @@ class SearchPlan:
     @property
     def header(self) -> SearchHeader:
         """What a file of trials must have been made with for this search to go on in it."""
-        identity = ModelIdentity.of(self.checkpoint)
         return SearchHeader(
             answers=self.answers.identity,
             tokens=self.answers.predicted,
             held_out=self.held_out.identity,
             to_heal=None if self.to_heal is None else self.to_heal.identity,
             start=self.checkpoint.mask,
-            provenance=Provenance(model=identity, dtype=self.dtype_name, device=str(self.device)),
+            provenance=Provenance.of(self.checkpoint, dtype=self.dtype, device=self.device),
         )
+
+    @property
+    def states(self) -> StateSpace | None:
+        """The space, where windows are looked for too."""
+        return self.space if isinstance(self.space, StateSpace) else None
 
     @property
     def first_by_cosine(self) -> list[DropMask]:
         """With one attention gone, two and so on; then with MLPs; the last is its whole mask."""
         whole, start = self.by_cosine, self.space.start
+        if self.states is not None:  # the others take long, and nobody asked for them
+            return [whole]
         found = [
             replace(whole, attention=whole.attention[:count], mlp=start.mlp)
             for count in range(len(start.attention) + 1, len(whole.attention) + 1)
@@ -113,6 +120,7 @@ def plan_search(
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
     where, what = precision(checkpoint, device, dtype)
+    spaces = [replace(each, donors=candidates.donors) for each in spaces]
     (space, by_cosine), *mixes = [with_cosine(each, candidates, checkpoint) for each in spaces]
     return SearchPlan(
         checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what, tuple(mixes)
@@ -127,7 +135,7 @@ def with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) ->
         if count := getattr(space, kind):
             candidates = candidates.without(Ranked(kind, count).pick(candidates).units)
     by_cosine, asked = candidates.mask, space.meets
-    if len({*candidates.scores.kinds}) == 1:
+    if len({*candidates.scores.kinds}) == 1 or isinstance(space, StateSpace):  # whose goal sees it
         return space, by_cosine
     most = checkpoint.under(by_cosine).layout.token_values
 

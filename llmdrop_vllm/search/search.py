@@ -17,7 +17,7 @@ from llmdrop_vllm.healing.mended import load_mended
 from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge, Weights
-from llmdrop_vllm.search.methods import Found, backward, evolve, forward, ranked_alone
+from llmdrop_vllm.search.methods import Found, backward, by_states, evolve, forward, ranked_alone
 from llmdrop_vllm.search.plan import SearchPlan
 from llmdrop_vllm.search.trials import EnoughError, Loss, Trial, Trials
 
@@ -44,7 +44,7 @@ def search(plan: SearchPlan, trials_file: Path, *, progress: bool = False) -> Ma
         for name, answers in (("answers", plan.answers), ("held-out", plan.held_out)):
             directory = Path(temporary) / name
             directory.mkdir()
-            judges.append(Judge(weights, plan.checkpoint.family, masked.mask, answers, directory))
+            judges.append(Judge(weights, plan.checkpoint, masked.mask, answers, directory))
         trials = Trials(judges[0], judges[1], file, plan.options.most, plan.options.seconds, bar.update)
         run = _Run(plan, trials, bar)
         with suppress(EnoughError):
@@ -76,6 +76,9 @@ class _Run:
         """The short ones first: where there is little time they are all that there is."""
         plan, trials = self.plan, self.trials
         self.bar.set_description("each sublayer alone")
+        if plan.states is not None:
+            yield from by_states(plan.states, trials)
+            return
         ranking = ranked_alone(plan.space, trials)
         alone = plan.space.more(ranking, 0)
         if plan.space.allows(alone):
@@ -105,6 +108,7 @@ class _Run:
                 name=name,
                 attention=mask.attention,
                 mlp=mask.mlp,
+                windows=tuple(sorted(dict({*mask.windows} - {*self.plan.space.start.windows}))),
                 kl=losses[name][0].mean,
                 held_out_kl=losses[name][1].mean,
                 held_out_interval=losses[name][1].interval(),
@@ -122,13 +126,10 @@ class _Run:
             heal_aware=plan.to_heal is not None,
             compared=compared,
         )
-        provenance = Provenance(
-            model=plan.header.provenance.model,
-            data=plan.answers.identity,
-            dtype=plan.dtype_name,
-            device=str(plan.device),
-        )
-        return MaskFile.of(self.finalists[best.name], f"search by KL on answers: {best.name}", provenance, evidence)
+        provenance = Provenance.of(plan.checkpoint, data=plan.answers.identity, dtype=plan.dtype, device=plan.device)
+        judged_by = "answers" if plan.states is None else "long texts"
+        method = f"search by KL on {judged_by}: {best.name}"
+        return MaskFile.of(self.finalists[best.name], method, provenance, evidence)
 
     def _losses(self, mask: DropMask) -> tuple[Loss, Loss]:
         """On both kinds of answers, once it is healed where that is asked."""
@@ -142,10 +143,9 @@ class _Run:
         found = None
         for found in way:
             self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", gone=len(found.mask.attention) + len(found.mask.mlp))
-        if found is None or not self.plan.space.is_whole(found.mask):
-            return None
-        self.finalists[name] = found.mask
-        return found
+            if self.plan.space.is_whole(found.mask):
+                self.finalists[name] = found.mask
+        return found if name in self.finalists else None
 
     def _evolve(self, parent: DropMask) -> None:
         """As long as held-out answers see it become better now and then."""

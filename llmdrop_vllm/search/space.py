@@ -15,8 +15,9 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class Space:
-    """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`; when that
-    many are gone, `meets` must accept the mask; `stages` attentions stay. Raises MaskError where too few may go.
+    """Masks that extend `start` by so many attention and MLP sublayers, none of them in a layer of `protect`, nor the
+    attention of `donors`; when that many are gone, `meets` must accept the mask; `stages` attentions stay. Raises
+    MaskError where too few may go.
     """
 
     start: DropMask
@@ -25,6 +26,7 @@ class Space:
     protect: frozenset[int] = frozenset()
     stages: int = 1  # of a pipeline: vLLM needs an attention in each
     meets: Callable[[DropMask], bool] = lambda _: True
+    donors: frozenset[int] = frozenset()  # of keys and values that other layers read
 
     def __post_init__(self) -> None:
         depth = self.start.num_hidden_layers
@@ -47,7 +49,7 @@ class Space:
 
     def free(self, mask: DropMask, kind: str) -> list[int]:
         """Layers whose sublayer of a kind a mask leaves, and that may go."""
-        gone = {*getattr(mask, kind), *self.protect}
+        gone = {*getattr(mask, kind), *self.protect, *(self.donors if kind == "attention" else ())}
         return [layer for layer in range(mask.num_hidden_layers) if layer not in gone]
 
     def is_whole(self, mask: DropMask) -> bool:

@@ -44,6 +44,7 @@ class Trial(Record):
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...] = ()
     mended: DropMask | None = None
     held_out: bool = False
     kl: dict[int, float]
@@ -87,7 +88,7 @@ class Searched:
         for each in trials:
             if not (each.held_out or each.mended):
                 known.setdefault(_key(each), {}).update(each.kl)
-                masks[_key(each)] = replace(header.start, attention=each.attention, mlp=each.mlp)
+                masks[_key(each)] = replace(header.start, attention=each.attention, mlp=each.mlp, windows=each.windows)
         tokens = np.array(header.tokens)
         whole = {key: kl for key, kl in known.items() if len(kl) == len(tokens)}
         means = {key: Loss(np.array([kl[n] for n in range(len(tokens))]), tokens).mean for key, kl in whole.items()}
@@ -129,7 +130,14 @@ class Trials:
         return self._loss(self.held_out, mask, 1, held_out=True, anyway=True)
 
     def _loss(self, judge: Judge, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
-        trial = Trial(attention=mask.attention, mlp=mask.mlp, mended=self.mended, held_out=held_out, kl={})
+        trial = Trial(
+            attention=mask.attention,
+            mlp=mask.mlp,
+            windows=mask.windows,
+            mended=self.mended,
+            held_out=held_out,
+            kl={},
+        )
         key, chunks = _key(trial), judge.batches.chunks
         kl = self.known.setdefault(key, {})
         numbers = range(0, len(chunks), every)
@@ -149,4 +157,5 @@ class Trials:
 
 def _key(trial: Trial) -> tuple[object, ...]:
     """Masks that drop the same in another order are one."""
-    return trial.held_out, trial.mended and trial.mended.dropped, frozenset(trial.attention), frozenset(trial.mlp)
+    gone = frozenset(trial.attention), frozenset(trial.mlp)
+    return trial.held_out, trial.mended and trial.mended.dropped, *gone, trial.windows

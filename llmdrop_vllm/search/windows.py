@@ -6,7 +6,7 @@ windowed already gave nothing more, nor did texts that hide numbers (benchmarks/
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,14 +15,15 @@ import torch
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record
+from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.growing import Growing, Header, appended
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import DataError, MaskError
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.judge import Judge, Weights
+from llmdrop_vllm.search.states import takers, windowed
 from llmdrop_vllm.search.trials import Loss
 
 EVENLY, ALONE = "evenly spread", "least lost alone"
@@ -62,38 +63,14 @@ class WindowsPlan:
     device: torch.device
     dtype: torch.dtype
 
-    def __post_init__(self) -> None:
-        seen = max(self._seen(layer) for layer in self.layers)
-        for name in ("texts", "held_out"):
-            data = getattr(self, name)
-            if (shortest := min(map(len, data.sequences))) <= seen + 1:
-                raise DataError(
-                    f"texts of {shortest} tokens see everything under windows of {self.window}; take longer"
-                )
-            # Tokens that see all that the full model sees tell nothing.
-            object.__setattr__(self, name, replace(data, starts=(seen,) * len(data.sequences)))
-
     @cached_property
     def layers(self) -> list[int]:
-        """Those that take the window and have none of the mask's. Raises MaskError where there is none."""
-        found, refused = [], MaskError("no layer has attention that takes a window")
-        mask = self.checkpoint.mask
-        for layer in mask.kept_attention:
-            try:
-                self.checkpoint.under(self.mask([layer]))
-            except MaskError as error:
-                refused = error
-            else:
-                found.append(layer)
-        if not found:
-            raise refused
-        return [layer for layer in found if layer not in dict(mask.windows)]
+        """Those that may have one. Raises MaskError where there is none."""
+        return takers(self.checkpoint, self.window)
 
     def mask(self, layers: Sequence[int]) -> DropMask:
         """The checkpoint's, with windows there beside those that it has."""
-        mask = self.checkpoint.mask
-        windows = dict(mask.windows) | dict.fromkeys(layers, self.window)
-        return replace(mask, windows=tuple(windows.items()))
+        return windowed(self.checkpoint.mask, layers, self.window)
 
     def first_that_is_enough(self, ranking: Sequence[int]) -> list[int]:
         """The fewest of the first layers. Raises MaskError where all of them do not suffice."""
@@ -101,12 +78,6 @@ class WindowsPlan:
             if self.enough(self.mask(ranking[:count])):
                 return [*ranking[:count]]
         raise MaskError(f"windows in all {len(ranking)} layers that take one are not enough; ask for less")
-
-    def _seen(self, layer: int) -> int:
-        """The tokens of a text that all see everything."""
-        mask = self.mask([layer])
-        kinds = dict(zip(mask.kept_attention, self.checkpoint.decoder.layout(mask).kinds, strict=True))
-        return kinds[layer].seen_in_full or 0
 
 
 def choose_windows(plan: WindowsPlan, trials_file: Path, *, progress: bool = False) -> MaskFile:
@@ -198,11 +169,9 @@ class _Judges:
             directory.mkdir()
             plan = self.plan
             data = plan.held_out if held_out else plan.texts
-            self.made[held_out] = Judge(self.weights, plan.checkpoint.family, plan.checkpoint.mask, data, directory)
+            self.made[held_out] = Judge(self.weights, plan.checkpoint, plan.checkpoint.mask, data, directory)
         return self.made[held_out]
 
 
 def _provenance(plan: WindowsPlan) -> Provenance:
-    dtype = str(plan.dtype).removeprefix("torch.")
-    model = ModelIdentity.of(plan.checkpoint)
-    return Provenance(model=model, data=plan.texts.identity, dtype=dtype, device=str(plan.device))
+    return Provenance.of(plan.checkpoint, data=plan.texts.identity, dtype=plan.dtype, device=plan.device)

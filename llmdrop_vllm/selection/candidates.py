@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.kv_cache.kinds import LayerKind
+from llmdrop_vllm.kv_cache.kinds import LayerKind, readers
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 from llmdrop_vllm.masks.dialects import is_int
-from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask, ranges
 
 Kind = Literal["attention", "mlp", "blocks", "joint"]
 Mixers = Literal["all", "attention", "recurrent"]
@@ -56,12 +56,18 @@ class Candidates:
         if kind == "blocks":
             return [
                 Unit(layer, layer in attention, layer in mlp, similarity.block[layer])
-                for layer in sorted(attention.keys() | mlp.keys())
+                for layer in sorted((attention.keys() | mlp.keys()) - self.donors)
             ]
         return [*(attention.values() if kind != "mlp" else ()), *(mlp.values() if kind != "attention" else ())]
 
+    @property
+    def donors(self) -> frozenset[int]:
+        """Layers whose keys and values others read, which their attention must stay for."""
+        return frozenset(readers(self.scores.kinds, self.mask.kept_attention))
+
     def _sublayers(self, similarities: Sequence[float | None], attention: bool) -> list[Unit]:
         gone = self.protect.union(self.mask.attention if attention else self.mask.mlp)
+        gone |= self.donors if attention else set()
         if attention and self.mixers != "all":
             gone |= {layer for layer, kind in enumerate(self.scores.kinds) if self.mixers not in kind.mixers}
         return [
@@ -113,4 +119,5 @@ class Candidates:
         """How many can be dropped and why: `31 attention sublayers can be dropped (32 layers; one attention stays)`."""
         already = self.mask.summary() if self.mask else f"{self.mask.num_hidden_layers} layers"
         protected = f"; protected: {', '.join(map(str, sorted(self.protect)))}" if self.protect else ""
+        protected += f"; read by other layers: {ranges(self.donors)}" if self.donors else ""
         return f"{available} {NOUNS[key]} can be dropped ({already}{protected}; vLLM needs one attention sublayer)"

@@ -125,11 +125,12 @@ class KVBudget:
         return f"attention by importance until the KV cache is {_percent(self.share)}"
 
     def pick(self, candidates: Candidates) -> Picked:
-        """The smallest number of drops that meets the budget: more of them may be stored in more layers. Recurrent
-        mixers store nothing of a token, so none goes.
+        """The smallest number of drops that meets the budget: more of them may be stored in more layers. What stores
+        nothing of a token stays: recurrent mixers, and attention that reads another layer's keys and values.
         """
-        candidates = replace(candidates, mixers="attention")
         kinds = candidates.scores.kinds
+        readers = {layer for layer, kind in enumerate(kinds) if kind.donor is not None}
+        candidates = replace(candidates, mixers="attention", protect=candidates.protect | readers)
         full = kv_layout(kinds).token_values
         most = candidates.available(candidates.units("attention"))
         smallest = full

@@ -1,7 +1,5 @@
 """What happens when vLLM reads a config, before any worker starts: a mask is checked and planned for."""
 
-import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask, config_dict
 from llmdrop_vllm.serving.drafts import check_what_it_reads, is_draft_head
 from llmdrop_vllm.serving.kv_stores import check_stores
-from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
+from llmdrop_vllm.serving.stages import plan_stages
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 MODELS_MODULE = "llmdrop_vllm.serving.models"
 BACKEND_MODULE = "vllm.model_executor.models.transformers"
-# vLLM's way to set the stages, and our note of what we put there: a partition of ours must not outlive its engine.
-PARTITION, OUR_PARTITION = "VLLM_PP_LAYER_PARTITION", "LLMDROP_PP_LAYER_PARTITION"
 SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
 
 
@@ -59,7 +55,7 @@ class ConfigHook:
             decoder = checked_decoder(self.architecture, vllm_config.model_config)
             if decoder is not None and decoder.mask:
                 check_stores(vllm_config)
-            _set_partition(decoder, vllm_config)
+            plan_stages(decoder, vllm_config)
             _prepare_model(vllm_config.model_config, vllm_config)
             draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
             if draft is not None and is_draft_head(draft.architecture):
@@ -204,46 +200,3 @@ def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> No
     directory = Path(model_config.model)
     if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
         check_complete(directory, decoder.family, decoder.mask)
-
-
-def _set_partition(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
-    """Set the pipeline stages for a mask, or check those that the user has set."""
-    ours = os.environ.pop(OUR_PARTITION, None)
-    if ours is not None and os.environ.get(PARTITION) == ours:
-        del os.environ[PARTITION]
-    num_stages = vllm_config.parallel_config.pipeline_parallel_size
-    if decoder is None or not decoder.mask or num_stages == 1:
-        return
-    mask = decoder.mask
-    plan = partition(mask, num_stages, _layer_cost(decoder, vllm_config), _stage_memory_bytes(vllm_config))
-    if users := os.environ.get(PARTITION):
-        sizes = [int(size) for size in users.split(",")]
-        attention = stage_attention(mask, sizes, decoder.kinds)
-        if 0 in attention:
-            raise MaskError(
-                f"{PARTITION}={users} leaves stage {attention.index(0)} without attention, which vLLM cannot run; "
-                f"unset it or use {','.join(map(str, plan))}"
-            )
-        return
-    os.environ[PARTITION] = os.environ[OUR_PARTITION] = ",".join(map(str, plan))
-
-
-def _layer_cost(decoder: Decoder, vllm_config: "VllmConfig") -> LayerCost:
-    """From the config's widths; a quantized weight is taken as one byte."""
-    model = vllm_config.model_config
-    config = model.hf_text_config
-    itemsize = model.dtype.itemsize if model.quantization is None else 1
-    heads = 2 * config.num_attention_heads + 2 * model.get_total_num_kv_heads()
-    scale = itemsize * config.hidden_size / vllm_config.parallel_config.tensor_parallel_size
-    widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
-    intermediate_size = next(filter(None, widths), 4 * config.hidden_size)
-    return LayerCost(scale * heads * model.get_head_size(), scale * 3 * intermediate_size, decoder.kinds)
-
-
-def _stage_memory_bytes(vllm_config: "VllmConfig") -> float:
-    """What a stage has for weights and KV cache together; infinite where the KV cache's size was set by itself."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() or vllm_config.cache_config.kv_cache_memory_bytes is not None:
-        return math.inf
-    return current_platform.get_device_total_memory() * vllm_config.cache_config.gpu_memory_utilization

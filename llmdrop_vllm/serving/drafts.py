@@ -1,7 +1,7 @@
 """Drafts of a model with a mask: what stands in its own checkpoint, as MTP layers do, and heads made for it."""
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config.speculative import SpeculativeConfig
 from vllm.model_executor.models.registry import _SPECULATIVE_DECODING_MODELS
@@ -39,10 +39,16 @@ def check_what_it_reads(draft: "ModelConfig", decoder: Decoder) -> None:
         )
 
 
-def draft_config(config: "PretrainedConfig") -> "PretrainedConfig":
+def draft_config(
+    config: "PretrainedConfig", transformers_mtp_overrides: dict[str, Any] | None = None
+) -> "PretrainedConfig":
     """What vLLM's own makes of a draft's config: MTP layers are drafts of their own, which it finds by the name of the
     architecture. Under our name it must find them too; without them, such a checkpoint drafts as a whole.
+
+    transformers_mtp_overrides: by which vLLM 0.33 names the MTP layers of a model in the Transformers backend.
     """
+    if transformers_mtp_overrides is not None:
+        return STOCK_DRAFT_CONFIG(config, transformers_mtp_overrides)
     (name, *_) = config.architectures or [""]
     if not name.startswith(EXPLICIT_PREFIX):
         return STOCK_DRAFT_CONFIG(config)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import isfunction
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,7 @@ class Dropping:
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
     replaced: set[tuple[int, str]] = field(default_factory=set)
     windowed: dict[int, Attention] = field(default_factory=dict)
+    forgotten: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
@@ -92,17 +94,19 @@ class Dropping:
                 setattr(layer, name, assigned)
 
     def forget(self, module: nn.Module) -> None:
-        """Give back a dropped module's KV cache entry and its weights.
+        """Give back a dropped module's weights, and note its KV cache entry.
 
         vLLM gives KV cache to every layer in the static forward context, where recurrent ones stand under names that
-        they do not know, and may find experts by counting those in a list. The storage is freed by hand because modules
-        with reference cycles would otherwise hold it until the garbage collector runs.
+        they do not know, and may find experts by counting those in a list. Until the model is built, layers that read
+        another's keys and values look for that one there. The storage is freed by hand because modules with reference
+        cycles would otherwise hold it until the garbage collector runs.
         """
         compilation = self.vllm_config.compilation_config
         context, experts = compilation.static_forward_context, compilation.static_all_moe_layers
         parts = {*module.modules()}
         for name in [name for name, layer in context.items() if layer in parts]:
-            self.dropped += self._stored([context.pop(name)])
+            self.dropped += self._stored([context[name]])
+            self.forgotten.append(name)
             if name in experts:
                 experts.remove(name)
         for parameter in module.parameters():
@@ -122,7 +126,8 @@ class Dropping:
         several = len(sublayer.vllm_modules) > 1
         module = ZeroSublayer if sublayer.pre_norm is None or several else DroppedSublayer
         found: Substitutes = dict.fromkeys(
-            (sublayer.vllm_module, *sublayer.also), partial(module, sublayer.vllm_tuple, sublayer.vllm_fills)
+            (sublayer.vllm_module, *sublayer.also, *dict(sublayer.inner)),
+            partial(module, sublayer.vllm_tuple, sublayer.vllm_fills),
         )
         found |= {name: partial(ZeroSublayer, tuple_length) for name, tuple_length in sublayer.vllm_parts}
         if sublayer.pre_norm is not None:
@@ -132,7 +137,11 @@ class Dropping:
         return found
 
     def finish(self, model: nn.Module) -> None:
-        """Raise SubstitutionError unless this rank built its layers and replaced all that the mask asks for there."""
+        """Give back the KV cache of what is gone. Raise SubstitutionError unless this rank built its layers and
+        replaced all that the mask asks for there.
+        """
+        for name in self.forgotten:
+            self.vllm_config.compilation_config.static_forward_context.pop(name)
         stage = self.stage_layers()
         built = set(self.layer_index.values())
         expected = {
@@ -176,6 +185,8 @@ class Dropping:
     def _stored(self, modules: Iterable[nn.Module]) -> Stored:
         stored = Stored()
         for module in modules:
+            if getattr(module, "kv_sharing_target_layer_name", None) is not None:  # it stores nothing
+                continue
             if isinstance(module, AttentionLayerBase) and (spec := module.get_kv_cache_spec(self.vllm_config)):
                 if isinstance(spec, MambaSpec):
                     stored += Stored(per_request=spec.state_content_size_bytes)
@@ -196,13 +207,15 @@ def dropping(hook: Dropping) -> Iterator[Dropping]:
 
 
 def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
-    """With the plain attributes and empty parts of what it stands for.
+    """With the plain attributes, methods and empty parts of what it stands for.
 
     Constructors look into sublayers: Ernie's into each attention for its rotary embedding, those of mixtures of experts
-    into an MLP for its number of experts, Plamo's into a norm for the weight that it gives a loader.
+    into an MLP for its number of experts, Plamo's into a norm for the weight that it gives a loader, Gemma 4's into a
+    router for the method that it gives the experts.
     """
-    for name, value in vars(module).items():
-        if isinstance(value, int | float | str) and not hasattr(stand_in, name):
+    methods = {name: getattr(module, name) for name, value in vars(type(module)).items() if isfunction(value)}
+    for name, value in {**vars(module), **methods}.items():
+        if (name in methods or isinstance(value, int | float | str)) and not hasattr(stand_in, name):
             setattr(stand_in, name, value)
     for name, _ in module.named_children():
         stand_in.add_module(name, PPMissingLayer())

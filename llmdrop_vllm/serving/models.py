@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
+from llmdrop_vllm.serving.agreement import agree
 from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping
 from llmdrop_vllm.serving.weights import (
@@ -64,6 +65,7 @@ class Droppable(nn.Module):
         decoder = None if _building.get() else Decoder.of_masked(config, self.architecture)
         if not _building.get():
             self.source = Source(vllm_config.model_config, self.architecture, decoder)
+            agree(decoder, vllm_config)
         if decoder is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             forget_missing_layers(self)
@@ -94,7 +96,8 @@ class Droppable(nn.Module):
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do
         seen: set[str] = set()
         loaded: set[str] = super().load_weights(_recorded(weights, seen))
-        check_all_loaded(self, loaded, seen, quantized=self.quantized)
+        without_values = self.dropping.decoder.keys_are_values if self.dropping is not None else ()
+        check_all_loaded(self, loaded, seen, quantized=self.quantized, without_values=without_values)
         return loaded
 
 
@@ -114,9 +117,9 @@ def _recorded(weights: "Iterable[tuple[str, torch.Tensor]]", seen: set[str]) -> 
 
 
 def _log(dropped: Dropping) -> None:
-    """One line per model, from the first rank of each pipeline stage, whose share of the layers it then names."""
+    """One line per model, from the first rank on each node and of each pipeline stage, whose layers it then names."""
     tp, pp = get_tp_group(), get_pp_group()
-    if tp.rank_in_group != 0:
+    if tp.rank_in_group != 0 and tp.local_rank != 0:
         return
     ranks = f" on each of {tp.world_size} ranks" if tp.world_size > 1 else ""
     layers = sorted(dropped.layer_index.values())

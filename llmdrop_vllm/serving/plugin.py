@@ -1,6 +1,10 @@
 """Where this package meets vLLM's registries: model classes by architecture, and hooks that see a config first."""
 
+import multiprocessing
+
 import torch
+import vllm
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
@@ -10,6 +14,9 @@ from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
 from llmdrop_vllm.serving.drafts import know_our_names
 from llmdrop_vllm.serving.nemotron_nas import register_config
+from llmdrop_vllm.versions import TESTED_VLLM, was_tested
+
+logger = init_logger("vllm.llmdrop")
 
 
 def register_with_vllm() -> None:
@@ -21,6 +28,7 @@ def register_with_vllm() -> None:
         # vLLM's attention for CPUs uses AMX tiles without having asked Linux for them. A first prompt that is so short
         # that nothing else has asked before would end the engine with an illegal instruction.
         torch.cpu._init_amx()
+    warn_if_untested(vllm.__version__)
     register_config()
     know_our_names()
     for architecture in (*BY_ARCHITECTURE, *WRAPPERS):
@@ -37,3 +45,14 @@ def register_with_vllm() -> None:
             inner = MODELS_CONFIG_MAP.get(architecture.removeprefix(EXPLICIT_PREFIX))
             inner = inner.inner if isinstance(inner, ConfigHook) else inner
             MODELS_CONFIG_MAP[architecture] = ConfigHook(architecture, inner)
+
+
+def warn_if_untested(version: str) -> None:
+    """One line, by the process that starts the others, for a vLLM whose internals may have moved."""
+    if not was_tested(version) and multiprocessing.parent_process() is None:
+        logger.warning_once(
+            "llmdrop-vllm was tested with vLLM %s, and this is %s: `llmdrop doctor` says whether what it touches is "
+            "still there, and `make canary` in its sources runs the tests of that",
+            " and ".join(TESTED_VLLM),
+            version,
+        )

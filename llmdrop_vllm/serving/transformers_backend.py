@@ -39,7 +39,7 @@ class BackendDropping(Dropping):
     def substitutes_of(self, sublayer: Sublayer) -> Substitutes:
         """As `Dropping.substitutes_of`, by the names in Transformers' decoder layer."""
         module = DroppedBackendAttention if sublayer is self.family.attention else ZeroSublayer
-        names = (sublayer.transformers_module, *sublayer.also)
+        names = (sublayer.transformers_module, *sublayer.also, *dict(sublayer.inner))
         parts: Substitutes = dict.fromkeys(names, partial(module, sublayer.transformers_tuple))
         return parts | dict.fromkeys(sublayer.norms, DroppedPostNorm)
 

@@ -1,7 +1,7 @@
 """Weights and a mask: what must have been loaded, and which adapter weights have nowhere to go."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -90,12 +90,15 @@ def without_dropped(
     return ((name, tensor) for name, tensor in weights if not name.startswith(gone) and (layer_in(name) or 0) < depth)
 
 
-def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool) -> None:
+def check_all_loaded(
+    model: nn.Module, loaded: set[str], seen: set[str], *, quantized: bool, without_values: Collection[int] = ()
+) -> None:
     """Raise ValueError naming the weights of kept sublayers that the checkpoint lacked.
 
     loaded: parameter names that the stock class says it filled; seen: tensor names that the checkpoint gave. vLLM's own
     check exempts linear layers, and counts a merged parameter (q, k and v in one) as loaded once one part was there.
-    A quantized model's parameters are not its checkpoint's tensors, so only the merged ones are checked there.
+    A quantized model's parameters are not its checkpoint's tensors, so only the merged ones are checked there. Layers
+    `without_values` have the keys' projection for them.
     """
     missing: set[str] = set()
     if not quantized:
@@ -113,6 +116,8 @@ def check_all_loaded(model: nn.Module, loaded: set[str], seen: set[str], *, quan
             if f".{part}." in name:
                 given = {name.replace(f".{part}.", f".{source}.") for source in sources}
                 # Where no part is known by its stock name, the checkpoint has other names or the merged tensor itself.
+                if layer_in(name) in without_values:
+                    given = {each for each in given if ".v_proj." not in each}
                 if given & seen:
                     missing |= given - seen
     if missing:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from llmdrop_vllm.architectures.names import BEFORE_LAYER, layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
-from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.tower import completed
@@ -107,8 +107,7 @@ class Renumbering:
         for name in QUANTIZERS_FILES:
             if (path := source.directory / name).is_file():
                 found[name] = self.names_in(json.loads(path.read_bytes()))
-        provenance = Provenance(model=ModelIdentity.of(source))
-        return found | {RENUMBERED_FILE: {"layers": [*self.kept], "provenance": provenance.model_dump()}}
+        return found | {RENUMBERED_FILE: {"layers": [*self.kept], "provenance": Provenance.of(source).model_dump()}}
 
     def mask(self, mask: DropMask) -> DropMask:
         """What is left of a mask for the layers that stay."""

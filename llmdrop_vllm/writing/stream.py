@@ -1,7 +1,6 @@
 """Weight files written from others', a small buffer at a time, looking for NaN in what passes through."""
 
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdrop_vllm.checkpoints.shards import StoredTensor, read_exactly
+from llmdrop_vllm.checkpoints.shards import StoredTensor, dtype_bits, read_exactly
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.writing.plan import OutputShard
 
@@ -42,7 +41,7 @@ def write_shard(shard: OutputShard, path: Path, zeroed: Set[str], progress: Prog
     """
     # Large types first, as the safetensors library does: every tensor is aligned to its type, and no buffer ends inside
     # a number. Among equals the order stays, so that long runs are read at once.
-    tensors = sorted(shard.tensors, key=lambda tensor: -_bits(tensor.dtype))
+    tensors = sorted(shard.tensors, key=lambda tensor: -dtype_bits(tensor.dtype))
     with ExitStack() as stack, path.open("xb") as out, ThreadPoolExecutor(max_workers=1) as reader:
         sources = {each: stack.enter_context(each.open("rb")) for each in {tensor.path for tensor in tensors}}
         out.write(header(tensors, shard.metadata))
@@ -73,11 +72,6 @@ def holds_nan(dtype: str, view: memoryview) -> bool:
     sign_bit = 1 << (8 * values.itemsize - 1)
     # Two maxima of integers: no temporary array, and faster than the memory.
     return bool(values.max() > infinity or values.view(f"u{values.itemsize}").max() > sign_bit + infinity)
-
-
-def _bits(dtype: str) -> int:
-    """Of one number: the safetensors names say it (BF16, F8_E4M3), but for BOOL, which takes a byte."""
-    return int((re.findall(r"\d+", dtype) or ["8"])[0])
 
 
 def _contents(

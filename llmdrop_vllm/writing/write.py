@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmdrop_vllm.artifacts import Record, write_record
-from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.errors import OutputError, refusing
 from llmdrop_vllm.writing.plan import SurgeryPlan
 from llmdrop_vllm.writing.staging import check_free, partial_of, staged
 from llmdrop_vllm.writing.stream import Progress, write_shard
@@ -32,14 +32,12 @@ def write_checkpoint(
     that was there is as it was. Killed at any moment, the process leaves a hidden directory that the next run removes.
     """
     out = Path(out).absolute()
-    try:
+    with refusing(f"{out} cannot be written"):
         check_destination(plan, out, overwrite=overwrite)
         with staged(out, overwrite=overwrite) as partial:
             _check_space(plan, partial, out)
             _write_weights(plan, partial, progress or (lambda _: None))
             _write_others(plan, partial, records)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror} ({error.filename or out})") from error
 
 
 def check_destination(plan: SurgeryPlan, out: Path, *, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
+from llmdrop_server import COMPARISON_ENVIRONMENT, LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
 from llmdrop_server.mask_options import mask_entries, windows_asked
 from llmdrop_server.preflight import check_port, check_readable, check_served_name, check_tokenizer, read_keys
@@ -45,19 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_served_name(model)
         if not any(map(theirs.says, TOKENIZER_OPTIONS)):
             check_tokenizer(model)
-        check_readable([ours.api_key_file, *theirs.files])
+        check_readable([ours.api_key_file, ours.comparison, *theirs.files])
         check_port(theirs.host, PORT if theirs.port is None else theirs.port)
         arguments = vllm_arguments(ours, theirs, model)
         _set_environment(ours)
     except (InputError, ImportError) as error:
         print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
         return 1
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+    if has_rust_front_end():
         print(
             "llmdrop: VLLM_USE_RUST_FRONTEND serves vLLM's routes only: no page, no /v1/drop, no bounds",
             file=sys.stderr,
         )
     return _run_vllm(arguments)
+
+
+def has_rust_front_end() -> bool:
+    """Whether vLLM was told to answer clients from a process that loads no endpoint plugins."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument("--window", type=int, metavar="TOKENS", help="how many last tokens they see")
     mask.add_argument("--mask", type=Path, metavar="FILE", help="what `llmdrop select` wrote")
     mask.add_argument("--scores", type=Path, metavar="FILE", help="what `llmdrop score` wrote; shown on the page too")
+    what = "what `llmdrop compare` wrote, shown on the page; without, the one in MODEL, if there is one"
+    top.add_argument("--comparison", type=Path, metavar="FILE", help=what)
     bounds = (f"{name}  {field.description}; {field.default:,}" for name, field in Limits.model_fields.items())
     limits = top.add_argument_group("bounds on a request", "\n".join(bounds))
     limits.add_argument("--limit", action="append", default=[], metavar="NAME=N", help="another bound; may be repeated")
@@ -103,8 +110,9 @@ def vllm_arguments(ours: argparse.Namespace, theirs: Told, model: str) -> list[s
 def _set_environment(ours: argparse.Namespace) -> None:
     limits = Limits.parse(json.dumps(dict(each.partition("=")[::2] for each in ours.limit)))
     os.environ[LIMITS_ENVIRONMENT] = json.dumps(limits.model_dump(exclude_unset=True))
-    if ours.scores is not None:
-        os.environ[SCORES_ENVIRONMENT] = str(ours.scores.absolute())
+    for name, path in ((SCORES_ENVIRONMENT, ours.scores), (COMPARISON_ENVIRONMENT, ours.comparison)):
+        if path is not None:
+            os.environ[name] = str(path.absolute())
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", str(KEEP_ALIVE_S))
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
 

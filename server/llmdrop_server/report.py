@@ -6,12 +6,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmdrop_server import SCORES_ENVIRONMENT
+from llmdrop_server import COMPARISON_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.schemas import Drop, Importance, Scores, Size
 from llmdrop_vllm import artifacts
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.tower import row_of
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.hf import count_parameters, dropped_config
@@ -20,9 +21,10 @@ from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 T = TypeVar("T")
+R = TypeVar("R", artifacts.Scores, Comparison)
 
 
 def report(vllm_config: "VllmConfig") -> Drop:
@@ -31,9 +33,13 @@ def report(vllm_config: "VllmConfig") -> Drop:
     known = row_of(model.hf_config, model.architecture.removeprefix(EXPLICIT_PREFIX)) is not None
     decoder = Decoder.of(model.hf_config if known else model.hf_text_config, model.architecture)
     mask = decoder.mask
-    kv_dtype = _kv_dtype(cache.cache_dtype, str(model.dtype).removeprefix("torch."))
+    model_dtype = str(model.dtype).removeprefix("torch.")
+    kv_dtype = _kv_dtype(cache.cache_dtype, model_dtype)
     value_bytes = _or_none(dtype_bytes, kv_dtype)
-    layouts = {each: _or_none(decoder.layout, each) for each in (decoder.whole, mask)}
+    # Windows are named in one word there, which none of the models with windows of their own needs.
+    skipped = [int(each) for each in cache.kv_cache_dtype_skip_layers if each.isdecimal()]
+    wide = dict.fromkeys(skipped, max(1, dtype_bytes(model_dtype) // (value_bytes or 1)))
+    layouts = {each: _or_none(decoder.layout, each, wide) for each in (decoder.whole, mask)}
     tokens, sequences = cache.kv_cache_size_tokens or 0, cache.kv_cache_max_concurrency or 0.0
 
     def size(each: DropMask) -> Size:
@@ -63,8 +69,9 @@ def report(vllm_config: "VllmConfig") -> Drop:
         max_model_len=model.max_model_len,
         full=size(decoder.whole),
         served=size(mask),
-        scores=_scores(Path(model.model), mask.num_hidden_layers),
+        scores=_scores(model, mask),
         healing=healing.summary() if (healing := healing_of(Path(model.model))) else None,
+        comparison=_beside(Comparison, COMPARISON_ENVIRONMENT, model, artifacts.COMPARISON_FILE, mask),
     )
 
 
@@ -95,14 +102,11 @@ def _or_none(count: Callable[..., T], *args: Any) -> T | None:
         return None
 
 
-def _scores(model: Path, num_layers: int) -> Scores | None:
+def _scores(model: "ModelConfig", mask: DropMask) -> Scores | None:
     """Those that the server was started with, or those that `llmdrop drop` left in the checkpoint."""
-    path = Path(os.environ.get(SCORES_ENVIRONMENT) or model / artifacts.SCORES_FILE)
-    if not path.is_file():
+    found = _beside(artifacts.Scores, SCORES_ENVIRONMENT, model, artifacts.SCORES_FILE, mask)
+    if found is None:
         return None
-    found = artifacts.read_record(artifacts.Scores, path)
-    if found.num_hidden_layers != num_layers:
-        raise InputError(f"{path} has scores of {found.num_hidden_layers} layers; the model has {num_layers}")
     similarity, data = found.similarity, found.provenance.data
     importance = Importance(
         attention=tuple(None if each is None else 1 - each for each in similarity.attention),
@@ -110,3 +114,16 @@ def _scores(model: Path, num_layers: int) -> Scores | None:
         block=tuple(1 - each for each in similarity.block),
     )
     return Scores(importance=importance, calibration=data.source if data else None)
+
+
+def _beside(kind: type[R], environment: str, model: "ModelConfig", name: str, mask: DropMask) -> R | None:
+    """The file that the server was started with, or the one in the checkpoint. Raises InputError for one of a model of
+    another depth.
+    """
+    path = Path(os.environ.get(environment) or Path(model.model) / name)
+    if not path.is_file():
+        return None
+    found = artifacts.read_record(kind, path)
+    if found.num_hidden_layers != mask.num_hidden_layers:
+        raise InputError(f"{path} is of {found.num_hidden_layers} layers; the model has {mask.num_hidden_layers}")
+    return found

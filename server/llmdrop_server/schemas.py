@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.masks.mask import DropMask
 
 EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": [], "windows": []}
@@ -52,7 +53,9 @@ class Scores(Answer):
 
 
 class Drop(Answer):
-    """What this server's model goes without, what that saves, and how what is left was healed."""
+    """What this server's model goes without, what that saves, how what is left was healed, and what `llmdrop compare`
+    recorded of its answers.
+    """
 
     model_config = _example(
         {
@@ -80,6 +83,7 @@ class Drop(Answer):
             },
             "scores": None,
             "healing": "4 layers healed on 60,000 tokens of answers, leaving 60% to 80% of each one's error",
+            "comparison": None,
         }
     )
 
@@ -95,6 +99,7 @@ class Drop(Answer):
     served: Size
     scores: Scores | None
     healing: str | None
+    comparison: Comparison | None
 
 
 class KV(Answer):

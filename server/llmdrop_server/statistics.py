@@ -20,18 +20,21 @@ QUERIES, HITS, PREEMPTIONS = (
 )
 
 
-def _gauge(name: str, text: str, label: str) -> Gauge:
-    return Gauge(f"llmdrop_{name}", text, [label], multiprocess_mode="mostrecent")
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(f"llmdrop_{name}", text, labels, multiprocess_mode="mostrecent")
 
 
 DROPPED = _gauge("dropped_sublayers", "Sublayers that the model goes without.", "kind")
 PARAMETERS = _gauge("parameters", "Parameters of the model, in full and as served.", "form")
 KV_BYTES = _gauge("kv_bytes_per_token", "Bytes of KV cache that one token takes, padding included.", "form")
 KV_TOKENS = _gauge("kv_tokens", "Tokens that this server's KV cache holds, in full and as served.", "form")
+# Always 1: what a dashboard joins to any other figure of the same server, to tell masks apart.
+MASK = _gauge("mask_info", "The model as vLLM's own figures name it, and its mask in words.", "model_name", "mask")
 
 
 def publish(drop: Drop) -> None:
     """Set the `llmdrop_*` gauges."""
+    MASK.labels(drop.model, drop.mask.summary()).set(1)
     for kind in ("attention", "mlp"):
         DROPPED.labels(kind).set(len(getattr(drop.mask, kind)))
     for form, size in (("full", drop.full), ("served", drop.served)):

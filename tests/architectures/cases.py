@@ -84,6 +84,26 @@ GATED_DELTA_NET = HYBRID | {
     "linear_value_head_dim": 64,
 }
 
+GEMMA4 = {
+    **{"layer_types": ["sliding_attention"] * 4 + [FULL], "num_kv_shared_layers": 0, "sliding_window": 16},
+    **{"hidden_size_per_layer_input": 0, "global_head_dim": 64, "vocab_size_per_layer_input": 256},
+    "num_experts": None,
+}
+SLIDING = "sliding_attention"
+GEMMA4_MIXTURE = {
+    **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+    # As in the published one, keys are values in layers of full attention.
+    **{"attention_k_eq_v": True, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL]},
+}
+# Layer 3 reads what layer 1 keeps, and layer 4 what layer 2 does.
+SHARED_KEYS = {"layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2}
+GEMMA4_E = SHARED_KEYS | {"hidden_size_per_layer_input": 16, "use_double_wide_mlp": True}
+# vLLM's reads the keys and values of the two layers before the first that has none, by their order.
+GEMMA3N = SHARED_KEYS | {
+    **{"sliding_window": 16, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256, "laurel_rank": 8},
+    **{"altup_num_inputs": 2, "activation_sparsity_pattern": [0.5] + [0.0] * 4},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -202,13 +222,10 @@ CASES = {
         Case("GptOssForCausalLM", "gpt_oss"),
         Case("Gemma2ForCausalLM", "gemma2"),
         Case("Gemma3ForCausalLM", "gemma3_text"),
-        Case(
-            "Gemma4ForCausalLM",
-            "gemma4_text",
-            {"layer_types": ["sliding_attention"] * 4 + [FULL], "num_kv_shared_layers": 0, "sliding_window": 16}
-            | {"hidden_size_per_layer_input": 0, "global_head_dim": 64, "vocab_size_per_layer_input": 256}
-            | {"num_experts": None},
-        ),
+        Case("Gemma4ForCausalLM", "gemma4_text", GEMMA4),
+        Case("Gemma4ForCausalLM", "gemma4_text", GEMMA4 | GEMMA4_MIXTURE, "mixture"),
+        Case("Gemma4ForCausalLM", "gemma4_text", GEMMA4 | GEMMA4_E, "shared keys"),
+        Case("Gemma3nForCausalLM", "gemma3n_text", GEMMA3N),
         Case("Glm4ForCausalLM", "glm4"),
         Case("AfmoeForCausalLM", "afmoe", {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
         Case("HyperCLOVAXForCausalLM", "hyperclovax"),

@@ -24,9 +24,10 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def fitting(architecture: str, mask: DropMask) -> DropMask:
-    """A mask without what layers of this architecture do not have."""
-    family = CASES[architecture].family
-    attention = tuple(layer for layer in mask.attention if family.mixer(layer) is not None)
+    """A mask without what layers of this architecture do not have, and what other layers read."""
+    case = CASES[architecture]
+    family, read = case.family, Decoder.of(case.config(), case.architecture).readers(mask)
+    attention = tuple(layer for layer in mask.attention if family.mixer(layer) is not None and layer not in read)
     return replace(
         mask, attention=attention, mlp=tuple(layer for layer in mask.mlp if family.mlp_of(layer) is not None)
     )
@@ -64,12 +65,13 @@ def _residual(_module: nn.Module, args: Any, output: Any) -> Any:
 
 def windowed(architecture: str, mask: DropMask) -> DropMask:
     """With a window in the first attention that is kept and takes one."""
-    decoder = Decoder.of(model_of(architecture).config, architecture)
+    decoder = Decoder.of(model_of(architecture).config, CASES[architecture].architecture)
+    read = decoder.readers(mask)
     is_hybrid = any(kind.state for kind in decoder.kinds)
     if is_hybrid or decoder.config.get("model_type") == "bloom":  # which knows positions by ALiBi
         return mask
     for layer in mask.kept_attention:
         kind = decoder.kinds[layer]
-        if kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW):
+        if layer not in read and (kind.name == "full" or (kind.name == "sliding" and kind.span > WINDOW)):
             return replace(mask, windows=((layer, WINDOW),))
     return mask

@@ -1,7 +1,7 @@
-"""What the family table covers of vLLM's text models, and why it leaves out the rest: the README's table, generated.
+"""What the family table covers of vLLM's text models, and why it leaves out the rest: a table of docs/families.md.
 
     python -m tests.architectures.survey            # print it
-    python -m tests.architectures.survey --write    # put it into the README
+    python -m tests.architectures.survey --write    # put it into docs/families.md
 
 Nothing is built or imported to find out: reasons are read in vLLM's model files, as syntax trees.
 """
@@ -20,11 +20,11 @@ from vllm.model_executor.models import registry
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, FAMILIES
 from llmdrop_vllm.architectures.family import Family, Sublayer
-from llmdrop_vllm.architectures.refused import REFUSED
+from llmdrop_vllm.architectures.refused import REFUSED, UNTRIED
 from tests.architectures.cases import CASES
 
 VERSION = vllm.__version__.partition("+")[0]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TRANSFORMERS_BACKEND = {"TransformersForCausalLM", "TransformersMoEForCausalLM"}
 
 FITS = "fits, no row yet"
@@ -39,7 +39,6 @@ SIGNS = {
     "self_attn[]": "two attentions in one layer",
     "hc_attn_fn": "hyper-connections: several residual streams",
     "hc_attn_layer": "hyper-connections: several residual streams",
-    "altup": "AltUp and LAuReL: several residual streams",
     "attn_sconv": "a short convolution, with a state, after each sublayer",
     "topk_indices_buffer": "sparse attention: an indexer with a cache of its own beside the attention",
     "is_kv_shared_layer": "layers that may read the KV cache of an earlier one",
@@ -61,8 +60,7 @@ UNVERIFIED = {
     "MiniMaxM2ForCausalLM": ROUTER,
 }
 REASONS = {
-    **{name: REFUSED[name] for name in REFUSED if name in registry._TEXT_GENERATION_MODELS},
-    "OlmoHybridForCausalLM": "vLLM 0.32 does not know the names of its checkpoints' norms",
+    **{name: why for name, why in {**REFUSED, **UNTRIED}.items() if name in registry._TEXT_GENERATION_MODELS},
     "MistralLarge3ForCausalLM": "its checkpoints name tensors otherwise than DeepSeek's, whose class it uses",
     "TeleChat2ForCausalLM": "the constructor edits the attention and the MLP of every layer",
 }
@@ -74,6 +72,7 @@ REMARKS = {
     "AXK1ForCausalLM": "mixtures in all layers: for a dense one, vLLM wants a norm that it does not use",
     "BloomForCausalLM": "vLLM computes GELU exactly, Transformers approximately: 4e-4 apart with or without a mask",
     "Ernie4_5_MoeForCausalLM": "vLLM's router for CPUs leaves out the correction of the experts' scores, here zero",
+    "Gemma3nForCausalLM": "without tokens' own inputs of layers, which vLLM has in the wrapper only; masks by hand",
     **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), "vLLM's rotary kernel for CPUs is wrong there; " + OURS),
     "JambaForCausalLM": "vLLM has no kernel for its state-space layers on CPUs; " + OURS,
     "NemotronHForCausalLM": "dense MLPs: vLLM's mixtures for CPUs lack the activation of its experts",
@@ -270,23 +269,23 @@ def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def in_readme(readme: str, name: str = "survey") -> str:
-    """The README's part between the markers of this name."""
-    return readme.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
+def on_page(page: str, name: str = "survey") -> str:
+    """The page's part between the markers of this name."""
+    return page.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
 
 
 def main(name: str, generated: str) -> None:
-    """Print a table, or put it into the README between the markers of this name."""
+    """Print a table, or put it into the page between the markers of this name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/families.md")
     if not parser.parse_args().write:
         print(generated, end="")
         return
-    readme = README.read_text(encoding="utf-8")
-    old = f"<!-- {name} -->\n{in_readme(readme, name)}<!-- /{name} -->"
-    if old not in readme:
-        parser.error(f"{README} has no <!-- {name} --> ... <!-- /{name} -->")
-    README.write_text(readme.replace(old, f"<!-- {name} -->\n{generated}<!-- /{name} -->"), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    old = f"<!-- {name} -->\n{on_page(page, name)}<!-- /{name} -->"
+    if old not in page:
+        parser.error(f"{PAGE} has no <!-- {name} --> ... <!-- /{name} -->")
+    PAGE.write_text(page.replace(old, f"<!-- {name} -->\n{generated}<!-- /{name} -->"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import torch
 from llmdrop_vllm import DropMask, hf
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import load_calibration
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.masks.stretches import STRETCH
+from llmdrop_vllm.scoring import scoring
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.reference import fitting, layers_of, skipping, windowed
@@ -16,16 +19,27 @@ from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
 
 IDS = (3 + 7 * torch.arange(2 * (2 * STRETCH + 20)) % 251).view(2, -1)  # with tokens that a window does not see
 MASK = DropMask(LAYERS, attention=(3,), mlp=(1,))
+ONE_STREAM = [name for name, case in CASES.items() if case.family.streams is None]
 
 
-@pytest.mark.parametrize("architecture", CASES)
-def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path):
+@pytest.mark.parametrize("architecture", ONE_STREAM)
+def test_scores_and_diagnostics_of_a_model_with_a_mask(architecture, tmp_path, monkeypatch):
+    monkeypatch.setitem(scoring.TOKENS_PER_CHUNK, "cpu", 1)  # each sequence goes through a layer alone
     model = model_of(architecture)
     checkpoint = Checkpoint.open(CASES[architecture].save(model, tmp_path / "full"))
     (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
     mask = windowed(architecture, fitting(architecture, MASK))
     scores = score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")), mask=mask)
     check(scores, model, checkpoint.family, mask)
+
+
+def test_several_residual_streams_are_not_scored(tmp_path):
+    checkpoint = Checkpoint.open(CASES["Gemma3nForCausalLM"].write(tmp_path / "full"))
+    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
+    with pytest.raises(CheckpointError, match=r"keeps several residual streams \(AltUp\), and importance"):
+        score(checkpoint, load_calibration(checkpoint, str(tmp_path / "ids.json")))
+    with pytest.raises(CheckpointError, match="several residual streams"):
+        check_plain(checkpoint)
 
 
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPER_CASES if name not in WANTS_IMAGES])
@@ -72,9 +86,15 @@ def steps(model, family, index):
 
 
 def output(model, family, index, attention, mlp):
-    """What a layer returns without these sublayers."""
+    """What a layer has behind its sublayers without these."""
     seen = []
-    hook = layers_of(model)[index].register_forward_hook(lambda _layer, _args, out: seen.append(out))
+    layer = layers_of(model)[index]
+    then = getattr(layer, family.then or "", None)
+    hook = (
+        layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
+        if then is None
+        else then.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    )
     try:
         with torch.no_grad(), skipping(model, family, DropMask(LAYERS, tuple({*attention}), tuple({*mlp}))):
             model.get_decoder()(input_ids=IDS)

@@ -4,7 +4,7 @@ the dropped sublayers and with its windows, and its KV cache has room for the re
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -91,12 +91,27 @@ def exact_gelu(model: nn.Module) -> Iterator[None]:
             setattr(part, name, approximation)
 
 
+@contextmanager
+def as_in_vllm(model: nn.Module) -> Iterator[None]:
+    """Gemma 3n without what a token's number gives each layer, which vLLM leaves out in its class for text alone."""
+    decoder: Any = model.get_decoder()
+    if model.config.model_type == "gemma3n_text":
+        decoder.get_per_layer_inputs = lambda *_: None
+    try:
+        yield
+    finally:
+        vars(decoder).pop("get_per_layer_inputs", None)
+
+
 @cache
 def reference(architecture: str, mask: DropMask, prompt: tuple[int, ...] = tuple(PROMPT)) -> list[float]:
     """Log-probability of each prompt token after the first."""
     model = model_of(architecture)
     family, windows = CASES[architecture].family, DropMask(LAYERS, windows=mask.windows)
-    with torch.no_grad(), skipping(model, family, mask), hf.dropped(model, family, windows), exact_gelu(model):
+    skipped = skipping(model, family, mask), hf.dropped(model, family, windows), exact_gelu(model), as_in_vllm(model)
+    with torch.no_grad(), ExitStack() as contexts:
+        for each in skipped:
+            contexts.enter_context(each)
         logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
     return logprobs[range(len(prompt) - 1), prompt[1:]].tolist()
 

@@ -1,4 +1,4 @@
-"""The README's survey is the generated one, and leaves no architecture of vLLM's out."""
+"""The survey in docs/families.md is the generated one, and leaves no architecture of vLLM's out."""
 
 from collections import Counter
 
@@ -12,9 +12,9 @@ from tests.architectures.cases import CASES
 ENTRIES = survey.survey()
 
 
-def test_the_readme_has_the_generated_survey():
-    assert survey.in_readme(survey.README.read_text(encoding="utf-8")) == survey.table(ENTRIES), (
-        "README.md is out of date: run `python -m tests.architectures.survey --write` and read the diff"
+def test_the_page_has_the_generated_survey():
+    assert survey.on_page(survey.PAGE.read_text(encoding="utf-8")) == survey.table(ENTRIES), (
+        "docs/families.md is out of date: run `python -m tests.architectures.survey --write` and read the diff"
     )
 
 
@@ -77,10 +77,10 @@ def test_facts_are_read_from_vllms_model_files(module, name, fact):
     assert fact not in survey.facts_about("llama", "LlamaForCausalLM")
 
 
-def test_the_readme_has_the_generated_table_of_wrappers():
-    readme = survey.README.read_text(encoding="utf-8")
-    assert survey.in_readme(readme, "wrappers") == wrapper_survey.table(), (
-        "README.md is out of date: run `python -m tests.architectures.wrapper_survey --write` and read the diff"
+def test_the_page_has_the_generated_table_of_wrappers():
+    page = survey.PAGE.read_text(encoding="utf-8")
+    assert survey.on_page(page, "wrappers") == wrapper_survey.table(), (
+        "docs/families.md is out of date: run `python -m tests.architectures.wrapper_survey --write` and read the diff"
     )
 
 

@@ -85,8 +85,14 @@ def test_a_portable_checkpoint_computes_the_same_in_stock_transformers(architect
         torch.testing.assert_close(model(PROMPT).logits, expected, rtol=0, atol=1e-4)
 
 
-# Jamba's layers differ by their numbers, and Gemma 4's have a factor of their own.
-NOT_RENUMBERED = {"JambaForCausalLM": "attn_layer_period is 3", "Gemma4ForCausalLM": r"layer_scalar belongs to"}
+# Jamba's layers differ by their numbers, and Gemma 4's have a factor of their own, or inputs.
+NOT_RENUMBERED = {
+    "JambaForCausalLM": "attn_layer_period is 3",
+    "Gemma4ForCausalLM": "layer_scalar belongs to",
+    "Gemma4ForCausalLM-mixture": "layer_scalar belongs to",
+    "Gemma4ForCausalLM-shared keys": r"model.layers.1.(layer_scalar|per_layer_\w+)\S* belongs to",
+    "Gemma3nForCausalLM": r"model.layers.1.(altup|laurel|per_layer_)\S+ belongs to",
+}
 
 
 def test_whole_layers_go_and_stock_transformers_loads_the_rest(architecture, full, tmp_path):

@@ -10,8 +10,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from tests.architectures.cases import (
-    FULL,
     GATED_DELTA_NET,
+    GEMMA4,
+    GEMMA4_E,
+    GEMMA4_MIXTURE,
     LAYERS,
     SHORT_CONVOLUTION,
     TINY,
@@ -45,6 +47,16 @@ TINY_TOWER = {
     "deepstack_visual_indexes": [0, 1],
     "fullatt_block_indexes": [1],
     "num_position_embeddings": 16,
+    "hidden_dim": 64,
+    "num_layers": LAYERS,
+    "encoder_hidden_size": 64,
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "mm_embed_dim": 64,
+    "mm_posemb_size": 16,
+    "output_proj_dims": 64,
+    "position_embedding_size": 64,
 }
 
 
@@ -55,6 +67,7 @@ class WrapperCase:
     architecture: str
     model_type: str
     tower: str = ""
+    layout: str = ""
     text: dict[str, Any] = field(default_factory=dict)
     part: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +76,7 @@ class WrapperCase:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.architecture, self.tower)))
+        return "-".join(filter(None, (self.architecture, self.tower, self.layout)))
 
     def with_overrides(self, **entries: Any) -> Self:
         """The case with these entries on top of its config."""
@@ -127,12 +140,10 @@ def mrope(*sections: int, **entries: Any) -> dict[str, Any]:
 
 
 QWEN3_5 = GATED_DELTA_NET | mrope(2, 1, 1, partial_rotary_factor=0.25, mrope_interleaved=True)
-GEMMA4 = {
-    **{"layer_types": ["sliding_attention"] * 4 + [FULL], "num_kv_shared_layers": 0, "sliding_window": 16},
-    **{"hidden_size_per_layer_input": 0, "global_head_dim": 64, "vocab_size_per_layer_input": 256},
-    "num_experts": None,
+GEMMA4_VISION = {"model_type": "gemma4_vision"} | {
+    entry: TINY_TOWER[entry]
+    for entry in ("hidden_size", "intermediate_size", "num_hidden_layers", "position_embedding_size")
 }
-GEMMA4_VISION = {"model_type": "gemma4_vision", "hidden_size": 64, "num_hidden_layers": LAYERS}
 
 WRAPPER_CASES = {
     case.name: case
@@ -161,6 +172,7 @@ WRAPPER_CASES = {
             "Cohere2VisionForConditionalGeneration",
             "cohere2_vision",
             renames=NESTED_VISION_MODEL,
+            overrides={"alignment_intermediate_size": 128},
         ),
         WrapperCase("Glm4vForConditionalGeneration", "glm4v", text=mrope(2, 3, 3, partial_rotary_factor=0.5)),
         WrapperCase(
@@ -169,7 +181,7 @@ WRAPPER_CASES = {
             text={"head_dim": 32, "use_qk_norm": False} | mrope(2, 3, 3, partial_rotary_factor=0.5),
         ),
         WrapperCase("GlmOcrForConditionalGeneration", "glm_ocr", text=mrope(2, 3, 3, partial_rotary_factor=0.5)),
-        WrapperCase("Blip2ForConditionalGeneration", "blip-2", "opt"),
+        WrapperCase("Blip2ForConditionalGeneration", "blip-2", "opt", text={"ffn_dim": 256}),
         WrapperCase(
             "LightOnOCRForConditionalGeneration",
             "lighton_ocr",
@@ -196,10 +208,20 @@ WRAPPER_CASES = {
             "Gemma4ForConditionalGeneration", "gemma4", text=GEMMA4, overrides={"vision_config": GEMMA4_VISION}
         ),
         WrapperCase(
+            "Gemma4ForConditionalGeneration",
+            "gemma4",
+            layout="shared keys and a mixture",
+            text=GEMMA4 | GEMMA4_MIXTURE | GEMMA4_E,
+            overrides={"vision_config": GEMMA4_VISION},
+        ),
+        WrapperCase(
             "Gemma4UnifiedForConditionalGeneration",
             "gemma4_unified",
             text=GEMMA4,
-            overrides={"vision_config": {"model_type": "gemma4_unified_vision"}},
+            overrides={
+                "vision_config": {"model_type": "gemma4_unified_vision"}
+                | {entry: TINY_TOWER[entry] for entry in ("mm_embed_dim", "mm_posemb_size", "output_proj_dims")}
+            },
         ),
     )
 }

@@ -1,7 +1,7 @@
-"""Which of vLLM's wrappers a mask can drop from, and why not the rest: the README's second table, generated.
+"""Which of vLLM's wrappers a mask can drop from, and why not the rest: the second table in docs/families.md, generated.
 
 python -m tests.architectures.wrapper_survey            # print it
-python -m tests.architectures.wrapper_survey --write    # put it into the README
+python -m tests.architectures.wrapper_survey --write    # put it into docs/families.md
 """
 
 from collections import defaultdict
@@ -24,7 +24,6 @@ REASONS = {
     "NemotronParseForConditionalGeneration": "an encoder and a decoder that attends to it",
     "WhisperForConditionalGeneration": "an encoder and a decoder that attends to it",
     "DiffusionGemmaForBlockDiffusion": "Gemma 4's layers, which see a block in both directions",
-    "Gemma3nForConditionalGeneration": survey.SIGNS["altup"],
     "InternS2MobiusForConditionalGeneration": "Qwen3.5's layers with mixtures that several of them share",
 }
 

@@ -14,6 +14,7 @@ from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.architectures.cases import CASES, model_of
+from tests.architectures.wrapper_cases import WRAPPER_CASES
 from tests.checkpoints.files import MASK, stored
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -46,6 +47,32 @@ def test_layers_of_draft_heads_towers_and_adapters_are_not_the_decoders(tmp_path
     assert {*DRAFT} <= kept(model)
     mlps = DropMask(8, mlp=tuple(range(8)))
     assert {*DRAFT} <= kept(model, mlps)
+
+
+# The layer whose parts the MTP layer gets, and one of each kind that goes, by the number of the MTP layer too.
+WITH_MTP = {
+    "Qwen3NextForCausalLM": (2, DropMask(5, attention=(0, 3), mlp=(0,))),
+    "NemotronHForCausalLM": (0, DropMask(5, attention=(0, 1), mlp=(2,))),
+    "Qwen3_5ForConditionalGeneration": (2, DropMask(5, attention=(0, 3), mlp=(0,))),
+    "Qwen3_5MoeForConditionalGeneration": (2, DropMask(5, attention=(0, 3), mlp=(0,))),
+}
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_mtp_layers_of_hybrids_come_out_bit_for_bit(name, tmp_path):
+    layer, mask = WITH_MTP[name]
+    model = (WRAPPER_CASES if name in WRAPPER_CASES else CASES)[name].write(tmp_path / "model")
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    within = f".layers.{layer}."
+    mtp = {f"mtp.layers.0.{each.partition(within)[2]}": tensors[each] * 3 for each in tensors if within in each}
+    mtp |= {f"mtp.{each}": np.full((4, 8), 0.7, np.float32) for each in ("fc.weight", "pre_fc_norm_hidden.weight")}
+    save_file(tensors | mtp, weights, metadata={"format": "pt"})
+    write(plan_surgery(model, mask), tmp_path / "out")
+    before, after = stored(model), stored(tmp_path / "out")
+    assert len(after) < len(before)
+    assert len(mtp) > 4
+    assert {each: after[each] for each in mtp} == {each: before[each] for each in mtp}
 
 
 def test_scales_and_tables_of_a_dropped_sublayer_go_and_those_of_others_stay(tmp_path):

@@ -40,15 +40,15 @@ def test_dropping_matters_and_mlps_matter_more():
     assert attention[1] < attention[2] < attention[4]
 
 
-def test_the_readme_says_what_was_measured():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_results_page_says_what_was_measured():
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
     for name in ("attention", "mlp"):
         points = curve(RECORDED, name).values()
         rows = {"perplexity": [point.quality.perplexity.value for point in points]}
         for place, task in enumerate(RECORDED.request.tasks):
             rows[f"{task}, %"] = [100 * point.quality.tasks[place].value for point in points]
         for what, values in rows.items():
-            assert f"| {name}: {what} | {' | '.join(f'{value:.1f}' for value in values)} |" in readme
+            assert f"| {name}: {what} | {' | '.join(f'{value:.1f}' for value in values)} |" in page
 
 
 def test_make_serve_drops_some_of_the_least_important():

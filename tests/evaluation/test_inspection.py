@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -11,9 +12,10 @@ from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.evaluation.goals import Sizes
-from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
+from llmdrop_vllm.evaluation.inspection import Inspection, inspect_checkpoint
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
+from tests.architectures.cases import CASES
 from tests.checkpoints.files import MASK
 from tests.engines import engine, kv_tokens
 from tests.quantized import FORMATS, quantize
@@ -111,3 +113,31 @@ def test_keys_and_values_that_a_quantizer_left_scales_for_are_counted_as_vllm_st
     sizes = [Sizes(Checkpoint.open(each), 512) for each in (model, MODEL)]
     longer = [each.step_bytes(DropMask(12), 2) - each.step_bytes(DropMask(12), 1) for each in sizes]
     assert 2 * longer[0] == longer[1]
+
+
+def test_layers_that_keep_the_models_dtype_are_counted_so(capsys):
+    asked = ["inspect", str(MODEL), "--kv-dtype", "fp8", "--json"]
+    assert main([*asked, "--kv-dtype-skip-layers", "0,2"]) == 0
+    bytes_per_token = Inspection.model_validate_json(capsys.readouterr().out).full.kv_bytes_per_token
+    assert main(asked) == 0
+    plain = Inspection.model_validate_json(capsys.readouterr().out).full.kv_bytes_per_token
+    assert 12 * bytes_per_token == 14 * plain
+    assert main([*asked, "--kv-dtype-skip-layers", "12"]) == 1
+    assert "no layer 12: the model has 12" in capsys.readouterr().err
+
+
+def test_keys_that_8_bit_floats_are_too_coarse_for_are_named(tmp_path):
+    case = CASES["Qwen2ForCausalLM"]
+    model = case.model()
+    for layer, size in ((0, 300.0), (1, -100.0), (2, 60.0), (3, 900.0)):
+        torch.nn.init.constant_(model.model.layers[layer].self_attn.k_proj.bias, size)
+    case.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"drop_attn_list": [3]}))
+    found = inspected(tmp_path, kv_dtype="fp8")
+    assert found.coarse_keys == {0: 300.0, 1: 100.0}
+    assert found.keys_note.endswith(
+        "up to 300, which 8-bit floats are too coarse for: serve with --kv-cache-dtype-skip-layers 0 1"
+    )
+    assert inspected(tmp_path, kv_dtype="fp8", kv_wide=(0, 1)).keys_note == ""
+    assert inspected(tmp_path).keys_note == ""

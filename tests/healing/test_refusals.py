@@ -58,6 +58,17 @@ def test_answers_that_cannot_be_learnt_from(pairs, message, dropped, tmp_path, c
     assert message in refused(capsys, tmp_path, *heal(dropped, tmp_path / "out", data))
 
 
+def test_a_teacher_with_another_vocabulary(dropped, answers, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(MODEL, teacher)
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    first, second = [*tokenizer["model"]["vocab"]][:2]
+    tokenizer["model"]["vocab"] |= {first: tokenizer["model"]["vocab"][second]}
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refused(capsys, tmp_path, *heal(dropped, tmp_path / "out", answers, teacher))
+    assert message.endswith(f"{dropped} and {teacher} have tokenizers of other vocabularies")
+
+
 def test_a_place_that_is_taken(dropped, answers, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     assert "out exists" in refused(capsys, tmp_path, *heal(dropped, tmp_path / "out", answers))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llmdrop_server.report import report
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from tests.engines import engine
 from tests.tiny import TINY_LLAMA
@@ -65,6 +66,10 @@ CONFIGS = {
     | {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": 6}
     | {"layer_types": MIXED, "sliding_window": 300, "global_head_dim": 64, "num_kv_shared_layers": 0}
     | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64},
+    "layers that read what others keep, some dropped": SIZES
+    | {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": 9}
+    | {"layer_types": MIXED + MIXED[:3], "sliding_window": 300, "global_head_dim": 64, "num_kv_shared_layers": 3}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "drop_attn_list": [0, 7, 8, 5]},
     "heads of two numbers": SIZES
     | {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "num_hidden_layers": 6}
     | {"layer_types": MIXED, "hybrid_layer_pattern": [1, 1, 0] * 2, "sliding_window": 300, "sliding_window_size": 300}
@@ -101,3 +106,24 @@ def test_blocks_and_requests_are_vllms(case, tmp_path, monkeypatch):
     assert blocks == KV_CACHE_BYTES // (4 * cache.block_size * layout.block_values)
     assert concurrency == pytest.approx(blocks / layout.request_blocks(CONTEXT, cache.block_size, in_flight))
     assert of_engine.layout() == layout
+
+
+@pytest.mark.parametrize(
+    "case", ["full, half of the attention dropped", "windows of ours in half of the layers", "windows and full"]
+)
+def test_layers_that_keep_the_models_dtype_take_more_and_the_others_as_little(case, tmp_path, monkeypatch):
+    """`--kv-cache-dtype bfloat16 --kv-cache-dtype-skip-layers 1,4` of a model in float32."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    config = CONFIGS[case]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"load_format": "dummy", "kv_cache_memory_bytes": KV_CACHE_BYTES, "max_model_len": CONTEXT}
+    options |= {"kv_cache_dtype": "bfloat16", "kv_cache_dtype_skip_layers": ["1", "4"]}
+    with engine(tmp_path, **options, max_num_batched_tokens=IN_FLIGHT) as llm:
+        vllm_config = llm.llm_engine.vllm_config
+        cache, in_flight = vllm_config.cache_config, vllm_config.max_in_flight_tokens
+        blocks, concurrency = cache.num_gpu_blocks, cache.kv_cache_max_concurrency
+        found = report(vllm_config).served
+    layout = Decoder.of(config, config["architectures"][0]).layout(wide={1: 2, 4: 2})
+    assert blocks == KV_CACHE_BYTES // (2 * cache.block_size * layout.block_values)
+    assert concurrency == pytest.approx(blocks / layout.request_blocks(CONTEXT, cache.block_size, in_flight))
+    assert found.kv_bytes_per_token == layout.token_bytes(2)

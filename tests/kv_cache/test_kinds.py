@@ -10,7 +10,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
-from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds
+from llmdrop_vllm.kv_cache.kinds import LayerKind, layer_kinds, readers
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.scoring.scoring import score
 from tests.architectures.cases import CASES
@@ -43,7 +43,7 @@ def test_bytes_of_a_token(architecture):
     large = {2 * values} if "global_head_dim" in CASES[architecture].overrides else set()
     assert {kind.values for kind in kinds if kind.values} == {values} | large
     family = CASES[architecture].family
-    assert all(bool(kind.parts) == (family.mixer(layer) is not None) for layer, kind in enumerate(kinds))
+    assert all(bool(kind.mixers) == (family.mixer(layer) is not None) for layer, kind in enumerate(kinds))
 
 
 def test_chunked_attention_is_stored_apart_from_full_attention():
@@ -63,8 +63,29 @@ def test_a_window_keeps_what_is_computed_together_as_well():
 
 
 def test_what_a_kind_is_called_says_which_it_is():
-    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7)):
-        assert LayerKind.parse(str(kind), 7) == kind
+    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7), LayerKind.of_donor(13)):
+        assert LayerKind.parse(str(kind), kind.values) == kind
+
+
+# As Gemma 3n E2B's and Gemma 4's E-models'.
+SHARED = SIZES | {"num_hidden_layers": 30, "num_kv_shared_layers": 10, "sliding_window": 512}
+SHARED |= {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 6}
+
+
+def test_layers_that_read_what_others_keep_store_nothing():
+    kinds = layer_kinds(SHARED)
+    assert [str(kind) for kind in kinds[18:26]] == ["sliding 512", "full", *["shared 18"] * 4, "shared 19", "shared 18"]
+    assert readers(kinds, range(26)) == {18: [20, 21, 22, 23, 25], 19: [24]}
+    assert readers(kinds, range(20)) == {}
+    assert kv_layout(kinds).groups == kv_layout(kinds[:20]).groups
+    assert kinds[20].mixers == ("attention",)
+
+
+def test_layers_with_nothing_to_read_are_refused():
+    with pytest.raises(
+        CheckpointError, match="layers from 4 on read others' keys and values, and none before has full_"
+    ):
+        layer_kinds(SHARED | {"num_kv_shared_layers": 26})
 
 
 OWN = {

@@ -28,7 +28,11 @@ def mixed(counts: dict[LayerKind, int]) -> list[LayerKind]:
 def vllm_groups(kinds: list[LayerKind]) -> set[tuple[int, ...]]:
     """Positions of the layers in each of vLLM's groups."""
     torch = pytest.importorskip("torch")
-    utils = pytest.importorskip("vllm.v1.core.kv_cache_utils", exc_type=ImportError)
+    pytest.importorskip("vllm.v1.core", exc_type=ImportError)
+    try:
+        from vllm.v1.core import kv_cache_planning as planning
+    except ImportError:  # before vLLM 0.33
+        from vllm.v1.core import kv_cache_utils as planning
     interface = pytest.importorskip("vllm.v1.kv_cache_interface", exc_type=ImportError)
     common = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
     specs = {
@@ -36,7 +40,7 @@ def vllm_groups(kinds: list[LayerKind]) -> set[tuple[int, ...]]:
         SLIDING: interface.SlidingWindowSpec(**common, sliding_window=4096),
         SHORT: interface.SlidingWindowSpec(**common, sliding_window=128),
     }
-    groups = utils._get_kv_cache_groups_uniform_page_size({str(i): specs[kind] for i, kind in enumerate(kinds)})
+    groups = planning._get_kv_cache_groups_uniform_page_size({str(i): specs[kind] for i, kind in enumerate(kinds)})
     return {tuple(map(int, group.layer_names)) for group in groups}
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.report.findings import Findings
+from tests.data.comparisons import comparison, form
 from tests.report.sweeps import healed, scores, sweep
 
 
@@ -96,6 +97,14 @@ def test_another_mask_of_as_many_sublayers_is_a_curve_of_its_own():
     ((_, point),) = findings.mended[0].points[1:]
     assert point.speed == dict(findings.curves[0].points)[4].speed
     assert point.quality.mask == mask
+
+
+def test_answers_of_another_full_model_are_refused():
+    found = sweep(names=["attention"])
+    assert Findings.of(found, [], compared=comparison()).compared == comparison()
+    other = comparison(forms=(form("full", fingerprint="beef"), form("dropped")))
+    with pytest.raises(InputError, match="the answers are of a full model with the weights beef; the sweep is of"):
+        Findings.of(found, [], compared=other)
 
 
 def test_two_evaluations_of_one_point_are_refused():

@@ -9,6 +9,7 @@ from llmdrop_vllm.report import write_report
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.page import inline, provenance_section, render
 from llmdrop_vllm.report.pictures import LeftOut
+from tests.data.comparisons import FULL, comparison, form
 from tests.report.sweeps import FINGERPRINT, TASKS, scores, sweep
 
 HOSTILE = '<img src=x onerror="window.pwned=1">'
@@ -24,7 +25,10 @@ def report(tmp_path_factory):
     )
     records = records.model_copy(update={"series": renamed})
     out = tmp_path_factory.mktemp("report")
-    write_report(records, [scores(), scores(HOSTILE, tilt=0.8)], out)
+    texts = (f"{FULL[0]} {HOSTILE}", "Air")
+    full, _, healed = comparison().forms
+    recorded = comparison(forms=(full, form("dropped", texts), healed), questions=(f"What is {HOSTILE}?", "Why?"))
+    write_report(records, [scores(), scores(HOSTILE, tilt=0.8)], out, compared=recorded)
     return out / "report.html"
 
 
@@ -124,6 +128,25 @@ def test_in_the_dark_its_letters_and_those_of_the_pictures_are_light(open_report
     page = open_report(1280, "dark")
     color = "(node) => getComputedStyle(node).color"
     assert page.eval_on_selector("figure svg", color) == page.eval_on_selector("h1", color) == "rgb(230, 233, 235)"
+
+
+def test_the_same_question_is_answered_side_by_side_and_the_difference_is_marked(open_report):
+    page = open_report(1280)
+    columns = page.locator(".answers").first.locator("article")
+    boxes = [columns.nth(place).bounding_box() for place in range(3)]
+    assert boxes[0]["y"] == boxes[1]["y"] == boxes[2]["y"]
+    assert columns.nth(2).locator("mark").inner_text() == "a city on the Seine."
+    assert "KV per token 2,048 B -33.3%\nweights 9 MB -7.7%" in columns.nth(1).inner_text()
+    assert "3 tokens, ends earlier, cut there" in page.locator(".answers").nth(1).inner_text()
+    page = open_report(390)
+    stacked = (
+        page.locator(".answers").first.locator("article").evaluate_all("them => them.map((one) => one.offsetLeft)")
+    )
+    assert len({*stacked}) == 1
+
+
+def test_without_recorded_answers_there_is_no_place_for_them():
+    assert 'id="answers"' not in render(Findings.of(sweep(names=["attention"]), []), [])
 
 
 def test_numbers_stand_at_the_right(open_report):

@@ -79,6 +79,14 @@ def test_of_a_search_that_judged_nothing_there_is_nothing_to_show(tmp_path):
         search(Findings.of(base, [], searched=begun))
 
 
+def test_masks_with_windows_are_not_drawn_by_what_is_gone(tmp_path):
+    base = sweep()
+    found = searched(tmp_path, base.request.fingerprint)
+    more = replace(found, masks=(*found.masks, (DropMask(12, windows=((3, 64),)), 0.1)))
+    with pytest.raises(NothingToShow, match="for windows too"):
+        search(Findings.of(base, [], searched=more))
+
+
 def test_a_search_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="the search is of /models/tiny with the weights beef"):
         Findings.of(sweep(), [], searched=searched(tmp_path, "beef"))

@@ -1,4 +1,6 @@
-"""Answers of the embedded model to search by."""
+"""Answers of the embedded model and long texts to search by."""
+
+import json
 
 import numpy as np
 import pytest
@@ -21,6 +23,14 @@ def answers(tmp_path_factory):
     ]
     provenance = Provenance(model=ModelIdentity.of(Checkpoint.open(MODEL)))
     return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl", found, provenance=provenance)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Token ids, longer than what windows of 64 show."""
+    path = tmp_path_factory.mktemp("texts") / "ids.json"
+    path.write_text(json.dumps(np.random.default_rng(0).integers(3, 250, (4, 600)).tolist()))
+    return path
 
 
 @pytest.fixture

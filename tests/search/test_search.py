@@ -135,7 +135,7 @@ def test_an_evolution_comes_to_the_best_mask_and_keeps_the_numbers(trials):
     space = Space(DropMask(DEPTH), attention=2, mlp=1)
     best = list(itertools.islice(evolve(space, trials, DropMask(DEPTH, attention=(1, 2), mlp=(5,))), 12))[-1]
     assert best.mask.dropped == ({0, 5}, {0})
-    masks = [(len(attention), len(mlp)) for _, _, attention, mlp in trials.asked]
+    masks = [(len(attention), len(mlp)) for _, _, attention, mlp, _ in trials.asked]
     assert set(masks) == {(2, 1)}
     few = [chunks for _, chunks in trials.judge.asked if len(chunks) < 4]
     assert len(few) > OFFSPRING / 2  # most are judged on a part of the answers

@@ -23,13 +23,6 @@ def model(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model"), TINY)
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "ids.json"
-    path.write_text(json.dumps(np.random.default_rng(0).integers(3, 250, (4, 600)).tolist()))
-    return path
-
-
 def command(model, texts, out, *options):
     return [
         "windows",
@@ -112,10 +105,10 @@ def test_as_many_as_it_takes(model, texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give --count, or one of --requests and --decode-speedup"),
+        ([], "give --count, or one of --kv-budget, --requests and --decode-speedup"),
         (["--count", "9"], "windows in all 8 layers that take one are not enough"),
         (["--count", "2", "--kv-budget", "50%"], "give --count, or one of"),
-        (["--kv-budget", "50%"], "--kv-budget counts a token before any window has passed it"),
+        (["--kv-budget", "50%"], "windows in all 8 layers that take one are not enough"),
         (["--count", "2", "--window", "500"], "texts of 600 tokens see everything under windows of 500"),
         (["--count", "2", "--window", "1000"], "a window of 1000 tokens in layer 7 changes nothing"),
         (["--count", "2", "--samples", "1"], "one text was given"),

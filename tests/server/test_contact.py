@@ -13,13 +13,17 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.main import main as vllm_main
 from vllm.entrypoints.launchers import app, launcher
 from vllm.entrypoints.launchers.api_server import entry
-from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.models.api_router import show_available_models
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin, attach_endpoint_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+try:
+    from vllm.entrypoints.common.cli_args import FrontendArgs
+except ImportError:  # before vLLM 0.33
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
 from llmdrop_server import statistics
 from llmdrop_server.launch import DEFAULTS

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llmdrop_server import LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
+from llmdrop_server import COMPARISON_ENVIRONMENT, LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.launch import main, parser, plugins, vllm_arguments
 from llmdrop_server.vllm_options import read
 from llmdrop_vllm import DropMask, InputError
@@ -198,7 +198,7 @@ def test_a_port_that_does_not_exist(refused, port):
     assert "cannot be listened on" in refused(MODEL, f"--port={port}")
 
 
-@pytest.mark.parametrize("option", ["--api-key-file", "--ssl-keyfile", "--ssl-certfile"])
+@pytest.mark.parametrize("option", ["--api-key-file", "--comparison", "--ssl-keyfile", "--ssl-certfile"])
 def test_a_file_that_cannot_be_read(refused, option, tmp_path):
     assert refused(MODEL, option, tmp_path / "none").endswith("none cannot be read: No such file or directory")
     assert refused(MODEL, option, tmp_path).endswith("cannot be read: Is a directory")
@@ -223,15 +223,15 @@ def test_a_bound_that_does_not_exist_or_is_no_number(refused, limit, words):
 
 
 def test_what_the_plugin_must_know_is_in_the_environment(monkeypatch, scores):
-    for name in (LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_PLUGINS"):
+    ours = (LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT, COMPARISON_ENVIRONMENT)
+    for name in (*ours, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_PLUGINS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("llmdrop_server.launch._run_vllm", lambda words: 0)
-    assert (
-        main([str(MODEL), "--port", "0", "--limit", "n=4", "--limit", "body_seconds=2.5", "--scores", str(scores)]) == 0
-    )
+    limits, files = ["--limit", "n=4", "--limit", "body_seconds=2.5"], ["--scores", scores, "--comparison", scores]
+    assert main([str(MODEL), "--port", "0", *limits, *map(str, files)]) == 0
     assert json.loads(os.environ[LIMITS_ENVIRONMENT]) == {"n": 4, "body_seconds": 2.5}
-    assert os.environ[SCORES_ENVIRONMENT] == str(scores)
+    assert os.environ[SCORES_ENVIRONMENT] == os.environ[COMPARISON_ENVIRONMENT] == str(scores)
     assert "llmdrop" in os.environ["VLLM_PLUGINS"].split(",")
     assert os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "75"
 

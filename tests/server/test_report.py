@@ -7,16 +7,17 @@ import pytest
 import torch
 from transformers import AutoConfig, MambaConfig
 
-from llmdrop_server import SCORES_ENVIRONMENT
+from llmdrop_server import COMPARISON_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.report import report
 from llmdrop_server.schemas import Drop
 from llmdrop_vllm import DropMask, InputError
-from llmdrop_vllm.artifacts import HEAL_FILE, write_record
+from llmdrop_vllm.artifacts import COMPARISON_FILE, HEAL_FILE, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from tests.architectures.cases import CASES
+from tests.data.comparisons import comparison, form
 from tests.healing.records import healing
 from tests.quantized import FORMATS, quantize
 from tests.selection.scores import make_scores
@@ -25,7 +26,9 @@ MASK = DropMask(12, attention=(11, 7, 8, 10), mlp=(3,))
 BLOCK = 16
 
 
-def engine_config(config, architecture, kv_tokens=4800, model=MODEL, cache_dtype="auto", max_model_len=1024):
+def engine_config(
+    config, architecture, kv_tokens=4800, model=MODEL, cache_dtype="auto", max_model_len=1024, skipped=()
+):
     """What the report reads of a VllmConfig."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -39,6 +42,7 @@ def engine_config(config, architecture, kv_tokens=4800, model=MODEL, cache_dtype
         ),
         cache_config=SimpleNamespace(
             cache_dtype=cache_dtype,
+            kv_cache_dtype_skip_layers=[*skipped],
             block_size=BLOCK,
             kv_cache_size_tokens=kv_tokens,
             kv_cache_max_concurrency=kv_tokens / max_model_len,
@@ -102,6 +106,13 @@ def test_an_fp8_cache_takes_half_the_bytes():
     assert found.served.kv_bytes_per_token * 2 == report(embedded()).served.kv_bytes_per_token
 
 
+def test_layers_that_are_left_out_of_an_fp8_cache_take_twice_as_much():
+    plain = report(embedded()).served.kv_bytes_per_token  # of 8 layers
+    for skipped, layers in (["0", "11"], 9), (["0", "1"], 10):  # 11 has no attention
+        found = report(embedded(cache_dtype="fp8", skipped=skipped))
+        assert found.served.kv_bytes_per_token * 16 == plain * layers
+
+
 def test_padding_of_hybrid_models_is_counted():
     config = CASES["Gemma2ForCausalLM"].config()  # sliding, full, sliding, full, sliding
     for key, value in DropMask(5, attention=(0, 2, 4)).to_config().items():
@@ -162,10 +173,25 @@ def test_how_the_model_was_healed_comes_from_the_checkpoint(tmp_path):
     assert report(embedded(model=tmp_path)).healing == healing().summary()
 
 
-def test_scores_of_another_depth_are_refused(monkeypatch, tmp_path):
-    write_record(make_scores(attention=[0.5] * 4), tmp_path / "scores.json")
-    monkeypatch.setenv(SCORES_ENVIRONMENT, str(tmp_path / "scores.json"))
-    with pytest.raises(InputError, match="has scores of 4 layers; the model has 12"):
+def test_recorded_answers_come_from_the_environment_or_the_checkpoint(monkeypatch, tmp_path):
+    assert report(embedded(model=tmp_path)).comparison is None
+    write_record(comparison(), tmp_path / COMPARISON_FILE)
+    assert report(embedded(model=tmp_path)).comparison == comparison()
+    monkeypatch.setenv(COMPARISON_ENVIRONMENT, str(tmp_path / COMPARISON_FILE))
+    assert report(embedded()).comparison == comparison()
+
+
+@pytest.mark.parametrize(
+    ("environment", "record"),
+    [
+        (SCORES_ENVIRONMENT, make_scores(attention=[0.5] * 4)),
+        (COMPARISON_ENVIRONMENT, comparison(forms=tuple(form(name, mask=DropMask(4)) for name in ("full", "dropped")))),
+    ],
+)
+def test_what_is_of_another_depth_is_refused(monkeypatch, tmp_path, environment, record):
+    write_record(record, tmp_path / "file.json")
+    monkeypatch.setenv(environment, str(tmp_path / "file.json"))
+    with pytest.raises(InputError, match="is of 4 layers; the model has 12"):
         report(embedded())
 
 

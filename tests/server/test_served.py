@@ -163,6 +163,7 @@ def test_the_mask_is_among_the_metrics(http):
         'llmdrop_kv_bytes_per_token{form="full"} 3072.0',
         'llmdrop_kv_bytes_per_token{form="served"} 2048.0',
         'llmdrop_kv_tokens{form="served"} 524288.0',
+        f'llmdrop_mask_info{{mask="{SUMMARY}",model_name="embedded"}} 1.0',
     ):
         assert line in metrics
     assert "vllm:kv_cache_usage_perc" in metrics

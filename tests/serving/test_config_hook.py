@@ -17,7 +17,8 @@ from vllm.plugins import load_general_plugins
 from llmdrop_vllm import DropMask, family_of
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.errors import CheckpointError
-from llmdrop_vllm.serving.config_hook import OUR_PARTITION, PARTITION, checked_decoder
+from llmdrop_vllm.serving.config_hook import checked_decoder
+from llmdrop_vllm.serving.stages import OUR_PARTITION, PARTITION
 from tests.tiny import TINY_LLAMA, shapes, write_checkpoint
 
 load_general_plugins()
@@ -50,7 +51,7 @@ REFUSED = {
     "unsupported architecture": (
         TELECHAT2 | {"drop_attn_list": [1]},
         r"drop mask \(llm-drop\), and the model would be served undropped: TeleChat2ForCausalLM has no row in the "
-        'family table; supported: .*LlamaForCausalLM.*; to add a row, see "Adding an architecture" in the README',
+        'family table; supported: .*LlamaForCausalLM.*; to add a row, see "Adding an architecture" in docs/families.md',
     ),
     "unsupported architecture, another dialect": (
         TELECHAT2 | {"block_configs": [NO_BLOCK] * 8},

@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 import torch
 from vllm import LLM
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, ParallelConfig, VllmConfig
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -20,6 +21,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -27,10 +30,13 @@ from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.serving.config_hook import PARTITION, ConfigHook
+from llmdrop_vllm.serving import plugin
+from llmdrop_vllm.serving.config_hook import ConfigHook
 from llmdrop_vllm.serving.models import Droppable
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedSublayer
+from llmdrop_vllm.serving.peers import ENGINE
 from llmdrop_vllm.serving.plugin import register_with_vllm
+from llmdrop_vllm.serving.stages import PARTITION
 from llmdrop_vllm.serving.weights import forget_missing_layers
 from llmdrop_vllm.serving.window_cache import WindowManager, WindowSpec
 
@@ -97,6 +103,17 @@ def test_kv_cache_specs_tell_bytes_and_tokens_of_a_page():
 def test_pipeline_stages_follow_the_environment(monkeypatch):
     monkeypatch.setenv(PARTITION, "2,6")
     assert [get_pp_indices(8, rank, 2) for rank in range(2)] == [(0, 2), (2, 8)]
+
+
+def test_ranks_have_met_before_a_model_is_built_and_stages_may_be_set_until_then():
+    built = inspect.getsource(WorkerProc.__init__)
+    assert built.index("init_device()") < built.index("load_model()") < built.index("enable_envs_cache()")
+    assert "local_rank" in inspect.signature(GroupCoordinator).parameters
+    assert {"nnodes", "node_rank", "master_addr"} <= {field.name for field in fields(ParallelConfig)}
+
+
+def test_engines_are_processes_of_a_known_name():
+    assert f'else "{ENGINE}"' in inspect.getsource(CoreEngineProcManager.__init__)
 
 
 def test_weight_loaders_skip_what_subclasses_ppmissinglayer():
@@ -180,3 +197,12 @@ def test_a_compiled_model_is_told_from_one_that_is_not(eager):
     assert (compilation.mode == CompilationMode.NONE) == eager
     if eager:
         assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+
+
+@pytest.mark.parametrize(("version", "lines"), [("0.33.1+cpu", 0), ("0.34.0", 1), ("0.3.3", 1)])
+def test_a_vllm_that_was_not_tested_is_said_in_one_line(version, lines, monkeypatch):
+    said = []
+    monkeypatch.setattr(plugin.logger, "warning_once", lambda text, *words: said.append(text % words))
+    plugin.warn_if_untested(version)
+    assert len(said) == lines
+    assert all(f"vLLM 0.32 and 0.33, and this is {version}" in line and "llmdrop doctor" in line for line in said)

@@ -1,5 +1,6 @@
 """What drafts for a model with a mask: heads made for the full one, MTP layers of its own checkpoint, other models."""
 
+import inspect
 import json
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.serving.drafts import check_what_it_reads, draft_config, is_draft_head
+from llmdrop_vllm.serving.drafts import STOCK_DRAFT_CONFIG, check_what_it_reads, draft_config, is_draft_head
 from tests.engines import engine, greedy
 from tests.tiny import TINY_LLAMA, shapes, tensor, write_checkpoint
 
@@ -153,6 +154,16 @@ def test_a_checkpoint_of_ours_without_mtp_layers_drafts_as_a_whole():
     assert named("DroppedMiMoForCausalLM").architectures == ["DroppedMiMoForCausalLM"]
     assert named("DroppedLlamaForCausalLM").architectures == ["DroppedLlamaForCausalLM"]
     assert SpeculativeConfig.hf_config_override is draft_config
+
+
+def test_the_config_of_a_draft_is_asked_for_as_vllm_asks_its_own():
+    """vLLM 0.33 hands it what names the MTP layers of the Transformers backend."""
+    (_, *theirs), (_, *ours) = (inspect.signature(each).parameters for each in (STOCK_DRAFT_CONFIG, draft_config))
+    assert theirs == ours[: len(theirs)]
+    if theirs:
+        given = {"architectures": ["TransformersForMTP"], "n_predict": 1}
+        config = SimpleConfig(architectures=["DroppedLlamaForCausalLM"])
+        assert SpeculativeConfig.hf_config_override(config, given).architectures == ["TransformersForMTP"]
 
 
 def test_a_draft_that_reads_dropped_keys_is_refused():

@@ -5,14 +5,17 @@ from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
+from vllm.model_executor.layers.mamba.gdn import olmo_gdn_linear_attn
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.architectures.families import no_row
-from llmdrop_vllm.architectures.refused import REFUSED
-from tests.architectures.cases import CASES, FULL, LAYERS, model_of
+from llmdrop_vllm.architectures.refused import REFUSED, UNTRIED
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.errors import CheckpointError
+from tests.architectures.cases import CASES, FULL, GATED_DELTA_NET, LAYERS, Case, model_of
 from tests.architectures.reference import layers_of, skipping
 from tests.engines import engine, greedy
 from tests.tiny import tensor
@@ -118,3 +121,38 @@ def test_plamo_3_is_built_without_its_norms(tmp_path):
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_what_no_row_can_be_written_for_is_refused_with_the_reason(architecture):
     assert no_row(architecture) == f"{architecture} cannot go without sublayers: {REFUSED[architecture]}"
+
+
+@pytest.mark.parametrize("architecture", UNTRIED)
+def test_what_has_no_row_yet_is_refused_with_the_reason(architecture, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": LAYERS}))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(2).numpy()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=f"{architecture} has no row in the family table yet: {UNTRIED[architecture]}"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+# Transformers saves the norms beside a recurrent mixer under other names than published checkpoints and vLLM have.
+PUBLISHED = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+
+
+@pytest.mark.parametrize(
+    ("renames", "message"),
+    [
+        (PUBLISHED, "list indices must be integers or slices, not NoneType"),
+        ({}, r"no module or parameter named 'layers\.0\.attention_layer_norm'"),
+    ],
+    ids=["as published", "as Transformers saves it"],
+)
+def test_vllm_loads_no_checkpoint_of_olmo_hybrid(renames, message, tmp_path, monkeypatch):
+    """Once it does, this fails, and OLMo hybrid can have a row: take it out of `UNTRIED`."""
+    case = Case("OlmoHybridForCausalLM", "olmo_hybrid", GATED_DELTA_NET | {"linear_num_key_heads": 4})
+    weights = case.write(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    for theirs, published in renames.items():
+        tensors = {name.replace(theirs, published): tensor for name, tensor in tensors.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    monkeypatch.setattr(olmo_gdn_linear_attn, "set_triton_allocator", lambda device: None)  # there is none on CPUs
+    with pytest.raises((TypeError, ValueError), match=message), engine(tmp_path):
+        pass

@@ -48,7 +48,7 @@ def test_a_text_model_inside_a_wrapper_is_built_by_stock_code(architecture):
             built.append((vllm_config, prefix))
 
     outer = PretrainedConfig(text_config={"num_hidden_layers": 2}, vision_config={"depth": 1})
-    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=outer, model="nowhere"))
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=outer, model="nowhere", runner="generate"))
     droppable = type(architecture, (Droppable, Stock), {"architecture": architecture})
     model = droppable(vllm_config=config, prefix="language_model")
     assert built == [(config, "language_model")]

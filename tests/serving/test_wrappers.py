@@ -16,7 +16,7 @@ from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 from llmdrop_vllm.writing.plan import plan_surgery
@@ -160,14 +160,30 @@ def test_a_published_flat_config_keeps_its_mask_where_its_layers_are_counted():
 
 
 def test_layers_that_a_tower_has_no_row_for_are_named(tmp_path):
-    shares = {"num_kv_shared_layers": 2}
-    case = WRAPPER_CASES["Gemma4ForConditionalGeneration"]
-    directory = replace(case, text=case.text | shares).write(tmp_path)
-    message = "Gemma4ForCausalLM has no row in the family table for layers as this config has them, only for: num_kv_sh"
+    after = {"do_layer_norm_before": False}
+    case = WRAPPER_CASES["Blip2ForConditionalGeneration-opt"]
+    directory = replace(case, text=case.text | after).write(tmp_path)
+    message = "OPTForCausalLM has no row in the family table for layers as this config has them, only for: do_layer_nor"
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(directory)
     with pytest.raises(ValueError, match=message):
         outputs(directory, hf_overrides=MASK.to_config("runtime"))
+
+
+def test_attention_whose_keys_and_values_other_layers_read_is_not_dropped(tmp_path):
+    """Layer 4 reads layer 2's."""
+    directory = WRAPPER_CASES["Gemma4ForConditionalGeneration-shared keys and a mixture"].write(tmp_path)
+    message = (
+        "the mask drops the attention of layer 2, whose keys and values layers 4 read; keep it, or drop theirs too"
+    )
+    with pytest.raises(MaskError, match=message):
+        plan_surgery(directory, DropMask(LAYERS, attention=(2,)))
+    with pytest.raises(MaskError, match="layer 2 takes no window: layers 4 read its keys and values"):
+        plan_surgery(directory, DropMask(LAYERS, windows=((2, 8),)))
+    with pytest.raises(ValueError, match=message):
+        outputs(directory, hf_overrides={"drop_attn_list": [0, 2]})
+    with pytest.raises(ValueError, match="layers 4 read the keys and values of layer 2, and vLLM hands none from one"):
+        outputs(directory, hf_overrides={"drop_attn_list": [1, 3]}, pipeline_parallel_size=2)
 
 
 def test_a_tower_that_transformers_would_build_is_refused(tmp_path):

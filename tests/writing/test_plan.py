@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llmdrop_vllm.artifacts import COMPARISON_FILE
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from llmdrop_vllm.masks.mask import DropMask
@@ -156,6 +157,7 @@ def test_every_other_file_comes_along_but_other_weights(tmp_path):
     add_companions(write_checkpoint(tmp_path, TINY_LLAMA))
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / COMPARISON_FILE).write_text("{}")  # of answers that the new weights do not give
     plan = plan_surgery(tmp_path, MASK)
     assert set(plan.copies) == set(COMPANIONS)
     assert set(plan.left_out) == {*OTHER_WEIGHTS, *(f"{name}/" for name in LEFT_OUT_DIRECTORIES), "loop/", "broken"}

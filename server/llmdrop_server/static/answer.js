@@ -5,7 +5,7 @@ import { complete, Stopwatch } from "./completion.js";
 import { element } from "./dom.js";
 import { formatRate, formatSeconds, plural } from "./format.js";
 
-const ENDINGS = { stop: "", length: "cut at max tokens", aborted: "stopped by you" };
+export const ENDINGS = { stop: "", length: "cut at max tokens", aborted: "stopped by you" };
 
 export class Answer {
   /** `label` says whose answer it is, where there are two. */

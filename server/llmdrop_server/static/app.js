@@ -9,6 +9,7 @@ import { byId, element } from "./dom.js";
 import { askForKey } from "./key.js";
 import { LayerMap } from "./layers.js";
 import { LivePanel } from "./live.js";
+import { Recorded } from "./recorded.js";
 import { Watch } from "./watch.js";
 
 // This file is at static/llmdrop/ under the server's root, wherever a proxy has put that.
@@ -16,6 +17,7 @@ const own = new Server(new URL("../../", import.meta.url).href);
 const layers = new LayerMap(byId("layers"), byId("readout"), byId("legend"));
 const capacity = new CapacityPanel(byId("capacity"), byId("kv-use"));
 const live = new LivePanel(byId("tiles"));
+const recorded = new Recorded(byId("recorded"), own);
 
 const STATES = { up: "Running", down: "Engine down", gone: "No answer", key: "API key needed", paused: "Paused" };
 
@@ -55,6 +57,7 @@ async function showModel() {
   limitAnswers(drop.max_model_len);
   layers.show(drop);
   capacity.show(drop);
+  recorded.show(drop);
   showHowToAsk();
 }
 

@@ -16,7 +16,7 @@ export class Chat {
     this.prompt = byId("prompt");
     this.sendButton = byId("send");
     this.stop = byId("stop");
-    this.empty = this.log.firstElementChild;
+    this.empty = this.log.lastElementChild;
     byId("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.exchange();
@@ -33,7 +33,8 @@ export class Chat {
 
   clear() {
     for (const lane of this.lanes) lane.messages = [];
-    this.log.replaceChildren(this.empty);
+    for (const each of this.log.querySelectorAll(":scope > .exchange")) each.remove();
+    this.log.append(this.empty);
     this.prompt.focus();
   }
 

@@ -11,6 +11,9 @@ export const formatDecimal = (value) => (value == null ? NONE : oneDecimal.forma
 export const formatShare = (share) => (share == null ? NONE : `${oneDecimal.format(share * 100)}%`);
 export const formatBytes = (bytes) => (bytes == null ? NONE : `${wholeNumber.format(bytes)} B`);
 
+/** Of weights, in millions of bytes. */
+export const formatMegabytes = (bytes) => `${wholeNumber.format(bytes / 1e6)} MB`;
+
 /** Three digits are as many as a rate measured over seconds deserves; above 1,000 the units are shown. */
 export function formatRate(perSecond) {
   return (perSecond >= 1000 ? wholeNumber : threeDigits).format(perSecond);
