@@ -23,6 +23,8 @@ pytestmark = [
         not (cache_directory() / "quantize" / "venv" / READY).is_file(), reason="make quantize-setup was not run"
     ),
 ]
+# oneDNN's 8-bit products saturate on CPUs that cannot sum them exactly, as those without AVX-512 cannot.
+INT8 = 0.1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.5
 MASK = DropMask(12, attention=(11, 7), mlp=(6,))
 PROMPT = [*range(3, 60)]
 
@@ -38,7 +40,7 @@ def dropped(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("scheme", "options", "bits", "furthest"),
-    [("w8a8", [], 8, 0.1), ("w4a16", ["--samples", "8", "--seq-len", "128"], 4, 1.0), ("fp8", [], 8, 0.2)],
+    [("w8a8", [], 8, INT8), ("w4a16", ["--samples", "8", "--seq-len", "128"], 4, 1.0), ("fp8", [], 8, 0.2)],
 )
 def test_a_dropped_model_is_quantized_and_served(scheme, options, bits, furthest, dropped, tmp_path, capsys):
     source, expected, tokens = dropped

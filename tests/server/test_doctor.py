@@ -40,6 +40,12 @@ def test_a_contact_that_moved_is_named_with_what_is_gone(monkeypatch):
     assert lacking("nowhere.at.all", "other") == "nowhere.at.all:other (ModuleNotFoundError)"
 
 
+@pytest.fixture(autouse=True)
+def _log_level(monkeypatch):
+    """What the command sets in the environment of its process is not there for the tests that follow."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 def test_ten_lines_say_that_masks_can_be_served(monkeypatch, capsys):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert main(["doctor"]) == 0
