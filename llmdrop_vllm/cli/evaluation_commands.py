@@ -80,7 +80,7 @@ def evaluate(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     full = Checkpoint.open(args.full) if args.full else None
     file = given_mask(args, checkpoint)
-    measures, settings = _measures(checkpoint, args)
+    measures, settings = measures_of(checkpoint, args)
     mask = checkpoint.mask if file is None else file.mask
     found, raw = evaluate_checkpoint(checkpoint, mask, measures, settings, full=full)
     write_record(found, args.out)
@@ -119,7 +119,7 @@ def compare(args: Namespace) -> None:
 def sweep(args: Namespace) -> None:
     """`llmdrop sweep`."""
     checkpoint = opened(args)
-    measures, settings = _measures(checkpoint, args)
+    measures, settings = measures_of(checkpoint, args)
     names = args.series or DEFAULT_SERIES
     make_series(Scores.unmeasured(checkpoint), names, args.counts)  # refused before the scores, which may take hours
     directory = _results_directory(args)
@@ -186,7 +186,7 @@ def _sweep_of(args: Namespace) -> Sweep:
     return found
 
 
-def _measures(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
+def measures_of(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, EngineSettings]:
     """What can be refused without an engine is refused here."""
     harness = harness_of(args)
     text, context = load_text(checkpoint, args.text, context=args.context, windows=args.windows)

@@ -2,13 +2,13 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, DataIdentity, Record, Scores
+from llmdrop_vllm.artifacts import EVALUATION_FILE, HEAL_FILE, MASK_FILE, SCORES_FILE, DataIdentity, Record, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.cli.commands import (
     beside,
@@ -50,6 +50,7 @@ OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
 def drop(args: Namespace) -> None:
     """`llmdrop drop`: scores and mask stay with the new checkpoint, for whoever asks what was dropped and why."""
     checkpoint = opened(args)
+    measuring = _measuring(checkpoint, args)
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = select_mask(
         Scores.unmeasured(checkpoint), *methods_of(args), protect=args.protect, mixers=args.mixers
@@ -94,6 +95,21 @@ def drop(args: Namespace) -> None:
         args.samples = args.seq_len = None  # of the scores' data
         _write_healed(plan, args, records, text or healing_data(checkpoint, str(answers), args))
     forget(args.out)
+    if measuring is not None:
+        measuring()
+
+
+def _measuring(checkpoint: Checkpoint, args: Namespace) -> Callable[[], None] | None:
+    """`llmdrop drop --evaluate`: what measures OUT, by the defaults. Raises InputError where these cannot be had."""
+    if not args.evaluate:
+        return None
+    from llmdrop_vllm.cli.arguments import parser
+    from llmdrop_vllm.cli.evaluation_commands import evaluate, measures_of
+
+    command = ["evaluate", str(args.out), "--full", str(checkpoint.directory), "--out", str(args.out / EVALUATION_FILE)]
+    asked = parser().parse_args([*command, *(("--dtype", args.dtype) if args.dtype else ())])
+    measures_of(checkpoint, asked)
+    return lambda: evaluate(asked)
 
 
 def _space(checkpoint: Checkpoint, scores: Scores, args: Namespace) -> Space:

@@ -47,8 +47,14 @@ def search(plan: SearchPlan, trials_file: Path, *, progress: bool = False) -> Ma
             judges.append(Judge(weights, plan.checkpoint, masked.mask, answers, directory))
         trials = Trials(judges[0], judges[1], file, plan.options.most, plan.options.seconds, bar.update)
         run = _Run(plan, trials, bar)
-        with suppress(EnoughError):
-            run.go()
+        try:
+            with suppress(EnoughError):
+                run.go()
+        except KeyboardInterrupt:
+            if (best := run.best) is not None:
+                judged, said = len(trials.asked), f"{best.mask.summary()}, KL {best.loss.mean:.4f}"
+                bar.write(f"best so far, of {judged} masks: {said}; --masks {judged} writes the best of these")
+            raise
         return run.chosen()
 
 
@@ -58,6 +64,7 @@ class _Run:
     def __init__(self, plan: SearchPlan, trials: Trials, bar: "tqdm[Any]") -> None:
         self.plan, self.trials, self.bar = plan, trials, bar
         self.finalists: dict[str, DropMask] = {BY_COSINE: plan.by_cosine}
+        self.best: Found | None = None
 
     def go(self) -> None:
         """Greedy ways, then an evolution of the best mask so far; where each step is healed, forward alone."""
@@ -142,10 +149,17 @@ class _Run:
         self.bar.set_description(name)
         found = None
         for found in way:
-            self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", gone=len(found.mask.attention) + len(found.mask.mlp))
             if self.plan.space.is_whole(found.mask):
                 self.finalists[name] = found.mask
+            self._say(found, gone=len(found.mask.attention) + len(found.mask.mlp))
         return found if name in self.finalists else None
+
+    def _say(self, found: Found, **others: object) -> None:
+        """Beside the time that is left: what is at hand, and the best of what was asked for."""
+        if self.plan.space.is_whole(found.mask):
+            self.best = min(self.best or found, found, key=lambda each: each.loss.mean)
+        best = {} if self.best is None else {"best": f"{self.best.loss.mean:.4f}"}
+        self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", **best, **others)
 
     def _evolve(self, parent: DropMask) -> None:
         """As long as held-out answers see it become better now and then."""
@@ -157,7 +171,7 @@ class _Run:
             if (now := trials.on_held_out(found.mask).mean) < least:
                 least, idle = now, 0
                 self.finalists["evolution"] = found.mask
-            self.bar.set_postfix(kl=f"{found.loss.mean:.4f}", held_out=f"{least:.4f}")
+            self._say(found, held_out=f"{least:.4f}")
             if idle == PATIENCE:
                 break
 

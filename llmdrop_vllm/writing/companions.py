@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import COMPARISON_FILE
+from llmdrop_vllm.artifacts import COMPARISON_FILE, EVALUATION_FILE
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.checkpoints.directory import OTHER_WEIGHTS
 from llmdrop_vllm.checkpoints.shards import index_files
@@ -17,13 +17,14 @@ LEFT_OUT_DIRECTORIES = frozenset({"original", ".git", ".cache"})
 
 def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(names to copy, names to leave out) of what is in the directory beside the weights, their index, what was
-    recorded of their answers, and `without`.
+    measured of them, and `without`.
 
     Names are relative to the checkpoint; a directory that is left out as a whole ends in a slash.
     """
     known = {
         *without,
         COMPARISON_FILE,
+        EVALUATION_FILE,
         *(path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory))),
     }
     names = [name for name in _names(checkpoint.directory) if name not in known]

@@ -1,16 +1,19 @@
 """`llmdrop search` from one end to the other, on the embedded model."""
 
 import json
+import re
 from shutil import copy
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_record
+from llmdrop_vllm.artifacts import EVALUATION_FILE, ModelIdentity, Provenance, Scores, read_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation.goals import Sizes
+from llmdrop_vllm.evaluation.records import Evaluation
 from llmdrop_vllm.healing.records import Healing
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
@@ -44,7 +47,7 @@ def test_a_mask_is_found_that_every_command_takes_and_cosines_is_never_better(co
     assert Checkpoint.open(tmp_path / "out").mask == file.mask
 
 
-def test_an_interrupted_search_goes_on_and_finds_the_same(command, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on_and_finds_the_same(command, tmp_path, monkeypatch, capsys):
     whole = [*command, "--attention", "2"]
     whole[whole.index("--out") + 1] = str(tmp_path / "whole.json")
     assert main(whole) == 0
@@ -60,6 +63,8 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(command, tmp_path, mon
 
     monkeypatch.setattr(Judge, "divergences", interrupted)
     assert main([*command, "--attention", "2"]) == 130
+    printed = capsys.readouterr()
+    assert re.search(r"best so far, of \d+ masks: attention dropped in 2 of 12 layers", printed.out + printed.err)
     before = len(calls)
     assert main([*command, "--attention", "2"]) == 0
     expected = read_record(MaskFile, tmp_path / "whole.json")
@@ -151,6 +156,31 @@ def test_dropping_can_search_and_heal_at_once(answers, tmp_path, capsys):
     # Sublayers are compared on what healing mends, unless other data is named.
     assert scores.provenance.data.source == str(answers)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_dropping_can_end_with_what_it_cost(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["drop", str(MODEL), str(out), "--attention", "2", "--samples", "4", "--seq-len", "64", "--evaluate"]
+    with quick():
+        assert main(command) == 0
+    found = read_record(Evaluation, out / EVALUATION_FILE)
+    assert found.quality.divergence.kl.value > 0
+    assert "KL, nats" in capsys.readouterr().out
+    # What is made of it has other answers.
+    assert main(["convert", str(out), str(tmp_path / "other"), "--dialect", "llm-drop"]) == 0
+    assert not (tmp_path / "other" / EVALUATION_FILE).exists()
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_scored(tmp_path, capsys, monkeypatch):
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    for file in MODEL.iterdir():
+        if file.is_file() and "token" not in file.name and file.suffix != ".jinja":
+            copy(file, mute)
+    scoring = Mock(side_effect=AssertionError("scored"))
+    monkeypatch.setattr("llmdrop_vllm.cli.healing_commands.scored_or_kept", scoring)
+    assert main(["drop", str(mute), str(tmp_path / "out"), "--attention", "2", "--evaluate"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
 
 
 def test_what_is_healed_on_is_what_was_named(answers, tmp_path, monkeypatch):
