@@ -12,6 +12,7 @@ from llmdrop_vllm.errors import InputError, in_one_line
 EXTRAS = {
     "accelerate": ("train",),
     "peft": ("train",),
+    "tensorboard": ("train",),
     "gguf": ("fetch",),
     "lm_eval": ("eval",),
     "matplotlib": ("eval",),

@@ -185,8 +185,10 @@ def healing(
         train = TrainOptions(
             epochs=args.epochs, learning_rate=args.learning_rate, rank=args.lora, parts=args.train_parts
         )
-    elif args.log_dir is not None:
-        raise OutputError("--log-dir is for --train, which is not given")
+    if args.log_dir is not None:
+        if train is None:
+            raise OutputError("--log-dir is for --train, which is not given")
+        import torch.utils.tensorboard  # noqa: F401  (missing, it is said before anything slow)
     return healed(
         student,
         teacher,

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -169,13 +170,17 @@ def distill(
     steps_per_epoch = -(-len(learnt) // per_step)
     trainer = Trainer(
         Student(model),
-        _arguments(options, directory, per_step, steps_per_epoch, log_directory, progress),
+        _arguments(options, directory, per_step, steps_per_epoch, progress),
         data_collator=Collator(batches, targets),
         train_dataset=Rows(learnt, batches),
         eval_dataset=Rows(judged, batches),
-        callbacks=[EarlyStoppingCallback(options.patience)],
+        callbacks=[
+            EarlyStoppingCallback(options.patience),
+            *([] if log_directory is None else [_logged(log_directory)]),
+        ],
     )
     before = trainer.evaluate()["eval_loss"]
+    trainer.add_callback(_Begun(before))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.is_dir() else None)
     after = trainer.evaluate()["eval_loss"]
     if options.rank is not None:
@@ -191,6 +196,23 @@ def distill(
         history=_history(trainer.state.log_history),
     )
     return training, names
+
+
+class _Begun(TrainerCallback):
+    """A training that breaks the model and then mends its own damage has gained nothing until it is where it began."""
+
+    def __init__(self, before: float) -> None:
+        self.before = before
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.best_metric is None:
+            state.best_metric = self.before
+
+
+def _logged(directory: Path) -> TensorBoardCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(directory)))
 
 
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
@@ -230,7 +252,7 @@ def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
 
 
 def _arguments(
-    options: TrainOptions, directory: Path, per_step: int, per_epoch: int, log: Path | None, progress: bool
+    options: TrainOptions, directory: Path, per_step: int, per_epoch: int, progress: bool
 ) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     check = max(1, per_epoch // options.checks)
@@ -261,6 +283,5 @@ def _arguments(
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=gpu,
-        report_to=["tensorboard"] if log else [],
-        **({"logging_dir": str(log)} if log else {}),
+        report_to=[],
     )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from llmdrop_vllm.artifacts import HEAL_FILE
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
@@ -31,9 +32,11 @@ PROMPT = [*range(3, 60)]
 
 @pytest.fixture(scope="module")
 def dropped(tmp_path_factory):
-    """The embedded model without three sublayers, and what it computes."""
-    out = tmp_path_factory.mktemp("dropped") / "model"
-    write(plan_surgery(MODEL, MASK), out)
+    """The embedded model without three sublayers, healed, and what it computes."""
+    home = tmp_path_factory.mktemp("dropped")
+    write(plan_surgery(MODEL, MASK), home / "unhealed")
+    out, text = home / "model", ["--samples", "8", "--seq-len", "64"]
+    assert main(["heal", str(home / "unhealed"), str(out), "--teacher", str(MODEL), *text]) == 0
     with engine(out, dtype="bfloat16") as llm:
         return out, greedy(llm, PROMPT)[2], kv_tokens(llm)
 
@@ -52,7 +55,7 @@ def test_a_dropped_model_is_quantized_and_served(scheme, options, bits, furthest
     assert found.config["architectures"] == before.config["architectures"]
     sizes = [sum(each.num_bytes for each in model.tensors.values()) for model in (found, before)]
     assert sizes[0] < sizes[1] * (0.7 if bits == 8 else 0.55)
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", HEAL_FILE):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     record = json.loads((tmp_path / "out" / "llmdrop_quantize.json").read_text())
     assert (record["scheme"], bool(record["data"])) == (scheme, bool(options))
