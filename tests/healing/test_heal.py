@@ -122,6 +122,23 @@ def test_a_healed_checkpoint_is_an_ordinary_one_nearer_to_the_full_model(dropped
     assert main(again) == 0
 
 
+def test_healed_blocks_can_get_new_numbers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    dropped, out = tmp_path / "dropped", tmp_path / "healed"
+    assert main(["apply", str(MODEL), str(dropped), "--attention", "7,8", "--mlp", "7,8"]) == 0
+    text = ("--samples", "8", "--seq-len", "64")
+    assert main(["heal", str(dropped), str(out), "--teacher", str(MODEL), *text, "--dtype", "float32"]) == 0
+    assert main(["convert", str(out), str(tmp_path / "renumbered"), "--renumber"]) == 0
+    ids = torch.arange(5, 60)[None]
+    ordinary = AutoModelForCausalLM.from_pretrained(tmp_path / "renumbered", dtype=torch.float32)
+    unhealed, mended = (hf.from_pretrained(path, dtype=torch.float32) for path in (dropped, out))
+    with torch.inference_mode():
+        expected, found, before = (model.eval()(ids).logits for model in (mended, ordinary, unhealed))
+    assert (found - expected).abs().max() < 1e-5
+    assert (found - before).abs().max() > 1e-2
+
+
 def test_dropping_can_heal_at_once(tmp_path):
     out = tmp_path / "out"
     text = ("--samples", "8", "--seq-len", "64")
