@@ -20,6 +20,17 @@ LAYERS_OF = {
     "Gemma4ForCausalLM-shared keys": 3,
     "Gemma4ForConditionalGeneration-shared keys and a mixture": 3,
 }
+# Plain, with biases, in parallel, with norms behind, scaled, a mixture, beside and without recurrent mixers.
+ONE_OF_EACH = (
+    "LlamaForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM",
+    "GraniteForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "NemotronHForCausalLM",
+)
 ONE_STREAM = [name for name, case in CASES.items() if case.family.streams is None]
 
 
@@ -39,6 +50,27 @@ def output_names(checkpoint, layer, sublayer):
     return [f"{stream.layers_prefix}{layer}.{name}" for name in output_parameters(stream, layer, sublayer)]
 
 
+def pair(case, model, zeroed, moved, directory):
+    """A full model in which what goes adds nothing, and one whose other projections are off, which healing undoes."""
+    parameters = dict(model.named_parameters())
+    assert zeroed
+    assert moved
+    with torch.no_grad():
+        for each in zeroed:
+            parameters[each].zero_()
+        teacher = Checkpoint.open(case.save(model, directory / "teacher"))
+        generator = torch.Generator().manual_seed(1)
+        for each in moved:
+            noise = torch.randn(parameters[each].shape, generator=generator)
+            parameters[each].add_(noise * parameters[each].std() * 0.5)
+        return teacher, Checkpoint.open(case.save(model, directory / "student"))
+
+
+def first_healed(student, mask, teacher):
+    with healed(student.under(mask), teacher.under(DropMask(LAYERS)), data(), dtype="float32") as found:
+        return found.record.layers[0]
+
+
 @pytest.mark.parametrize("gone", ["attention", "mlp"])
 @pytest.mark.parametrize("name", [*ONE_STREAM, *(name for name in WRAPPER_CASES if name not in WANTS_IMAGES)])
 def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
@@ -50,24 +82,32 @@ def test_what_is_linear_in_what_remains_is_found(name, gone, tmp_path):
     if None in sublayers:
         pytest.skip("nothing is left in a layer that loses its only sublayer")
     lost, kept = sublayers if gone == "attention" else reversed(sublayers)
-    parameters = dict(model.named_parameters())
     zeroed, moved = (output_names(plain, layer, sublayer) for sublayer in (lost, kept))
-    assert zeroed
-    assert moved
-    with torch.no_grad():
-        for each in zeroed:  # what goes adds nothing
-            parameters[each].zero_()
-        teacher = Checkpoint.open(case.save(model, tmp_path / "teacher"))
-        generator = torch.Generator().manual_seed(1)
-        for each in moved:
-            noise = torch.randn(parameters[each].shape, generator=generator)
-            parameters[each].add_(noise * parameters[each].std() * 0.5)
-        student = Checkpoint.open(case.save(model, tmp_path / "student"))
-    mask = DropMask(LAYERS, **{gone: (layer,)})
-    with healed(student.under(mask), teacher.under(DropMask(LAYERS)), data(), dtype="float32") as found:
-        result = found.record.layers[0]
-    left = result.error_after / result.error_before
+    teacher, student = pair(case, model, zeroed, moved, tmp_path)
+    result = first_healed(student, DropMask(LAYERS, **{gone: (layer,)}), teacher)
     assert result.layer == layer
+    assert_found(result, plain)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_last_projection_before_a_block_makes_up_for_it(name, tmp_path):
+    case, layer = CASES[name], LAYERS_OF.get(name, 2)
+    model = case.model()
+    plain = Checkpoint.open(case.save(model, tmp_path / "plain"))
+    family = plain.family
+    block = {"attention": family.mixer(layer), "mlp": family.mlp_of(layer)}
+    mask = DropMask(LAYERS, **{kind: (layer,) for kind, sublayer in block.items() if sublayer is not None})
+    zeroed = [each for sublayer in block.values() if sublayer for each in output_names(plain, layer, sublayer)]
+    moved = output_names(plain, layer - 1, family.mlp_of(layer - 1) or family.mixer(layer - 1))
+    teacher, student = pair(case, model, zeroed, moved, tmp_path)
+    result = first_healed(student, mask, teacher)
+    assert (result.layer, result.target) == (layer - 1, layer)
+    assert_found(result, plain)
+
+
+def assert_found(result, plain):
+    """What was off is right again."""
+    left = result.error_after / result.error_before
     # Experts that few tokens see are stopped before they overfit, and so are two mixers that share what they mend.
-    by_descent = 0.4 if family.attention.also else 0.25 if plain.architecture in WRAPPERS else 0.2
+    by_descent = 0.4 if plain.family.attention.also else 0.25 if plain.architecture in WRAPPERS else 0.2
     assert left < (1e-5 if result.ridge else by_descent), result
