@@ -138,9 +138,10 @@ def sequences_per_step(lengths: Sequence[int], options: TrainOptions) -> int:
     return max(1, round(options.step_tokens * len(lengths) / sum(lengths)))
 
 
-def multiplies_in_bfloat16() -> bool:
-    """Whether products of matrices are, in training on this machine; sums and what is trained are float32."""
-    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether products of matrices are, in training there; sums and what is trained are float32."""
+    here = torch.cpu.get_capabilities()
+    return device.type == "cuda" or any(here.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def distill(
@@ -170,7 +171,7 @@ def distill(
     steps_per_epoch = -(-len(learnt) // per_step)
     trainer = Trainer(
         Student(model),
-        _arguments(options, directory, per_step, steps_per_epoch, progress),
+        _arguments(options, model.device, directory, per_step, steps_per_epoch, progress),
         data_collator=Collator(batches, targets),
         train_dataset=Rows(learnt, batches),
         eval_dataset=Rows(judged, batches),
@@ -252,11 +253,11 @@ def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
 
 
 def _arguments(
-    options: TrainOptions, directory: Path, per_step: int, per_epoch: int, progress: bool
+    options: TrainOptions, device: torch.device, directory: Path, per_step: int, per_epoch: int, progress: bool
 ) -> TrainingArguments:
-    gpu = torch.cuda.is_available()
+    gpu = device.type == "cuda"
     check = max(1, per_epoch // options.checks)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
@@ -265,7 +266,7 @@ def _arguments(
         weight_decay=0.0,
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
-        bf16=multiplies_in_bfloat16(),
+        bf16=multiplies_in_bfloat16(device),
         use_cpu=not gpu,
         seed=options.seed,
         train_sampling_strategy="group_by_length",  # with answers of all lengths a third of a batch is padding
@@ -285,3 +286,5 @@ def _arguments(
         dataloader_pin_memory=gpu,
         report_to=[],
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or each GPU that is there would add to a step
+    return arguments

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.healing.distill import TrainOptions, distill, multiplies_in_bfloat16
 from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
@@ -69,6 +70,10 @@ def healed(
             f"teacher {teacher.mask.summary()}: give both the same windows, or neither"
         )
     where, what = precision(student.checkpoint, device, dtype)
+    if train is not None and where.index:
+        raise InputError(
+            f"training is on the first GPU, and device is {where}; CUDA_VISIBLE_DEVICES says which is first"
+        )
     values = [asdict(each) for each in (student.mask, teacher.mask, options)]
     weights = [each.checkpoint.fingerprint for each in (student, teacher)]
     asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
@@ -112,12 +117,14 @@ def _trained(closed: Healed, run: Run, train: TrainOptions, log_directory: Path 
     """After the closed form. One of the two models is in memory at a time."""
     student, batches, directory = run.student, run.streams.batches, run.scratch.directory
     dtype = run.streams.student.dtype
-    at_once = TEACHER_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
-    in_memory = replace(batches, tokens_per_chunk=at_once)  # of which there are logits, all at once
-    targets = teach(lambda: load_mended(run.teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
+    device = run.streams.student.device
+    # Of which there are logits, all at once.
+    in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS[device.type])
+    load = partial(load_mended, device=device)
+    targets = teach(lambda: load(run.teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
     # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
-    held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32
-    model = load_mended(student, closed.tensors, dtype=held)
+    held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16(device) else torch.float32
+    model = load(student, closed.tensors, dtype=held)
     training, names = distill(
         model,
         run.family,

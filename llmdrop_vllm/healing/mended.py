@@ -21,9 +21,10 @@ from llmdrop_vllm.checkpoints.hf_weights import (
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 
 
-def load_mended(masked: MaskedCheckpoint, tensors: Mapping[str, StoredTensor], *, dtype: torch.dtype) -> Any:
-    """The masked model with these tensors in place of its own, on the GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_mended(
+    masked: MaskedCheckpoint, tensors: Mapping[str, StoredTensor], *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The masked model with these tensors in place of its own, on a device."""
     model = hf.load(masked, dtype=dtype).to(device).eval()
     names = {stored.name: name for name, stored in find_tensors(masked.checkpoint, model).items()}
     state = {names[name]: read_tensor(stored).to(device) for name, stored in tensors.items()}

@@ -27,7 +27,7 @@ class TrainingCost:
     @property
     def dtype(self) -> torch.dtype:
         """Of the products."""
-        return torch.bfloat16 if multiplies_in_bfloat16() else torch.float32
+        return torch.bfloat16 if multiplies_in_bfloat16(self.device) else torch.float32
 
     @property
     def seconds(self) -> float:
@@ -53,7 +53,7 @@ def training_cost(run: Run, options: TrainOptions) -> TrainingCost:
     step = 2.0 * (2 * whole - (model.num_parameters(exclude_embeddings=True) - behind) + trained)
     checks = 2.0 * whole * judged * options.checks
     teacher = 2.0 * whole * (learnt + judged)
-    itemsize = 2 if multiplies_in_bfloat16() else 4
+    itemsize = 2 if multiplies_in_bfloat16(stream.device) else 4
     outputs = (NUMBERS_PER_OUTPUT if options.rank is None else WITH_ADAPTERS) * behind // stream.hidden_size
     at_once = sum(sorted(lengths)[-sequences_per_step(lengths, options) :])  # the longest are together
     vocabulary = model.get_output_embeddings().weight.shape[0]

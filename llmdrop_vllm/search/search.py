@@ -184,7 +184,7 @@ class _Run:
             checkpoint = plan.checkpoint
             student, teacher = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
             with healed(student, teacher, data, device=str(plan.device), dtype=plan.dtype_name) as found:
-                return load_mended(student, found.tensors, dtype=plan.dtype).to(plan.device)
+                return load_mended(student, found.tensors, dtype=plan.dtype, device=plan.device)
 
         self.trials.judge.weights.change(load)
         self.trials.mended = mask

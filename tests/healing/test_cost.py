@@ -104,7 +104,7 @@ def measured(small, large, options=None):
 
 def test_training_is_said_to_take_longer_for_more_and_less_memory_for_adapters(monkeypatch):
     # In float32 the adapters' outputs outweigh what a model as small as this one saves.
-    monkeypatch.setattr("llmdrop_vllm.healing.training_cost.multiplies_in_bfloat16", lambda: True)
+    monkeypatch.setattr("llmdrop_vllm.healing.training_cost.multiplies_in_bfloat16", lambda device: True)
     run, _ = said()
     ways = TrainOptions(epochs=1), TrainOptions(epochs=2), TrainOptions(rank=4)
     once, twice, adapters = (training_cost(run, options) for options in ways)

@@ -14,7 +14,9 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing import distill
+from llmdrop_vllm.healing import heal as healing
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.records import Healing
@@ -95,6 +97,12 @@ def test_a_log_without_training_is_refused(dropped, tmp_path, capsys):
     assert main([*command, "--samples", "8", "--seq-len", "64"]) == 1
     assert "--log-dir is for --train" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_training_on_another_gpu_than_the_first_is_refused(asked, monkeypatch):
+    monkeypatch.setattr(healing, "precision", lambda *_: (torch.device("cuda:1"), torch.float32))
+    with pytest.raises(InputError, match="device is cuda:1; CUDA_VISIBLE_DEVICES"), healed(*asked, train=OPTIONS):
+        pytest.fail("healed")
 
 
 def test_a_killed_training_goes_on_from_where_it_saved(dropped, tmp_path, monkeypatch):
