@@ -11,9 +11,13 @@ import torch
 # Lambda: from large, where nothing changes, to small; the held-out error has one minimum on the way.
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(2, -11, -1))
 
+BLOCK = 2048  # columns; smaller ones are slower than what they save
+
 
 class Sums:
     """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens.
+
+    Of z'z, which is symmetric, the blocks below the diagonal are summed and the rest is theirs.
 
     `rounded`: factors may be rounded to bfloat16 before they are multiplied, for that is what their streams were kept
     in; AMX and tensor cores are several times as fast then.
@@ -29,7 +33,8 @@ class Sums:
         """Add tokens: z [rows, columns], e [rows, outputs], float32."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
-        self.zz.addmm_(z.T, z)
+        for start, stop in self._blocks:
+            self.zz[start:stop, :stop].addmm_(z[:, start:stop].T, z[:, :stop])
         self.ze.addmm_(z.T, e)
         torch.set_float32_matmul_precision(before)
         self.ee += e.square().sum(dtype=torch.float64).item()
@@ -37,8 +42,15 @@ class Sums:
 
     def error(self, delta: torch.Tensor) -> float:
         """|z dW - e|^2 with dW [columns, outputs], without any token: |e|^2 - 2 <dW, z'e> + <dW, z'z dW>."""
+        for start, stop in self._blocks:
+            self.zz[:start, start:stop] = self.zz[start:stop, :start].T
         inner = (self.zz @ delta).sub_(self.ze, alpha=2)
         return self.ee + float(torch.dot(delta.flatten(), inner.flatten()))
+
+    @property
+    def _blocks(self) -> list[tuple[int, int]]:
+        columns = len(self.zz)
+        return [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
 
 @dataclass(frozen=True)

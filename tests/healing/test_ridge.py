@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmdrop_vllm.healing import ridge
 from llmdrop_vllm.healing.ridge import RIDGES, Sums, fit
 
 CPU = torch.device("cpu")
@@ -22,7 +23,9 @@ def problem(rows, columns, noise, seed=0):
     return z, z @ truth + noise * torch.randn(rows, 3, generator=generator)
 
 
-def test_it_is_the_naive_solution_and_its_error_the_naive_error():
+@pytest.mark.parametrize("block", [3, 4, 2048])
+def test_it_is_the_naive_solution_and_its_error_the_naive_error(block, monkeypatch):
+    monkeypatch.setattr(ridge, "BLOCK", block)
     (z, e), (other_z, other_e) = problem(200, 8, 0.5), problem(60, 8, 0.5, seed=1)
     found = fit(sums(z, e), sums(other_z, other_e))
     t = (z.T @ z).diagonal().mean()
