@@ -54,8 +54,16 @@ def test_every_architecture_of_the_family_table_is_one_of_vllm():
     assert set(BY_ARCHITECTURE) <= set(survey.registered())
 
 
-def test_at_least_forty_architectures_are_verified():
+def test_what_is_promised_of_architectures_wrappers_and_hybrids_is_verified():
     assert sum(entry.verified for entry in ENTRIES) >= 40
+    assert len(wrapper_survey.VERIFIED) >= 30
+    assert len(WRAPPERS.keys() & wrapper_survey.wrappers().keys()) >= 90
+    recurrent = {entry.architecture for entry in ENTRIES if entry.verified and has_recurrent_mixers(entry.architecture)}
+    assert len(recurrent) >= 8
+
+
+def has_recurrent_mixers(architecture):
+    return any(family.recurrent is not None for family in BY_ARCHITECTURE[architecture])
 
 
 @pytest.mark.parametrize(
