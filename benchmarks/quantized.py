@@ -48,7 +48,7 @@ BATCHES, PROMPT_TOKENS, OUTPUT_TOKENS = (1, 16), 64, 32
 AT_ONCE = 2  # engines beside the full model's, which takes half as much again as its weights here
 FULL, EIGHT_BIT, BUT = "full", "8-bit KV", "but in layers"
 PLUS = " + "
-WORDS = {"trained": "trained", "w8a8": "W8A8", "w4a16": "W4A16"}
+WORDS = {"trained": "trained", "healed": "healed", "w8a8": "W8A8", "w4a16": "W4A16"}
 PACKED = ("weight_scale", "weight_shape", "weight_zero_point")  # left over beside plain weights
 
 
@@ -92,7 +92,9 @@ class Variant:
     @property
     def kv_options(self) -> dict[str, Any]:
         """What the engine is told of its keys and values."""
-        skipped = {"kv_cache_dtype_skip_layers": [*map(str, self.wide)]} if self.wide else {}
+        skipped: dict[str, Any] = {"kv_cache_dtype_skip_layers": [*map(str, self.wide)]} if self.wide else {}
+        if skipped and self.checkpoint.mask.windows:
+            skipped["block_size"] = 64  # stretches of 128 are whole blocks, and those of 8 bits twice as large
         return {"kv_cache_dtype": "fp8", **skipped} if self.eight_bit else {}
 
 

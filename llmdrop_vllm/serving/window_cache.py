@@ -8,6 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.stretches import STRETCH, span
 
 
@@ -16,6 +17,16 @@ class WindowSpec(SlidingWindowSpec):
     """Of a window of `window` tokens; `sliding_window` is what the last token of a stretch sees of it."""
 
     window: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Here, for vLLM makes larger blocks of a layer whose numbers are smaller than another one's.
+        if STRETCH % self.block_size:
+            raise MaskError(
+                f"windows need a KV cache in blocks that {STRETCH} tokens are a multiple of; the engine's have "
+                f"{self.block_size}, twice its --block-size where layers keep 8 bits beside others that do not: "
+                f"use another --block-size, such as 64"
+            )
 
     @classmethod
     def of(cls, full: AttentionSpec, window: int) -> "WindowSpec":

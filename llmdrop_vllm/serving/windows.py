@@ -11,7 +11,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.errors import MaskError
-from llmdrop_vllm.masks.stretches import STRETCH
 from llmdrop_vllm.serving.window_backend import window_backend
 from llmdrop_vllm.serving.window_cache import WindowSpec
 
@@ -62,11 +61,6 @@ def _look_back(attention: Attention, window: int) -> None:
         full = own(vllm_config)
         if type(full) is not FullAttentionSpec:
             return full
-        if STRETCH % full.block_size:
-            raise MaskError(
-                f"windows need a KV cache in blocks that {STRETCH} tokens are a multiple of; the engine's have "
-                f"{full.block_size}: use another --block-size"
-            )
         return WindowSpec.of(full, window)
 
     attention.get_kv_cache_spec = spec

@@ -113,6 +113,18 @@ def test_beside_others_and_where_only_a_part_of_the_prefix_is_there(checkpoint):
             assert [[*request.outputs[0].token_ids] for request in requests] == expected
 
 
+def test_beside_an_8_bit_cache_that_leaves_layers_out_blocks_must_stay_small_enough(checkpoint):
+    """vLLM makes blocks of 8 bits twice as long there, and a stretch that is half a block was read from nowhere."""
+    mixed = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]}
+    with pytest.raises(MaskError, match="the engine's have 256, twice its --block-size"), engine(checkpoint, **mixed):
+        pytest.fail("served")
+    found = []
+    for options in ({"dtype": "bfloat16"}, mixed | {"block_size": 64}):
+        with engine(checkpoint, **options) as llm:
+            found.append(np.array(greedy(llm, LONG)[2]))
+    assert 0 < np.abs(found[0] - found[1]).mean() < 0.05
+
+
 def test_what_is_out_of_sight_is_freed(checkpoint, monkeypatch):
     freed = set()
     stock = WindowManager.remove_skipped_blocks
