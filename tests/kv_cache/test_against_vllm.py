@@ -118,6 +118,7 @@ def test_layers_that_keep_the_models_dtype_take_more_and_the_others_as_little(ca
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = {"load_format": "dummy", "kv_cache_memory_bytes": KV_CACHE_BYTES, "max_model_len": CONTEXT}
     options |= {"kv_cache_dtype": "bfloat16", "kv_cache_dtype_skip_layers": ["1", "4"]}
+    options["block_size"] = 64  # vLLM makes blocks twice as long, which windows take up to 128
     with engine(tmp_path, **options, max_num_batched_tokens=IN_FLIGHT) as llm:
         vllm_config = llm.llm_engine.vllm_config
         cache, in_flight = vllm_config.cache_config, vllm_config.max_in_flight_tokens
