@@ -43,7 +43,7 @@ from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 from llmdrop_vllm.evaluation.records import Evaluation
 from llmdrop_vllm.fetching.fetch import fetch
 
-MEMORY_BYTES, CONTEXT = 8 << 30, 4096  # of the requests that are counted
+MEMORY_BYTES, CONTEXT = 8 << 30, 8192  # of the requests that are counted
 BATCHES, PROMPT_TOKENS, OUTPUT_TOKENS = (1, 16), 64, 32
 AT_ONCE = 2  # engines beside the full model's, which takes half as much again as its weights here
 FULL, EIGHT_BIT, BUT = "full", "8-bit KV", "but in layers"
