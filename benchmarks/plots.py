@@ -239,7 +239,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> list[Path]:
                 figure = Figure(figsize=(9.1, 6.2), layout="constrained")
                 paint(result, figure.subplots())
                 # Below the axes, where it covers nothing.
-                figure.legend(loc="outside lower center", ncols=2)
+                labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+                figure.legend(loc="outside lower center", ncols=2, fontsize=10 if max(map(len, labels)) > 50 else None)
                 figure.text(0.995, 0.005, result["machine"], ha="right", va="bottom", fontsize=8, color="#777777")
                 drawn.append(out / f"{name}-{picture}.svg")
                 write_atomically(drawn[-1], as_svg(figure))
