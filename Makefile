@@ -65,7 +65,7 @@ start:
 test: $(VENV)/ready ## the whole suite: no GPU, no hub
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-canary: $(VENV)/ready ## contacts with vLLM, by the newest one's Python over the libraries here; ARGS="tests/serving" for more
+canary: $(VENV)/ready ## contacts and serving, by the newest vLLM's Python over the libraries here; ARGS="tests/..." for others
 	$(VENV)/bin/python docker/canary.py $(ARGS)
 
 soak: $(VENV)/ready ## ten minutes of good and bad clients at a full KV cache; ARGS="--seconds 60" for less

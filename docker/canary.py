@@ -19,9 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 TESTS = (
-    *(f"tests/{room}/test_contact.py" for room in ("serving", "server", "evaluation")),
+    "tests/serving",
+    *(f"tests/{room}/test_contact.py" for room in ("server", "evaluation")),
     "tests/server/test_doctor.py",
-    "tests/serving/test_golden.py",
+    *("-m", "not processes", "--numprocesses", "2", "--dist", "loadfile"),
 )
 # Of the wheel; its compiled files are for GPUs, and its headers for compiling more.
 TAKEN = {".css", ".html", ".jinja", ".js", ".json", ".py", ".sh", ".txt"}

@@ -87,7 +87,7 @@ def test_dropped_checkpoint_as_draft_model_of_its_own_full_model(full, dropped):
 
 def test_naming_a_dropped_layer_among_those_of_full_precision_changes_nothing(full):
     """`--kv-cache-dtype-skip-layers`: the kept layers' KV cache is as small as without it."""
-    options = {"kv_cache_dtype": "bfloat16", "hf_overrides": {"drop_attn_list": [2]}}
+    options = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "hf_overrides": {"drop_attn_list": [2]}}
     found = {}
     for skipped in ("", "2", "3"):
         with engine(full, **options, kv_cache_dtype_skip_layers=[skipped] if skipped else []) as llm:
