@@ -175,10 +175,7 @@ def distill(
         data_collator=Collator(batches, targets),
         train_dataset=Rows(learnt, batches),
         eval_dataset=Rows(judged, batches),
-        callbacks=[
-            EarlyStoppingCallback(options.patience),
-            *([] if log_directory is None else [_logged(log_directory)]),
-        ],
+        callbacks=[EarlyStoppingCallback(options.patience), *_logged(log_directory)],
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.add_callback(_Begun(before))
@@ -210,10 +207,13 @@ class _Begun(TrainerCallback):
             state.best_metric = self.before
 
 
-def _logged(directory: Path) -> TensorBoardCallback:
+def _logged(directory: Path | None) -> list[TensorBoardCallback]:
+    """What writes a log, if there is a place for one."""
+    if directory is None:
+        return []
     from torch.utils.tensorboard import SummaryWriter
 
-    return TensorBoardCallback(SummaryWriter(str(directory)))
+    return [TensorBoardCallback(SummaryWriter(str(directory)))]
 
 
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:

@@ -64,16 +64,8 @@ def healed(
     is asked again, and so does one whose context ends with an error. Raises CheckpointError for weights that cannot be
     computed with, OutputError for a scratch directory that cannot be used.
     """
-    if student.mask.windows != replace(teacher.mask, attention=student.mask.attention).windows:
-        raise MaskError(
-            f"healing mends what is dropped, not what windows lose; the student has {student.mask.summary()}, the "
-            f"teacher {teacher.mask.summary()}: give both the same windows, or neither"
-        )
     where, what = precision(student.checkpoint, device, dtype)
-    if train is not None and where.index:
-        raise InputError(
-            f"training is on the first GPU, and device is {where}; CUDA_VISIBLE_DEVICES says which is first"
-        )
+    _check(student, teacher, None if train is None else where)
     values = [asdict(each) for each in (student.mask, teacher.mask, options)]
     weights = [each.checkpoint.fingerprint for each in (student, teacher)]
     asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
@@ -95,6 +87,19 @@ def healed(
                 found = _trained(found, run, train, log_directory, progress=progress)
             yield found
             run.scratch.remove()
+
+
+def _check(student: MaskedCheckpoint, teacher: MaskedCheckpoint, trains_on: torch.device | None) -> None:
+    """Raise MaskError for windows that healing would have to mend, InputError for a GPU that Trainer does not take."""
+    if student.mask.windows != replace(teacher.mask, attention=student.mask.attention).windows:
+        raise MaskError(
+            f"healing mends what is dropped, not what windows lose; the student has {student.mask.summary()}, the "
+            f"teacher {teacher.mask.summary()}: give both the same windows, or neither"
+        )
+    if trains_on is not None and trains_on.index:
+        raise InputError(
+            f"training is on the first GPU, and device is {trains_on}; CUDA_VISIBLE_DEVICES says which is first"
+        )
 
 
 def _record(run: Run, layers: tuple[HealedLayer, ...]) -> Healing:
