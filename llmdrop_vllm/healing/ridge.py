@@ -40,10 +40,16 @@ class Sums:
         self.ee += e.square().sum(dtype=torch.float64).item()
         self.rows += len(z)
 
-    def error(self, delta: torch.Tensor) -> float:
-        """|z dW - e|^2 with dW [columns, outputs], without any token: |e|^2 - 2 <dW, z'e> + <dW, z'z dW>."""
+    def complete(self) -> None:
+        """With the blocks above the diagonal too, once no token is added any more."""
         for start, stop in self._blocks:
             self.zz[:start, start:stop] = self.zz[start:stop, :start].T
+
+    def error(self, delta: torch.Tensor) -> float:
+        """|z dW - e|^2 with dW [columns, outputs], without any token: |e|^2 - 2 <dW, z'e> + <dW, z'z dW>.
+
+        For sums that are complete.
+        """
         inner = (self.zz @ delta).sub_(self.ze, alpha=2)
         return self.ee + float(torch.dot(delta.flatten(), inner.flatten()))
 
@@ -68,6 +74,7 @@ def fit(learnt: Sums, held_out: Sums) -> Fit | None:
     mean = learnt.zz.diagonal().mean()
     if not (learnt.rows and held_out.ee > 0 and mean > 0):
         return None
+    held_out.complete()
     for ridge in RIDGES:
         delta = _solve(learnt, ridge * mean)
         left = None if delta is None else held_out.error(delta) / held_out.ee

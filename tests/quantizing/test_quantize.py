@@ -24,7 +24,7 @@ pytestmark = [
         not (cache_directory() / "quantize" / "venv" / READY).is_file(), reason="make quantize-setup was not run"
     ),
 ]
-# oneDNN's 8-bit products saturate on CPUs that cannot sum them exactly, as those without AVX-512 cannot.
+# On a CPU without AVX-512 it was 0.27; presumably 8-bit products saturate there, which was not looked into.
 INT8 = 0.1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.5
 MASK = DropMask(12, attention=(11, 7), mlp=(6,))
 PROMPT = [*range(3, 60)]
