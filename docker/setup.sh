@@ -30,7 +30,8 @@ reachable() (
 if [ "$ENGINE" = cpu ] && reachable "$pytorch_cpu/torch/"; then
     index=(--extra-index-url "$pytorch_cpu")
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${index[@]}" -e ".[$extras]" || {
+# Python compiles what it imports, a small part of 30,000 files; pip compiles them all, for two minutes.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${index[@]}" -e ".[$extras]" || {
     echo "llmdrop: error: pip could not install llmdrop-vllm[$extras]" >&2
     [ "$ENGINE" = cuda ] || [ -n "${index[*]}" ] ||
         echo "llmdrop: $pytorch_cpu was not reachable; PIP_FIND_LINKS=/a/directory/with/torch+cpu.whl works without it" >&2
