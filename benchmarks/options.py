@@ -21,13 +21,13 @@ KINDS = ("attention", "mlp", "block")
 
 def add_shared(parser: argparse.ArgumentParser, *, repeats: int = 5, kv_gib: str = "8 on a GPU, 0.2 on a CPU") -> None:
     """Which model, what is dropped of it, and how it is run."""
-    parser.add_argument("--shape", default="cpu-small", help="one of benchmarks/shapes.py")
+    parser.add_argument("--shape", default="cpu-small", help="of benchmarks/shapes.py, or a model to fetch")
     parser.add_argument("--layers", type=int, help="the shape's layers at another depth")
     for kind in KINDS:
         parser.add_argument(
             f"--{kind}", type=numbers, metavar="N[,N]", help=f"masks that drop so many {kind} sublayers each"
         )
-    parser.add_argument("--mask", type=Path, help="a mask that `llmdrop select` wrote")
+    parser.add_argument("--mask", type=Path, action="append", default=[], help="of select or search (repeatable)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: what torch finds")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -94,9 +94,9 @@ def masks(args: argparse.Namespace, shape: Shape) -> dict[str, DropMask]:
     if getattr(args, "table", None):
         wanted += published.table(shape)
     found = {f"{kind} {number}": shape.mask(kind, number) for kind, number in wanted}
-    if args.mask is not None:
-        mask = read_record(MaskFile, args.mask).mask
+    for path in args.mask:
+        mask = read_record(MaskFile, path).mask
         if mask.num_hidden_layers != shape.num_layers:
-            raise MaskError(f"{args.mask} is for {mask.num_hidden_layers} layers; {shape.name} has {shape.num_layers}")
-        found[args.mask.stem] = mask
+            raise MaskError(f"{path} is for {mask.num_hidden_layers} layers; {shape.name} has {shape.num_layers}")
+        found[f"{path.parent.name} {path.stem}".strip()] = mask
     return found or {f"attention {shape.num_layers // 2}": shape.mask("attention", shape.num_layers // 2)}

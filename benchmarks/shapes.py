@@ -1,14 +1,21 @@
-"""Named shapes: config.json entries of well-known models, the masks published for them, and all their tensors."""
+"""Named shapes: config.json entries of well-known models, the masks published for them, and all their tensors.
+
+Real models are those that `llmdrop fetch` has a short name for.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from llmdrop_vllm import DropMask, InputError, MaskError
 from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.fetching.fetch import fetch
+from llmdrop_vllm.fetching.models import MODELS
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 
@@ -17,11 +24,15 @@ Kind = Literal["attention", "mlp", "block"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model without weights. `published` holds rank-ordered layers per kind of sublayer, the first n drop n."""
+    """A model, with a directory of `weights` if it is a real one.
+
+    `published` holds rank-ordered layers per kind of sublayer, the first n drop n.
+    """
 
     name: str
     config: Mapping[str, Any]
     published: Mapping[Kind, tuple[int, ...]] = field(default_factory=dict)
+    weights: Path | None = None
 
     @property
     def num_layers(self) -> int:
@@ -66,6 +77,8 @@ class Shape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the checkpoint's tensors."""
+        if self.weights is not None:
+            return {name: each.shape for name, each in Checkpoint.open(self.weights).tensors.items()}
         hidden, vocab = self.config["hidden_size"], self.config["vocab_size"]
         found = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
         if not self.config["tie_word_embeddings"]:
@@ -200,8 +213,21 @@ SHAPES = {
 
 
 def find(name: str, num_layers: int | None = None) -> Shape:
-    """The shape of that name, at another depth where one is given. Raises InputError for what does not exist."""
+    """The shape of that name, at another depth where one is given; a real model is fetched, and has its own depth.
+
+    Raises InputError for what does not exist.
+    """
+    if name in MODELS and num_layers is None:
+        return _real(name)
     if name not in SHAPES:
-        raise InputError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+        raise InputError(f"unknown shape {name!r}; known: {', '.join([*SHAPES, *MODELS])}")
     shape = SHAPES[name]
     return shape if num_layers in (None, shape.num_layers) else shape.with_layers(num_layers)
+
+
+def _real(name: str) -> Shape:
+    checkpoint = Checkpoint.open(fetch(name))
+    config = checkpoint.config
+    heads = config["num_attention_heads"]
+    told = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads} | config
+    return Shape(name, told, weights=checkpoint.directory)

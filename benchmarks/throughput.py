@@ -4,12 +4,14 @@
     python benchmarks/throughput.py --shape cpu-small --attention 4 --workloads paper,chats --repeats 9
     python benchmarks/throughput.py --shape cpu-small --attention 4 --contexts 256,1024,4096
     python benchmarks/throughput.py --shape llama-2-13b --table paper --scale 0.25
+    python benchmarks/throughput.py --shape smollm2 --dtype bfloat16 --mask search/8.json
     python benchmarks/throughput.py --smoke
 
-Random weights, written once and read by all; random prompts, another set in each round. Before anything is timed, all
-contenders with one mask must agree on log-probabilities. Each contender has a process of its own and they take turns.
-Every engine is stepped in its own process, without HTTP: prefill ends with the last request's first token; TTFT and
-TPOT are taken per request, at the end of the step that made the token. Writes results/NAME.jsonl, .md and .json.
+Random weights, written once and read by all, or a real model's; random prompts, another set in each round. Before
+anything is timed, all contenders with one mask must agree on log-probabilities. Each contender has a process of its own
+and they take turns. Every engine is stepped in its own process, without HTTP: prefill ends with the last request's first
+token; TTFT and TPOT are taken per request, at the end of the step that made the token. Writes results/NAME.jsonl, .md
+and .json.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace, directory: Path) -> None:
         f"at the limit, all runs take {plan.seconds():.0f} s",
         flush=True,
     )
-    lineup = Lineup(plan.shape, settings, write_random(directory / "full", plan.shape, settings.dtype))
+    lineup = Lineup(plan.shape, settings, weights(directory / "full", plan.shape, settings.dtype))
     found: list[dict[str, Any]] = []
     try:
         for line in measure(plan, lineup):
@@ -88,6 +90,14 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     finally:  # what was measured is kept where a contender died, or the user lost patience
         if found:
             write(args.out, plan, lineup, found)
+
+
+def weights(directory: Path, shape: Shape, dtype: str) -> Path:
+    """The shape's own, or random ones, where there is room for others beside them."""
+    if shape.weights is None:
+        return write_random(directory, shape, dtype)
+    directory.symlink_to(shape.weights)
+    return directory
 
 
 def published_speedup(shape: Shape, line: dict[str, Any]) -> dict[str, float]:

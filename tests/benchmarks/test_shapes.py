@@ -1,11 +1,15 @@
 """Named shapes: the parameter counts of the real models, tensor names that Transformers knows, masks that fit."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import published
+from benchmarks import published, shapes
 from benchmarks.shapes import SHAPES, find
+from benchmarks.throughput import weights
+from benchmarks.weights import write_random
 from llmdrop_vllm import DropMask, InputError, MaskError, hf
 from llmdrop_vllm.checkpoints.decoder import Decoder
 
@@ -63,6 +67,18 @@ def test_published_speedups_are_those_of_the_model_at_its_own_depth():
     assert published.table(half) == [("attention", n) for n in (2, 5, 10, 15)] + [("mlp", 5), ("block", 5)]
     for kind, number in published.table(half):
         assert len(getattr(half.mask(kind, number), "mlp" if kind == "mlp" else "attention")) == number
+
+
+def test_a_real_model_is_what_was_fetched(tmp_path, monkeypatch):
+    saved = write_random(tmp_path / "fetched", find("smoke"), "float32")
+    config = json.loads((saved / "config.json").read_bytes())
+    del config["head_dim"]
+    (saved / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(shapes, "fetch", lambda name: saved)
+    shape = find("smollm2")
+    assert shape.tensors() == find("smoke").tensors()
+    assert shape.config["head_dim"] == 32
+    assert weights(tmp_path / "full", shape, "float32").resolve() == saved
 
 
 def test_its_own_depth_is_no_other_depth():
