@@ -9,7 +9,7 @@
 
 Random weights, written once and read by all, or a real model's; random prompts, another set in each round. Before
 anything is timed, all contenders with one mask must agree on log-probabilities. Each contender has a process of its own
-and they take turns. Every engine is stepped in its own process, without HTTP: prefill ends with the last request's first
+and they take turns. Engines are stepped in their processes, without HTTP: prefill ends with the last request's first
 token; TTFT and TPOT are taken per request, at the end of the step that made the token. Writes results/NAME.jsonl, .md
 and .json.
 """
