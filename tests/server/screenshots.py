@@ -1,10 +1,9 @@
-"""The README's pictures of the page, of real servers: the embedded model with attention dropped, and in full.
+"""The documentation's pictures of the page, of real servers: SmolLM2 as `make serve` serves it, and in full.
 
 python -m tests.server.screenshots
 """
 
 import json
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,21 +11,24 @@ from pathlib import Path
 import httpx
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from benchmarks.servers import BIN, free_port, serving
-from llmdrop_vllm.embedded import MODEL
+from benchmarks.record import RESULTS
+from benchmarks.servers import free_port, serving
 
 OUT = Path(__file__).parents[2] / "server" / "screenshots"
-QUESTION = "What is os.path.join?"
+MODEL = ["smollm2", "--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+DROPPED = ["--drop-attention", "7,6,29", "--comparison", str(RESULTS / "real" / "smollm2" / "comparison.json")]
+QUESTION = "What is a mutex, in one sentence?"
+WIDE = {"width": 1440, "height": 900}
 CONTEXTS = {
-    "light": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
-    "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
+    "light": {"viewport": WIDE, "color_scheme": "light"},
+    "dark": {"viewport": WIDE, "color_scheme": "dark"},
     "narrow": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
-    "compare": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+    "compare": {"viewport": WIDE, "color_scheme": "light"},
 }
 
 
 def ask(page: Page, answers: int) -> None:
-    page.fill("#max-tokens", "96")
+    page.fill("#max-tokens", "64")
     page.fill("#prompt", QUESTION)
     page.press("#prompt", "Enter")
     expect(page.locator("#log").get_by_text("TTFT")).to_have_count(answers, timeout=60_000)
@@ -48,18 +50,13 @@ def main() -> None:
     with ExitStack() as stack:
         here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (here / "full").mkdir()
-        scores = here / "scores.json"
-        subprocess.run(
-            [BIN / "llmdrop", "score", MODEL, "--out", scores, "--samples", "8", "--seq-len", "256"], check=True
-        )
         port = free_port()
+        dropped = stack.enter_context(serving(here, *DROPPED, model=MODEL, port=port))
         origin = json.dumps([f"http://127.0.0.1:{port}"])
-        mask = ["--drop-attention", "4", "--scores", str(scores)]
-        dropped = stack.enter_context(serving(here, *mask, port=port))
-        options = ["--allowed-origins", origin, "--served-model-name", "embedded-full"]
-        full = stack.enter_context(serving(here / "full", *options))
-        for server, name in ((dropped, "embedded"), (full, "embedded-full")):  # the first request takes longer
-            body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 96}
+        options = ["--allowed-origins", origin, "--served-model-name", "smollm2-full"]
+        full = stack.enter_context(serving(here / "full", *options, model=MODEL))
+        for server, name in ((dropped, "smollm2"), (full, "smollm2-full")):  # the first request takes longer
+            body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64}
             httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
         browser = stack.enter_context(sync_playwright()).chromium.launch(
             executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-background-networking"]
