@@ -35,14 +35,22 @@ ON_ANSWERS, AFTER_HEALING = "chosen by cosine on answers", "chosen by what heali
 BY_SEARCH = "chosen by search"
 
 
+def _then(before: Way, how: str, train: TrainOptions, *, evaluated: bool = False) -> Way:
+    """Training that goes on with a closed form's checkpoint."""
+    name = before.name.replace("closed form", f"closed form, then {how}")
+    options = HealOptions(closed_form=False)
+    return replace(before, name=name, options=options, train=train, after=before.name, evaluated=evaluated)
+
+
 def _chosen() -> Iterator[Way]:
     for chosen in (ON_ANSWERS, AFTER_HEALING, BY_SEARCH):
-        yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False)
-        yield Way(f"closed form, {chosen}", chosen=chosen)
+        evaluated = chosen == BY_SEARCH
+        yield Way(f"{DROPPED}, {chosen}", chosen=chosen, heals=False, evaluated=evaluated)
+        yield Way(f"closed form, {chosen}", chosen=chosen, evaluated=evaluated)
 
 
 def _trained_by_search(train: TrainOptions, data: tuple[str, ...]) -> Iterator[Way]:
-    yield Way(f"closed form, then training, {BY_SEARCH}", train=TRAINED, chosen=BY_SEARCH, evaluated=True)
+    yield _then(Way(f"closed form, {BY_SEARCH}", chosen=BY_SEARCH), "training", TRAINED, evaluated=True)
     name = f"closed form, then training, answers to its own prompts too, {BY_SEARCH}"
     yield Way(name, data, train=train, chosen=BY_SEARCH, evaluated=True)
 
@@ -53,13 +61,9 @@ def _of_the_coder(chosen: str | None) -> Iterator[Way]:
         yield Way(f"{DROPPED}{how}", chosen=chosen, heals=False, evaluated=True)
     before = Way(f"closed form{how}", DATA[CODER], 25_000, dtype="bfloat16", evaluated=True, chosen=chosen)
     yield before
-    yield replace(
-        before,
-        name=f"closed form, then LoRA of rank 32{how}",
-        options=HealOptions(closed_form=False),
-        after=before.name,
-        train=TrainOptions(rank=32, epochs=1, learning_rate=5e-4, step_tokens=1024),  # 2048 take over 20 GiB
-    )
+    # 2048 tokens a step take over 20 GiB.
+    train = TrainOptions(rank=32, epochs=1, learning_rate=5e-4, step_tokens=1024)
+    yield _then(before, "LoRA of rank 32", train, evaluated=True)
 
 
 UNHEALED = Way(DROPPED, heals=False)
@@ -82,21 +86,21 @@ WAYS: dict[str, dict[int, tuple[Way, ...]]] = {
             Way("closed form, tokens weighted equally", options=HealOptions(weighting="equal")),
             Way("closed form, streams in float32", dtype="float32"),
             *(Way(f"closed form, lambda {value:g}", ridges=(value,)) for value in (0.001, 0.03, 1.0)),
-            Way("closed form, then training", train=TRAINED, evaluated=True),
+            _then(Way("closed form"), "training", TRAINED, evaluated=True),
             Way(
                 "closed form, then training, answers to its own prompts too",
                 ("answers", OWN_PROMPTS),
                 train=replace(TRAINED, epochs=2),
                 evaluated=True,
             ),
-            Way("closed form, then LoRA of rank 32", train=replace(TRAINED, rank=32, learning_rate=5e-4)),
+            _then(Way("closed form"), "LoRA of rank 32", replace(TRAINED, rank=32, learning_rate=5e-4)),
             *_chosen(),
             *_trained_by_search(replace(TRAINED, epochs=2), ("answers", OWN_PROMPTS)),
         ),
         4: (
             UNHEALED,
             Way("closed form", evaluated=True),
-            Way("closed form, then training", train=TRAINED, evaluated=True),
+            _then(Way("closed form"), "training", TRAINED, evaluated=True),
             *_chosen(),
             *_trained_by_search(replace(TRAINED, epochs=2), ("answers", OWN_PROMPTS)),
         ),
