@@ -19,9 +19,10 @@ from benchmarks.contender_process import serve
 from llmdrop_vllm import DropMask, InputError
 
 ROOT = Path(__file__).parents[1]
-# The largest and the mean difference of log-probabilities between engines that compute the same function.
+# The largest and the mean difference of log-probabilities between engines that compute the same function; in bfloat16
+# those of a real model are apart by 0.05 on average, those of another mask by 0.2 and more.
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
 
 
 class ContenderError(InputError):

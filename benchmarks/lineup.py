@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from benchmarks.contenders import Contender, Process, Settings, check_agreement, running
 from benchmarks.limit import Model
@@ -15,7 +18,8 @@ from llmdrop_vllm import DropMask, InputError
 STOCK, OURS, NO_OP, TRANSFORMERS = "vLLM", "llmdrop", "vLLM no-op", "Transformers"
 # Interpreter, libraries and activations of one process.
 OVERHEAD_BYTES = 3 << 29
-CHECK_PROMPT, CHECK_TOKENS = [*range(3, 67)], 8
+CHECK_PROMPT_TOKENS, CHECK_TOKENS = 64, 8
+TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
 def contenders(shape: Shape, masks: Mapping[str, DropMask]) -> list[Contender]:
@@ -42,6 +46,14 @@ class Lineup:
         """Memory for weights, KV cache and the process."""
         weights = Model.of(self.shape, contender.mask, self.settings.dtype).weight_bytes
         return weights + self.settings.kv_bytes + OVERHEAD_BYTES
+
+    @cached_property
+    def check_prompt(self) -> list[int]:
+        """What all must agree on. A real model's is text: of tokens at random it says what rounding decides."""
+        if self.shape.weights is None:
+            return [*range(3, 3 + CHECK_PROMPT_TOKENS)]
+        ids: list[int] = AutoTokenizer.from_pretrained(self.shape.weights)(TEXT.read_text()).input_ids
+        return ids[:CHECK_PROMPT_TOKENS]
 
     def sittings(self, line: Sequence[Contender], available_bytes: int) -> list[list[Contender]]:
         """The baseline with as many others as fit beside it, as often as it takes; who never fits is skipped."""
@@ -86,7 +98,7 @@ class Lineup:
                 if self.need_bytes(reference) > available_bytes:
                     continue
                 process.load("transformers", self.options(reference))
-                self.references[mask] = process.ask("answer", prompt=CHECK_PROMPT, tokens=CHECK_TOKENS)
+                self.references[mask] = process.ask("answer", prompt=self.check_prompt, tokens=CHECK_TOKENS)
 
     @contextmanager
     def seated(self, sitting: Sequence[Contender]) -> Iterator[dict[Contender, Process]]:
@@ -112,7 +124,7 @@ class Lineup:
 
     def check(self, contender: Contender, process: Process) -> None:
         """Hold a contender to the reference for its mask, or to the first answer there was. Raises ContenderError."""
-        answer = process.ask("answer", prompt=CHECK_PROMPT, tokens=CHECK_TOKENS)
+        answer = process.ask("answer", prompt=self.check_prompt, tokens=CHECK_TOKENS)
         reference = self.references.setdefault(contender.mask, answer)
         if reference is not answer:
             self.differences[contender.name] = check_agreement(contender.name, reference, answer, self.settings.dtype)
