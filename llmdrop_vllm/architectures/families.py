@@ -295,6 +295,6 @@ def no_row(architecture: str) -> str:
         layouts = "; or ".join(family.describe_when() for family in rows)
         return f"{architecture} has no row in the family table for layers as this config has them, only for: {layouts}"
     return (
-        f"{architecture} has no row in the family table; supported: {', '.join(sorted(BY_ARCHITECTURE))}; "
-        'to add a row, see "Adding an architecture" in docs/families.md of llmdrop-vllm'
+        f'{architecture} has no row in the family table; to add one, see "Adding an architecture" in docs/families.md '
+        f"of llmdrop-vllm; supported: {', '.join(sorted(BY_ARCHITECTURE))}"
     )

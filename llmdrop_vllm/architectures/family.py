@@ -16,11 +16,12 @@ class Sublayer:
     """Attribute names inside the decoder layer: `x + post_norm(module(pre_norm(x)))`.
 
     `pre_norm` is None where the sublayer has none, or where it is shared with the other sublayer: then it stays.
-    `output` is the module's last projection, a regular expression where kinds of layers differ: with its weights zeroed
-    the sublayer adds nothing. `also` names modules beside `module` that belong to the sublayer: what they return is
-    added to what it returns, or is its input. `optional` are names that not every layer or config has. `inner` are
-    norms and routers that stand between these where a layer has them, each with how many values it returns in
-    Transformers, 0 for a tensor alone: no output of theirs is added to anything.
+    `output` is the module's last projection, a regular expression where kinds of layers differ, "weight|bias" where the
+    module is a projection itself: with its weights zeroed the sublayer adds nothing. `also` names modules beside
+    `module` that belong to the sublayer: what they return is added to what it returns, or is its input. `optional` are
+    names that not every layer or config has. `inner` are norms and routers that stand between these where a layer has
+    them, each with how many values it returns in Transformers, 0 for a tensor alone: no output of theirs is added to
+    anything.
 
     `module` is the name in the checkpoint; `in_vllm` and `in_transformers` stand in for it where theirs differ.
     `vllm_tuple` and `transformers_tuple` are how many values the module returns there, 0 for a tensor alone.

@@ -68,7 +68,8 @@ def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:
         if lacking := sorted(set(dropped) & without | set(dropped) - {layer for layer, _ in zeroed}):
             raise CheckpointError(
                 f"{checkpoint.directory} has no {sublayer.module}.{sublayer.output}.weight in layers "
-                f"{', '.join(map(str, lacking))}; a portable checkpoint needs the weights of what is dropped"
+                f"{', '.join(map(str, lacking))}; a portable checkpoint needs the weights of what is dropped, under "
+                f"the names that the row {checkpoint.family.name} of the family table gives"
             )
         found |= {match[0] for match in matches if int(match[1]) in dropped}
     return frozenset(found)

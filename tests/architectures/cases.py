@@ -140,6 +140,7 @@ class Case:
         config = self.config()
         config._attn_implementation = "eager"  # the others leave out soft caps on attention logits
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).float().eval()
+        assert model.num_parameters() < 3e6, f"{self.name} is not tiny: name its sizes in overrides. {config}"
         return randomized(model, seed, self.zeros)
 
     def write(self, directory: Path, seed: int = 0) -> Path:
