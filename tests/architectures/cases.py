@@ -1,6 +1,10 @@
-"""One tiny random checkpoint per architecture, made by Transformers' own classes from its own config class."""
+"""One tiny random checkpoint per architecture, made by Transformers' own classes from its own config class.
+
+python -m tests.architectures.cases Glm4ForCausalLM OUT
+"""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -310,3 +314,7 @@ CASES = {
 def model_of(name: str) -> PreTrainedModel:
     """A case's model, one for all tests of a process: whoever changes it changes it back."""
     return CASES[name].model()
+
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]].write(Path(sys.argv[2]))
