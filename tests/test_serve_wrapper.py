@@ -36,7 +36,7 @@ def dropped(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wrapper")
     full = llava(directory / "full")
     (full / "chat_template.jinja").write_text(TEMPLATE)
-    assert main(["apply", str(full), str(directory / "out"), "--attention", "4,0,2", "--mlp", "1"]) == 0
+    assert main(["apply", str(full), str(directory / "out"), "--attention", "4,0,2", "--mlp", "1,"]) == 0
     return directory / "out"
 
 

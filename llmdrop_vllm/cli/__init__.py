@@ -32,18 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(argv[1:])
     from llmdrop_vllm.cli.arguments import parser
 
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        args.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     # Transformers would draw its own bars and advise on files that are read on purpose.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _fetch_models(args)
         getattr(importlib.import_module(args.module), args.command)(args)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         print(f"llmdrop: error: {error}; {_remedy(error)}", file=sys.stderr)
         return 1
     except InputError as error:
         print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("llmdrop: interrupted; what was being written is gone or goes on with the same command", file=sys.stderr)

@@ -34,7 +34,7 @@ def parser() -> options.Parser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(module=module)
+        command.set_defaults(module=module, refuse=command.error)
         return command
 
     add("serve", "serve a model with vLLM, its page and its bounds", "llmdrop serve MODEL --drop-attention 25,26")
@@ -103,7 +103,7 @@ def _add_searching(add: Add) -> None:
     option(windows, "--window TOKENS", what, values.count, required=True)
     option(windows, "--count N", "layers with windows", values.count)
     options.add_wanted(windows, "windows as it takes, in place of --count")
-    options.add_calibration(windows)
+    options.add_calibration(windows, "6", "four windows, or the model's context")
     options.add_precision(windows)
 
 
@@ -154,8 +154,10 @@ def _add_writing(add: Add) -> None:
 
 
 def _add_saying(add: Add) -> None:
-    inspect = add("inspect", "show what is dropped and what that saves", "llmdrop inspect OUT --memory 80GiB")
+    example = "llmdrop inspect MODEL --attention 25,26 --memory 80GiB"
+    inspect = add("inspect", "show what is dropped, or would be, and what that saves", example)
     options.add_model(inspect)
+    options.add_mask(inspect)
     option(inspect, "--memory", "memory for weights and KV cache (80GiB)", values.memory, default=80 * 2**30)
     option(inspect, "--kv-dtype DTYPE", "float32, bfloat16, float16 or fp8; default the model's")
     what = "that keep the model's dtype, as vLLM's --kv-cache-dtype-skip-layers has it"
@@ -194,7 +196,8 @@ def _add_measuring(add: Add) -> None:
     options.add_file(evaluate, "the measurements")
     options.add_mask(evaluate)
     options.add_measures(evaluate)
-    option(evaluate, "--full MODEL", "the full model, where MODEL lacks the dropped weights")
+    what = "the full model, where MODEL is dropped already: agreement and KL are to its answers"
+    option(evaluate, "--full MODEL", what)
 
     example = "llmdrop sweep MODEL --tasks arc_easy,gsm8k"
     sweep = add("sweep", "measure quality and speed of many masks", example, MEASURING)

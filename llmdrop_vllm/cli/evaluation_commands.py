@@ -26,7 +26,7 @@ from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.comparing import plan_comparison
 from llmdrop_vllm.evaluation.engine import EngineSettings
-from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
+from llmdrop_vllm.evaluation.evaluate import Measures, check_full, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
@@ -60,7 +60,7 @@ def answers(args: Namespace) -> None:
         print(f"llmdrop: warning: {plan.left_out}", file=sys.stderr)
     sample_answers(plan, args.out, progress=True)
     show_answers(read_answers(args.out)[1], args.max_tokens)
-    show_next(args.out, "heal", "DROPPED", "OUT", "--teacher", args.model, "--data", args.out)
+    show_next(args.out, "drop", args.model, "OUT", "--attention", 4, "--heal", args.out)
 
 
 def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
@@ -79,6 +79,12 @@ def evaluate(args: Namespace) -> None:
         check_new(path, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     full = Checkpoint.open(args.full) if args.full else None
+    check_full(full, checkpoint)
+    if full is None and checkpoint.is_stripped and args.divergence_tokens:
+        lacking = f"{args.model} lacks what it dropped: agreement and KL want the full model, --full MODEL"
+        if args.divergence_on != "answers":
+            raise InputError(lacking)
+        print(f"llmdrop: warning: {lacking}", file=sys.stderr)
     file = given_mask(args, checkpoint)
     measures, settings = measures_of(checkpoint, args)
     mask = checkpoint.mask if file is None else file.mask

@@ -22,13 +22,15 @@ from llmdrop_vllm.cli.commands import (
     selection_of,
     write_plan,
 )
-from llmdrop_vllm.cli.console import show_search, show_selection
+from llmdrop_vllm.cli.console import show_next, show_search, show_selection
 from llmdrop_vllm.cli.search_commands import SearchData, check_answers, check_search_options, searched
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.healing.parents import check_parent, check_plain
+from llmdrop_vllm.healing.records import healing_of
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.selection.candidates import Candidates
 from llmdrop_vllm.selection.selection import KVBudget
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 # Of text that does not say how much of it to take; a model's own answers are taken whole.
 TEXT_SAMPLES, TEXT_TOKENS = 128, 512
 TOKENS_PER_COLUMN = 20
+MANY = 0.25  # of all layers
 OWN_ANSWERS = "answers"  # of `--heal`: the full model is asked
 
 
@@ -58,6 +61,7 @@ def drop(args: Namespace) -> None:
     # Which layers go as a whole is not known yet.
     unnumbered = Namespace(**{**vars(args), "renumber": False})
     check_destination(plan_of(unnumbered, checkpoint, possible), args.out, overwrite=args.overwrite)
+    _warn_of_many(checkpoint, possible)
     if args.heal is not None:
         if args.config_only:
             raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
@@ -97,6 +101,19 @@ def drop(args: Namespace) -> None:
     forget(args.out)
     if measuring is not None:
         measuring()
+    else:
+        show_next(args.out, "evaluate", args.out, "--full", args.model, "--out", "evaluation.json")
+
+
+def _warn_of_many(checkpoint: Checkpoint, mask: DropMask) -> None:
+    """Of more attentions than models have come back from (benchmarks/results/README.md, "Healing")."""
+    gone, depth = len(mask.attention), mask.num_hidden_layers
+    if gone > MANY * depth and gone > len(checkpoint.mask.attention):
+        print(
+            f"llmdrop: warning: without {gone} of {depth} attentions few models answer well, healed or not: evaluate "
+            "OUT before you serve it. For long contexts windows lose less: llmdrop windows",
+            file=sys.stderr,
+        )
 
 
 def _measuring(checkpoint: Checkpoint, args: Namespace) -> Callable[[], None] | None:
@@ -155,6 +172,13 @@ def heal(args: Namespace) -> None:
     check_parent(dropped, teacher)
     plan = plan_surgery(dropped, dialect=None, keep_dropped=True)
     check_destination(plan, args.out, overwrite=args.overwrite)
+    if record := healing_of(dropped.directory):
+        print(f"llmdrop: warning: {args.model} is {record.method} already: this goes on from there", file=sys.stderr)
+    if args.data is None:
+        print(
+            "llmdrop: warning: text mends text; what mends answers is --data of llmdrop answers",
+            file=sys.stderr,
+        )
     data = healing_data(dropped, args.data or EMBEDDED, args)
     with healing(dropped.under(dropped.mask), teacher.under(teacher.mask), data, args) as found:
         write_plan(plan.healed(found.tensors), args, {HEAL_FILE: found.record})
@@ -223,8 +247,8 @@ def _announce_closed_form(run: "Run", data: DataIdentity) -> None:
     cost, tokens = run.cost, data.tokens
     minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
     print(
-        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}: about {minutes:,.0f} min, "
-        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
+        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}, a part held out: about "
+        f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
     )
     if tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
         print(

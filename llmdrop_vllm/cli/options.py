@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, minutes, names, share
+from llmdrop_vllm.cli.values import count, factor, json_object, layers, memory, minutes, named_layers, names, share
 from llmdrop_vllm.masks.dialects import ON_DISK
 
 OWN_TASKS = "llmdrop_humaneval, llmdrop_reasoning; of the embedded model: llmdrop_docstring, llmdrop_name"
@@ -53,8 +53,8 @@ def add_mask(command: Parser) -> None:
     """A mask in a file, or as lists of layers."""
     mask = command.add_argument_group("mask (without any, the one in MODEL's config)")
     option(mask, "--mask FILE", "what `llmdrop select` wrote", Path)
-    option(mask, "--attention 25,26", "layers whose attention goes", layers, default=())
-    option(mask, "--mlp 24", "layers whose MLP goes", layers, default=())
+    option(mask, "--attention 25,26", "layers whose attention goes; '25,' for one", named_layers, default=())
+    option(mask, "--mlp 24,25", "layers whose MLP goes", named_layers, default=())
     add_windows(mask)
     flag(mask, "--other-model", "take a mask that was chosen for another model's weights")
 

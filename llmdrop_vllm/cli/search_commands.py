@@ -1,10 +1,11 @@
 """`llmdrop search`: makes values of its arguments, calls the library and prints."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -28,10 +29,14 @@ from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
 from llmdrop_vllm.selection.candidates import Candidates
 
+if TYPE_CHECKING:
+    from llmdrop_vllm.search.windows import WindowsPlan
+
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
 TOKENS, HELD_OUT_TOKENS, SCORED_TOKENS = 2048, 4096, 32_768
 FINALISTS = 8
+ENOUGH_OUT_OF_SIGHT = 1000  # tokens, to compare windows by
 OF_TASKS = ("limit", "finalists", "run_generated_code")
 
 
@@ -97,10 +102,26 @@ def windows(args: Namespace) -> None:
         *long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed),
         *precision(checkpoint, args.device, args.dtype),
     )
+    _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
     write_record(found, args.out)
     show_next(args.out, "serve", args.model, "--mask", args.out)
+
+
+def _announce_windows(plan: "WindowsPlan") -> None:
+    """How much is judged, and whether that is enough to tell layers apart."""
+    texts, judging = sum(plan.texts.predicted), sum(plan.held_out.predicted)
+    print(
+        f"{len(plan.layers) + 2} masks, nearly all on {texts:,} tokens of {len(plan.texts.sequences)} texts that are "
+        "out of a window's sight; less with --samples, --seq-len"
+    )
+    if judging < ENOUGH_OUT_OF_SIGHT:
+        print(
+            f"llmdrop: warning: {judging:,} tokens of {len(plan.held_out.sequences)} texts are few to compare by; "
+            f"{ENOUGH_OUT_OF_SIGHT:,} would do better",
+            file=sys.stderr,
+        )
 
 
 def search_instead(args: Namespace) -> None:

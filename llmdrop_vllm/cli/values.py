@@ -13,9 +13,19 @@ UNITS = ("", "k", "m", "g", "t")
 def layers(text: str) -> tuple[int, ...]:
     """`25,26`."""
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        return tuple(int(part) for part in text.removesuffix(",").split(",")) if text else ()
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 25,26") from None
+
+
+def named_layers(text: str) -> tuple[int, ...]:
+    """The same where another command takes a number of layers: one layer is `25,`."""
+    if text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text} may be a layer or a number of layers: the layer is written '{text},'; which {text} go, "
+            "`llmdrop drop` and `llmdrop select` find out"
+        )
+    return layers(text)
 
 
 def memory(text: str) -> int:

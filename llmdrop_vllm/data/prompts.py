@@ -101,6 +101,9 @@ def _prompts(line: bytes, where: str) -> Iterator[Prompt]:
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"])) or "the request"
+        if first["type"] == "model_type":  # pydantic names its class
+            found = f"{json.dumps(first['input']):.60} is no message"
+            raise DataError(f"{where}: {at}: {found}; expected {ACCEPTED}") from None
         raise DataError(f"{where}: {at}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

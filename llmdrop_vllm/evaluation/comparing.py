@@ -92,11 +92,6 @@ def plan_comparison(
         raise CheckpointError(f"{checkpoint.directory} is dropped already; name the model that it is of: --full MODEL")
     check_full(full, checkpoint)
     whole = full or checkpoint
-    if healing and healing.teacher.fingerprint != whole.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.directory} was healed towards {healing.teacher.path} (weights "
-            f"{healing.teacher.fingerprint}); --full {whole.directory} has {whole.fingerprint}"
-        )
     dropped = (whole if healing else checkpoint).under(mask)
     healed = [(healing.method, checkpoint.under(mask), healing)] if healing else []
     forms = (("full", whole.under(whole.decoder.whole), None), ("dropped", dropped, None), *healed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdrop_vllm.artifacts import DataIdentity, Provenance
+from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import load_calibration
@@ -108,7 +108,7 @@ def evaluate_checkpoint(
     """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
 
     `full` has the full model's weights, where the checkpoint lacks what the mask drops; without it there is no
-    divergence then. Raises CheckpointError for one that is another model.
+    divergence then. Raises CheckpointError as `check_full`.
     """
     check_full(full, checkpoint)
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
@@ -133,14 +133,31 @@ def evaluate_checkpoint(
     provenance = Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype)
     record = healing_of(checkpoint.directory)
     healed = record.method if record else None
-    return Evaluation(quality=quality, skipped=measures.harness.skipped, healed=healed, provenance=provenance), raw
+    found = Evaluation(
+        quality=quality,
+        skipped=measures.harness.skipped,
+        healed=healed,
+        full=None if full is None else ModelIdentity.of(full),
+        provenance=provenance,
+    )
+    return found, raw
 
 
 def check_full(full: Checkpoint | None, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for one that is another model."""
-    if full is not None and _kind(full) != _kind(checkpoint):
+    """Raise CheckpointError for one that is another model, drops something, or is not what was healed towards."""
+    if full is None:
+        return
+    if _kind(full) != _kind(checkpoint):
         raise CheckpointError(
             f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
+        )
+    if full.mask:
+        raise CheckpointError(f"{full.directory} is no full model: {full.mask.summary()}; name what it was made of")
+    healing = healing_of(checkpoint.directory)
+    if healing and healing.teacher.fingerprint != full.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.directory} was healed towards {healing.teacher.path} (weights "
+            f"{healing.teacher.fingerprint}); --full {full.directory} has {full.fingerprint}"
         )
 
 

@@ -117,6 +117,7 @@ class Inspection(Record):
 
 def inspect_checkpoint(
     checkpoint: Checkpoint,
+    mask: DropMask | None = None,
     *,
     memory_bytes: int,
     kv_dtype: str | None = None,
@@ -124,13 +125,15 @@ def inspect_checkpoint(
     context: int | None = None,
     chunk: int | None = None,
 ) -> Inspection:
-    """Account for a checkpoint and its mask; keys and values have the dtype that vLLM gives them unless one is asked,
-    and in the layers of `kv_wide` the model's own in any case (vLLM's `--kv-cache-dtype-skip-layers`).
+    """Account for a checkpoint and a mask, by default its own; keys and values have the dtype that vLLM gives them
+    unless one is asked, and in the layers of `kv_wide` the model's own in any case (vLLM's
+    `--kv-cache-dtype-skip-layers`).
 
     `context` is how long the requests are that should fit: by default as long as the model takes, up to 8,192 tokens.
     Raises InputError for longer ones, CheckpointError for what cannot be served: of that no figures are given.
     """
-    masked, whole = checkpoint.under(checkpoint.mask), checkpoint.under(checkpoint.decoder.whole)
+    mask = checkpoint.mask if mask is None else mask
+    masked, whole = checkpoint.under(mask), checkpoint.under(checkpoint.decoder.whole)
     context, chunk = request_context(checkpoint, context), chunk or IN_FLIGHT_TOKENS
     masked.check_complete()
     checked_config(masked)

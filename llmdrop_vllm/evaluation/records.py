@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record, Scores, sha256
+from llmdrop_vllm.artifacts import DataIdentity, ModelIdentity, Provenance, Record, Scores, sha256
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Kind
@@ -118,12 +118,15 @@ class Quality(Record):
 
 
 class Evaluation(Record):
-    """What `llmdrop evaluate` writes. `skipped`: task to why not; `healed`: how the checkpoint was, if so."""
+    """What `llmdrop evaluate` writes. `skipped`: task to why not; `healed`: how the checkpoint was, if so; `full`: what
+    it was compared with, where that is another one.
+    """
 
     kind: Literal["llmdrop-evaluation"] = "llmdrop-evaluation"
     quality: Quality
     skipped: Mapping[str, str] = Field(default_factory=dict)
     healed: Literal["healed", "trained"] | None = None
+    full: ModelIdentity | None = None
     provenance: Provenance
 
 

@@ -63,8 +63,8 @@ def _count(kind: str, text: str, measured: Scores | None) -> int:
         raise MaskError(f"--drop-{kind} is {text!r}; expected layers like 25,26,24, or with --scores a number")
     if measured is None:
         raise MaskError(
-            f"--drop-{kind} {text} may be a layer or a number of layers: for the layer write {text}, with a comma; "
-            f"for the {text} least important ones give --scores"
+            f"--drop-{kind} {text} may be a layer or a number of layers: the layer is written '{text},'; for the "
+            f"{text} least important ones give --scores"
         )
     return int(text)
 

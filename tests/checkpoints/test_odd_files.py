@@ -90,7 +90,7 @@ def test_tensors_that_the_index_does_not_name_come_along_and_are_told(parent, ca
     for name in ("model.norm.weight", "lm_head.weight"):
         del index["weight_map"][name]
     path.write_text(json.dumps(index))
-    assert main(["apply", str(model), str(parent / "out"), "--attention", "2"]) == 0
+    assert main(["apply", str(model), str(parent / "out"), "--attention", "2,"]) == 0
     assert "the index does not list lm_head.weight (2 such tensors); they come along" in capsys.readouterr().err
     assert stored(parent / "out")["lm_head.weight"] == stored(model)["lm_head.weight"]
     written = json.loads((parent / "out" / "model.safetensors.index.dropped.json").read_text())

@@ -141,7 +141,7 @@ def test_apply_without_a_mask_strips_a_published_checkpoint(tmp_path):
 
 
 def test_layers_can_be_given_on_the_command_line(home, tmp_path):
-    assert main(["apply", f"{home}/model", f"{tmp_path}/out", "--attention", "6,1", "--mlp", "3"]) == 0
+    assert main(["apply", f"{home}/model", f"{tmp_path}/out", "--attention", "6,1", "--mlp", "3,"]) == 0
     assert config_mask(tmp_path / "out") == DropMask(8, (6, 1), (3,))
 
 
@@ -156,7 +156,7 @@ def test_a_mask_chosen_for_other_weights_is_refused_unless_asked_for(home, tmp_p
 
 
 def test_convert_says_the_same_mask_in_every_dialect(home, tmp_path):
-    assert main(["apply", f"{home}/model", f"{tmp_path}/llm-drop", "--attention", "6,1", "--mlp", "3"]) == 0
+    assert main(["apply", f"{home}/model", f"{tmp_path}/llm-drop", "--attention", "6,1", "--mlp", "3,"]) == 0
     source = "llm-drop"
     for dialect in ("transformers", "llm-drop-booleans", "nemotron-nas", "llm-drop"):
         target = tmp_path / f"{source}-{dialect}"
@@ -166,7 +166,7 @@ def test_convert_says_the_same_mask_in_every_dialect(home, tmp_path):
 
 
 def test_inspect_counts_exactly(home, tmp_path, capsys):
-    assert main(["apply", f"{home}/model", f"{tmp_path}/out", "--attention", "6,1", "--mlp", "3"]) == 0
+    assert main(["apply", f"{home}/model", f"{tmp_path}/out", "--attention", "6,1", "--mlp", "3,"]) == 0
     capsys.readouterr()
     assert main(["inspect", f"{tmp_path}/out", "--memory", "64MiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -210,7 +210,7 @@ ERRORS = {
     ),
     "not scores": (["select", "{home}/data.json", "--attention", "1", "--out", "new.json"], "is not scores of llmdrop"),
     "not a mask": (["apply", "{home}/model", "out", "--mask", "{home}/scores.json"], "is not maskfile of llmdrop"),
-    "two masks": (["apply", "{home}/model", "out", "--mask", "m.json", "--mlp", "1"], "exclude each other"),
+    "two masks": (["apply", "{home}/model", "out", "--mask", "m.json", "--mlp", "1,"], "exclude each other"),
     "no mask": (["apply", "{home}/model", "out"], "nothing to drop"),
     "half a window": (["apply", "{home}/model", "out", "--window-attention", "1"], "give both"),
     "a window of nothing": (
@@ -230,10 +230,10 @@ ERRORS = {
         "the mask has windows, which engines for portable and nemotron-nas checkpoints ignore",
     ),
     "no such layer": (
-        ["apply", "{home}/model", "out", "--mlp", "8"],
+        ["apply", "{home}/model", "out", "--mlp", "8,"],
         "mlp names layer 8; the model's 8 layers are 0 to 7",
     ),
-    "out exists": (["apply", "{home}/model", "{home}/model", "--mlp", "1"], "exists; choose another place"),
+    "out exists": (["apply", "{home}/model", "{home}/model", "--mlp", "1,"], "exists; choose another place"),
     "no budget": (["select", "{home}/scores.json", "--kv-budget", "50", "--out", "new.json"], "kv budget is '50'"),
     "scores are a directory": (["score", "{home}/model", "--out", "{home}/model", "--overwrite"], "model exists"),
     "kind of nothing": (
@@ -289,3 +289,30 @@ def test_help_answers_without_the_engine_or_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.endswith("[]\n")
+
+
+def test_an_option_that_a_command_has_not_is_answered_with_those_that_it_has(home, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", f"{home}/model", "--atention", "1,"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: llmdrop inspect [-h]")
+    assert shown.endswith("llmdrop inspect: error: unrecognized arguments: --atention 1,\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(home):
+    code = "import sys; from llmdrop_vllm.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "inspect", f"{home}/model"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (1, "")
+
+
+def test_half_of_the_attention_is_warned_of_and_a_quarter_is_not(home, tmp_path, capsys):
+    for count, warned in ((2, False), (4, True)):
+        out = str(tmp_path / str(count))
+        command = ["drop", f"{home}/model", out, "--attention", str(count), "--data", f"{home}/data.json"]
+        assert main(command) == 0
+        shown = capsys.readouterr()
+        assert ("without 4 of 8 attentions few models answer well" in shown.err) == warned
+        assert f"next: llmdrop evaluate {out} --full {home}/model --out evaluation.json" in shown.out

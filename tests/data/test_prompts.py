@@ -122,6 +122,7 @@ def test_a_call_that_a_model_got_wrong_does_not_spoil_a_log(arguments, tmp_path)
         ('"\\ud800"', "line 2: unexpected end of hex escape"),
         ('"  "', 'line 2: "  "; expected a string'),
         ("3", "line 2: 3; expected a string"),
+        ("[1, 2]", "line 2: messages.0: 1 is no message; expected a string, a list of messages"),
         ('{"input": "Hi"}', re.escape('line 2: {"input": "Hi"}; expected a string, a list of messages, or an OpenAI')),
         ("[]", "line 2: messages: List should have at least 1 item"),
         ('["Hi"]', "line 2: messages.0: "),

@@ -8,6 +8,7 @@ import pytest
 import tests.engines  # noqa: F401 - sets the environment before vLLM is imported
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.data.answers import read_answers
 from llmdrop_vllm.embedded import MODEL
@@ -72,7 +73,7 @@ def test_answers_are_written_shown_and_made_only_once(answered, tmp_path, capsys
     held_out = [each for each in found if each.held_out]
     assert f"held out for judging: {len(held_out)} of the answers" in captured.out
     assert {each.prompt_number for each in held_out} < {0, 1, 2, 3}
-    assert f"written to {out}; next: llmdrop heal DROPPED OUT --teacher {MODEL} --data {out}" in captured.out
+    assert f"written to {out}; next: llmdrop drop {MODEL} OUT --attention 4 --heal {out}" in captured.out
     warning = "left out are 1 of 5 prompts: no room in the context of 1024 tokens (1)"
     assert f"llmdrop: warning: {warning}\n" in captured.err
     assert " INFO " not in captured.out
@@ -197,7 +198,7 @@ def test_evaluate_skips_a_task_out_of_reach_and_says_so_in_the_file_and_the_exit
     [
         (["--tasks", "llmdrop_nam"], "the nearest are llmdrop_name"),
         (["--context", "2000"], "expected at most 1023"),
-        (["--attention", "12"], "12"),
+        (["--attention", "12,"], "12"),
         (["--text", "missing.txt"], "missing.txt"),
         (["--engine-args", '{"tensor_paralel_size": 2}'], "tensor_paralel_size, which vLLM's EngineArgs do not have"),
     ],
@@ -209,6 +210,45 @@ def test_evaluate_refuses_before_an_engine_starts(options, message, tmp_path, ca
     assert main(["evaluate", str(MODEL), *options, "--out", str(tmp_path / "out.json")]) == 1
     assert message in error_of(capsys)
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture(scope="module")
+def stripped(tmp_path_factory):
+    """Two of the same model, each without another attention, and neither with what it lacks."""
+    home = tmp_path_factory.mktemp("stripped")
+    for layer in (7, 8):
+        assert main(["apply", str(MODEL), str(home / str(layer)), "--attention", f"{layer},"]) == 0
+    return home
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--divergence-on", "text"], "lacks what it dropped: agreement and KL want the full model, --full MODEL"),
+        (["--full", "{}/8"], "is no full model: attention dropped in 1 of 12 layers [8], MLP in 0"),
+    ],
+)
+def test_evaluate_compares_with_nothing_but_the_full_model(options, message, stripped, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "llmdrop_vllm.evaluation.evaluate.running", lambda *a, **k: pytest.fail("an engine was started")
+    )
+    options = [each.format(stripped) for each in options]
+    assert main(["evaluate", str(stripped / "7"), *options, "--out", str(tmp_path / "out.json")]) == 1
+    assert message in error_of(capsys)
+
+
+def test_evaluate_says_that_nothing_was_compared_and_what_was(stripped, tmp_path, capsys):
+    alone, beside = tmp_path / "alone.json", tmp_path / "beside.json"
+    assert main(["evaluate", str(stripped / "7"), *QUICK, "--out", str(alone)]) == 0
+    assert "llmdrop: warning: " in (said := capsys.readouterr().err)
+    assert "agreement and KL want the full model" in said
+    assert read_record(Evaluation, alone).full is None
+    on = ["--divergence-on", "text", "--full", str(MODEL)]
+    assert main(["evaluate", str(stripped / "7"), *QUICK, *on, "--out", str(beside)]) == 0
+    assert "agreement and KL want" not in capsys.readouterr().err
+    found = read_record(Evaluation, beside)
+    assert found.full.fingerprint == Checkpoint.open(MODEL).fingerprint
+    assert found.quality.divergence.kl.value > 0
 
 
 def test_evaluate_says_in_one_line_what_vllm_does_not_start_with(tmp_path, capsys):

@@ -44,6 +44,26 @@ def test_no_figures_are_given_of_what_lacks_weights(without, message, tmp_path):
             inspected(tmp_path)
 
 
+@pytest.mark.parametrize("mask", [DropMask(8, attention=(5, 2), mlp=(1,)), DropMask(8, windows=((2, 128), (5, 128)))])
+def test_what_a_mask_would_save_is_what_it_saves_once_it_is_written(mask, tmp_path):
+    full = write_checkpoint(tmp_path / "full", TINY_LLAMA | {"max_position_embeddings": 4096})
+    write(plan_surgery(full, mask), tmp_path / "written")
+    given, written = inspected(full, mask=mask), inspected(tmp_path / "written")
+    assert given.dropped == written.dropped
+    assert given.full == written.full
+    assert given.summary == written.summary
+    assert given.dropped.request_bytes < given.full.request_bytes
+
+
+def test_inspect_takes_a_mask(tmp_path, capsys):
+    model = str(write_checkpoint(tmp_path, TINY_LLAMA))
+    assert main(["inspect", model, "--attention", "5,2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mask"]["attention"] == [5, 2]
+    with pytest.raises(SystemExit):
+        main(["inspect", model, "--attention", "5"])
+    assert "5 may be a layer or a number of layers: the layer is written '5,'" in capsys.readouterr().err
+
+
 def test_no_figures_are_given_of_layers_that_are_narrower_than_the_config_says(tmp_path):
     """Pruned layer by layer, with one width for all in the config."""
     write_checkpoint(tmp_path, TINY_LLAMA | {"intermediate_size": 96})

@@ -103,6 +103,16 @@ def test_training_lowers_the_divergence_of_a_healed_model(tmp_path):
         assert all(each.shape == checkpoint.tensors[name].shape for name, each in found.tensors.items())
 
 
+def test_healing_again_says_so_and_that_text_mends_text(dropped, tmp_path, capsys):
+    healed, text = tmp_path / "healed", ["--teacher", str(MODEL), "--samples", "4", "--seq-len", "64"]
+    assert main(["heal", str(dropped), str(healed), *text]) == 0
+    said = capsys.readouterr().err
+    assert "text mends text; what mends answers is --data of llmdrop answers" in said
+    assert "already" not in said
+    assert main(["heal", str(healed), str(tmp_path / "again"), *text]) == 0
+    assert f"{healed} is healed already: this goes on from there" in capsys.readouterr().err
+
+
 def test_a_healed_checkpoint_is_an_ordinary_one_nearer_to_the_full_model(dropped, tmp_path, capsys):
     out = tmp_path / "healed"
     assert main(["heal", str(dropped), str(out), "--teacher", str(MODEL), *OPTIONS]) == 0

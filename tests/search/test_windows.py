@@ -64,7 +64,11 @@ def test_those_that_lose_least_alone(model, texts, tmp_path, capsys, monkeypatch
     assert (evenly.windows, found.evidence.held_out_tokens) == ((2, 4, 5), 2 * (600 - SEEN - 1))
     best = min(found.evidence.compared, key=lambda each: each.held_out_kl)
     assert found.mask == DropMask(8, windows=[(layer, 64) for layer in best.windows])
-    assert f"windows in {','.join(map(str, chosen))}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"windows in {','.join(map(str, chosen))}" in shown.out
+    out_of_sight = 2 * (600 - SEEN - 1)
+    assert f"10 masks, nearly all on {out_of_sight:,} tokens of 2 texts" in shown.out
+    assert f"{out_of_sight:,} tokens of 2 texts are few to compare by; 1,000 would do better" in shown.err
 
 
 def test_an_interrupted_choice_goes_on(model, texts, tmp_path, monkeypatch):

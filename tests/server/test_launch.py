@@ -89,7 +89,7 @@ def test_a_mask_goes_beside_fewer_layers():
     [
         (
             ["--drop-attention", "8"],
-            "for the layer write 8, with a comma; for the 8 least important ones give --scores",
+            "the layer is written '8,'; for the 8 least important ones give --scores",
         ),
         (["--drop-attention", "a,b"], "expected layers like 25,26,24"),
         (["--drop-attention", "-1"], "expected layers like 25,26,24, or with --scores a number"),
