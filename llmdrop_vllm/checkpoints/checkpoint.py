@@ -180,6 +180,11 @@ class MaskedCheckpoint:
         )
 
     @property
+    def weight_bytes(self) -> int:
+        """Of what is kept, as it is stored."""
+        return sum(tensor.num_bytes for tensor in self.kept.values())
+
+    @property
     def loses_nothing(self) -> bool:
         """Whether the checkpoint has no tensor that the mask drops."""
         return len(self.kept) == len(self.checkpoint.tensors)

@@ -78,8 +78,7 @@ def inspect(args: Namespace) -> None:
     """`llmdrop inspect`."""
     from llmdrop_vllm.evaluation.inspection import inspect_checkpoint
 
-    checkpoint = Checkpoint.open(args.model)
-    file = given_mask(args, checkpoint)
+    file = given_mask(args, checkpoint := Checkpoint.open(args.model))
     asked = {"memory_bytes": args.memory, "context": args.context, "chunk": args.max_num_batched_tokens}
     wide, mask = args.kv_dtype_skip_layers, None if file is None else file.mask
     found = inspect_checkpoint(checkpoint, mask, kv_dtype=args.kv_dtype, kv_wide=wide, **asked)

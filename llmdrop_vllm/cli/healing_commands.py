@@ -62,14 +62,7 @@ def drop(args: Namespace) -> None:
     unnumbered = Namespace(**{**vars(args), "renumber": False})
     check_destination(plan_of(unnumbered, checkpoint, possible), args.out, overwrite=args.overwrite)
     _warn_of_many(checkpoint, possible)
-    if args.heal is not None:
-        if args.config_only:
-            raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
-        if args.renumber:
-            raise InputError(
-                "--heal compares layers by their numbers; heal first: then llmdrop convert OUT NEW --renumber"
-            )
-        check_plain(checkpoint)
+    _check_can_heal(checkpoint, args)
     if args.search:
         _space(checkpoint, Scores.unmeasured(checkpoint), args)
     check_search_options(args, searches=args.search)
@@ -103,6 +96,17 @@ def drop(args: Namespace) -> None:
         measuring()
     else:
         show_next(args.out, "evaluate", args.out, "--full", args.model, "--out", "evaluation.json")
+
+
+def _check_can_heal(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Raise InputError for what does not go with --heal."""
+    if args.heal is None:
+        return
+    if args.config_only:
+        raise InputError("--heal changes weights, and --config-only links to MODEL's; give one of them")
+    if args.renumber:
+        raise InputError("--heal compares layers by their numbers; heal first: then llmdrop convert OUT NEW --renumber")
+    check_plain(checkpoint)
 
 
 def _warn_of_many(checkpoint: Checkpoint, mask: DropMask) -> None:

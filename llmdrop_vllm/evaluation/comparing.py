@@ -59,7 +59,7 @@ class ComparisonPlan:
             mask=masked.mask,
             summary=masked.mask.summary(),
             healing=healing.summary() if healing else None,
-            weight_bytes=sum(tensor.num_bytes for tensor in masked.kept.values()),
+            weight_bytes=masked.weight_bytes,
             kv_bytes_per_token=int(masked.layout.token_values * dtype_bytes(self.checkpoint.kv_dtype)),
             answers=tuple(
                 Said.beside(its.text.strip(), own.text.strip(), len(own.token_ids), own.finish_reason)

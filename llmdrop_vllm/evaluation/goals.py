@@ -56,19 +56,16 @@ class Sizes:
     def requests(self, mask: DropMask, memory_bytes: int) -> float:
         """How many requests fit beside the weights."""
         masked = self._under(mask)
-        free = max(0, memory_bytes - self._weight_bytes(masked))
+        free = max(0, memory_bytes - masked.weight_bytes)
         return free // self._request_bytes(masked, IN_FLIGHT_TOKENS)
 
     def step_bytes(self, mask: DropMask, requests: int) -> float:
         """What decoding reads for a token of each of so many requests: all weights, and their KV cache."""
         masked = self._under(mask)
-        return self._weight_bytes(masked) + requests * self._request_bytes(masked, 1)
+        return masked.weight_bytes + requests * self._request_bytes(masked, 1)
 
     def _under(self, mask: DropMask) -> MaskedCheckpoint:
         return self.checkpoint.under(mask)
-
-    def _weight_bytes(self, masked: MaskedCheckpoint) -> int:
-        return sum(tensor.num_bytes for tensor in masked.kept.values())
 
     def _request_bytes(self, masked: MaskedCheckpoint, in_flight: int) -> int:
         layout = masked.layout

@@ -125,24 +125,24 @@ def inspect_checkpoint(
     context: int | None = None,
     chunk: int | None = None,
 ) -> Inspection:
-    """Account for a checkpoint and a mask, by default its own; keys and values have the dtype that vLLM gives them
-    unless one is asked, and in the layers of `kv_wide` the model's own in any case (vLLM's
-    `--kv-cache-dtype-skip-layers`).
+    """Account for a checkpoint and a mask, by default its own; keys and values have vLLM's dtype for them unless one is
+    asked, and in the layers of `kv_wide` the model's own in any case (vLLM's `--kv-cache-dtype-skip-layers`).
 
     `context` is how long the requests are that should fit: by default as long as the model takes, up to 8,192 tokens.
     Raises InputError for longer ones, CheckpointError for what cannot be served: of that no figures are given.
     """
-    mask = checkpoint.mask if mask is None else mask
-    masked, whole = checkpoint.under(mask), checkpoint.under(checkpoint.decoder.whole)
+    masked, whole = (checkpoint.under(each) for each in (mask or checkpoint.mask, checkpoint.decoder.whole))
     context, chunk = request_context(checkpoint, context), chunk or IN_FLIGHT_TOKENS
     masked.check_complete()
     checked_config(masked)
-    value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype)
-    both = {each.mask: each for each in (whole, masked)}
+    value_bytes, both = (
+        dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype),
+        {whole.mask: whole, masked.mask: masked},
+    )
     layouts = {mask: _layout(each, kv_wide, value_bytes) for mask, each in both.items()}
     models = {mask: on_meta(transformers_config(each)) for mask, each in both.items()}
     parameters = {mask: int(model.num_parameters()) for mask, model in models.items()}
-    weights = {mask: sum(tensor.num_bytes for tensor in each.kept.values()) for mask, each in both.items()}
+    weights = {mask: each.weight_bytes for mask, each in both.items()}
     if checkpoint.is_stripped:
         weights[whole.mask] += _weight_of_gone(checkpoint, models[whole.mask], parameters[masked.mask])
 

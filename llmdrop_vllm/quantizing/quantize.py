@@ -116,7 +116,7 @@ def _planned(plan: QuantizePlan, work: Path, report: dict[str, Any]) -> tuple[Su
         scheme=plan.scheme,
         group_size=plan.group_size,
         modules=report["modules"],
-        bytes_before=sum(tensor.num_bytes for tensor in source.under(source.mask).kept.values()),
+        bytes_before=source.under(source.mask).weight_bytes,
         bytes_after=surgery.weight_bytes,
         versions=report["versions"],
         data=None if plan.calibration is None else plan.calibration.identity,
