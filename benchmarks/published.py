@@ -33,7 +33,8 @@ OTHERWISE: dict[Kind, tuple[float, ...]] = {
 
 def speedups(shape: Shape) -> Mapping[Kind, Mapping[int, float]]:
     """Kind and number of dropped sublayers to speedup; nothing for a model at another depth than its own."""
-    return SPEEDUPS.get(shape.name, {}) if shape.num_layers == SHAPES[shape.name].num_layers else {}
+    found = SPEEDUPS.get(shape.name, {})
+    return found if found and shape.num_layers == SHAPES[shape.name].num_layers else {}
 
 
 def table(shape: Shape) -> list[tuple[Kind, int]]:

@@ -135,16 +135,13 @@ def inspect_checkpoint(
     context, chunk = request_context(checkpoint, context), chunk or IN_FLIGHT_TOKENS
     masked.check_complete()
     checked_config(masked)
-    value_bytes, both = (
-        dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype),
-        {whole.mask: whole, masked.mask: masked},
-    )
+    value_bytes = dtype_bytes(kv_dtype := kv_dtype or checkpoint.kv_dtype)
+    both = {each.mask: each for each in (whole, masked)}
     layouts = {mask: _layout(each, kv_wide, value_bytes) for mask, each in both.items()}
     models = {mask: on_meta(transformers_config(each)) for mask, each in both.items()}
     parameters = {mask: int(model.num_parameters()) for mask, model in models.items()}
-    weights = {mask: each.weight_bytes for mask, each in both.items()}
-    if checkpoint.is_stripped:
-        weights[whole.mask] += _weight_of_gone(checkpoint, models[whole.mask], parameters[masked.mask])
+    gone = _weight_of_gone(checkpoint, models[whole.mask], parameters[masked.mask]) if checkpoint.is_stripped else 0
+    weights = {masked.mask: masked.weight_bytes, whole.mask: whole.weight_bytes + gone}
 
     def footprint(mask: DropMask, chunk: int = chunk) -> Footprint:
         return _footprint(layouts[mask], parameters[mask], weights[mask], memory_bytes, value_bytes, context, chunk)

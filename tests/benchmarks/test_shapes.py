@@ -79,6 +79,7 @@ def test_a_real_model_is_what_was_fetched(tmp_path, monkeypatch):
     assert shape.tensors() == find("smoke").tensors()
     assert shape.config["head_dim"] == 32
     assert weights(tmp_path / "full", shape, "float32").resolve() == saved
+    assert published.speedups(shape) == {}
 
 
 def test_its_own_depth_is_no_other_depth():
