@@ -20,8 +20,8 @@ from llmdrop_vllm import DropMask, InputError
 
 ROOT = Path(__file__).parents[1]
 # The largest and the mean difference of log-probabilities between engines that compute the same function; in bfloat16
-# those of a real model are apart by 0.05 on average, those of another mask by 0.2 and more.
-MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+# those of a real model are apart by 0.05 on average and 0.75 at most, those of another mask by 0.2 and 1.4 at least.
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}
 MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
 
 
