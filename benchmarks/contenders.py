@@ -19,10 +19,12 @@ from benchmarks.contender_process import serve
 from llmdrop_vllm import DropMask, InputError
 
 ROOT = Path(__file__).parents[1]
-# The largest and the mean difference of log-probabilities between engines that compute the same function; in bfloat16
-# those of a real model are apart by 0.05 on average and 0.75 at most, those of another mask by 0.2 and 1.4 at least.
-MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 1.0, "float16": 0.1}
-MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
+# The largest and the mean difference of log-probabilities between engines that compute the same function.
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+MEAN_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+# So many times as much with real weights, whose streams are larger: in bfloat16 engines of SmolLM2 and the coder are
+# apart by 0.05 on average and 0.75 at most, masks of SmolLM2 that differ by one attention by 0.2 and 1.4 at least.
+OF_REAL_WEIGHTS = 2
 
 
 class ContenderError(InputError):
@@ -192,14 +194,19 @@ def difference(reference: Mapping[str, list], found: Mapping[str, list]) -> tupl
     return max(differences), sum(differences) / len(differences)
 
 
-def check_agreement(name: str, reference: Mapping[str, list], found: Mapping[str, list], dtype: str) -> float:
-    """The largest difference. Raises ContenderError for a contender that computes something else."""
+def check_agreement(
+    name: str, reference: Mapping[str, list], found: Mapping[str, list], dtype: str, times: int = 1
+) -> float:
+    """The largest difference. Raises ContenderError for a contender that computes something else: beyond so many times
+    what random weights are allowed.
+    """
     largest, mean = difference(reference, found)
+    most, most_on_average = times * MAX_DIFFERENCE[dtype], times * MEAN_DIFFERENCE[dtype]
     # Written so that a NaN is refused too.
-    if not (largest <= MAX_DIFFERENCE[dtype] and mean <= MEAN_DIFFERENCE[dtype]):
+    if not (largest <= most and mean <= most_on_average):
         raise ContenderError(
             f"{name} computes another function than the others with its mask: log-probabilities differ by up to "
-            f"{largest:.3g}, by {mean:.3g} on average; {MAX_DIFFERENCE[dtype]:g} and {MEAN_DIFFERENCE[dtype]:g} are "
-            f"expected in {dtype}. Nothing was timed"
+            f"{largest:.3g}, by {mean:.3g} on average; {most:g} and {most_on_average:g} are expected in {dtype}. "
+            "Nothing was timed"
         )
     return largest

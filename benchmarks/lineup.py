@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.contenders import Contender, Process, Settings, check_agreement, running
+from benchmarks.contenders import OF_REAL_WEIGHTS, Contender, Process, Settings, check_agreement, running
 from benchmarks.limit import Model
 from benchmarks.shapes import Shape
 from benchmarks.weights import with_mask
@@ -50,9 +50,9 @@ class Lineup:
     @cached_property
     def check_prompt(self) -> list[int]:
         """What all must agree on. A real model's is text: of tokens at random it says what rounding decides."""
-        if self.shape.weights is None:
+        if self.shape.real is None:
             return [*range(3, 3 + CHECK_PROMPT_TOKENS)]
-        ids: list[int] = AutoTokenizer.from_pretrained(self.shape.weights)(TEXT.read_text()).input_ids
+        ids: list[int] = AutoTokenizer.from_pretrained(self.shape.real.directory)(TEXT.read_text()).input_ids
         return ids[:CHECK_PROMPT_TOKENS]
 
     def sittings(self, line: Sequence[Contender], available_bytes: int) -> list[list[Contender]]:
@@ -127,4 +127,6 @@ class Lineup:
         answer = process.ask("answer", prompt=self.check_prompt, tokens=CHECK_TOKENS)
         reference = self.references.setdefault(contender.mask, answer)
         if reference is not answer:
-            self.differences[contender.name] = check_agreement(contender.name, reference, answer, self.settings.dtype)
+            times = 1 if self.shape.real is None else OF_REAL_WEIGHTS
+            dtype = self.settings.dtype
+            self.differences[contender.name] = check_agreement(contender.name, reference, answer, dtype, times)

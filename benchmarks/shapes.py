@@ -6,7 +6,6 @@ Real models are those that `llmdrop fetch` has a short name for.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ Kind = Literal["attention", "mlp", "block"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, with a directory of `weights` if it is a real one.
+    """A model, with its checkpoint if it is a `real` one.
 
     `published` holds rank-ordered layers per kind of sublayer, the first n drop n.
     """
@@ -32,7 +31,7 @@ class Shape:
     name: str
     config: Mapping[str, Any]
     published: Mapping[Kind, tuple[int, ...]] = field(default_factory=dict)
-    weights: Path | None = None
+    real: Checkpoint | None = None
 
     @property
     def num_layers(self) -> int:
@@ -77,8 +76,8 @@ class Shape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the checkpoint's tensors."""
-        if self.weights is not None:
-            return {name: each.shape for name, each in Checkpoint.open(self.weights).tensors.items()}
+        if self.real is not None:
+            return {name: each.shape for name, each in self.real.tensors.items()}
         hidden, vocab = self.config["hidden_size"], self.config["vocab_size"]
         found = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
         if not self.config["tie_word_embeddings"]:
@@ -230,4 +229,4 @@ def _real(name: str) -> Shape:
     config = checkpoint.config
     heads = config["num_attention_heads"]
     told = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads} | config
-    return Shape(name, told, weights=checkpoint.directory)
+    return Shape(name, told, real=checkpoint)

@@ -94,9 +94,9 @@ def run(args: argparse.Namespace, directory: Path) -> None:
 
 def weights(directory: Path, shape: Shape, dtype: str) -> Path:
     """The shape's own, or random ones, where there is room for others beside them."""
-    if shape.weights is None:
+    if shape.real is None:
         return write_random(directory, shape, dtype)
-    directory.symlink_to(shape.weights)
+    directory.symlink_to(shape.real.directory)
     return directory
 
 

@@ -26,7 +26,7 @@ from llmdrop_vllm.errors import InputError, MaskError, OutputError, command
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
 from llmdrop_vllm.evaluation.comparing import plan_comparison
 from llmdrop_vllm.evaluation.engine import EngineSettings
-from llmdrop_vllm.evaluation.evaluate import Measures, check_full, evaluate_checkpoint, load_text
+from llmdrop_vllm.evaluation.evaluate import Measures, evaluate_checkpoint, load_text
 from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
@@ -79,7 +79,6 @@ def evaluate(args: Namespace) -> None:
         check_new(path, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     full = Checkpoint.open(args.full) if args.full else None
-    check_full(full, checkpoint)
     if full is None and checkpoint.is_stripped and args.divergence_tokens:
         lacking = f"{args.model} lacks what it dropped: agreement and KL want the full model, --full MODEL"
         if args.divergence_on != "answers":

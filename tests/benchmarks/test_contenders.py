@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import ContenderError, Settings, check_agreement, difference
+from benchmarks.contenders import OF_REAL_WEIGHTS, ContenderError, Settings, check_agreement, difference
 from benchmarks.lineup import OVERHEAD_BYTES, Lineup, contenders
 from benchmarks.shapes import find
 from llmdrop_vllm import DropMask, InputError
@@ -81,3 +81,10 @@ def test_where_few_fit_the_baseline_sits_again_beside_each_of_them():
     here, everyone = lineup(), line()
     full, *others = everyone
     assert here.sittings(everyone, 2 * here.need_bytes(full)) == [[full, other] for other in others]
+
+
+def test_real_weights_may_lead_twice_as_far_apart_and_random_ones_may_not():
+    other = ANSWER | {"prompt_logprobs": [each - 0.15 for each in ANSWER["prompt_logprobs"]]}
+    assert check_agreement("ours", ANSWER, other, "bfloat16", OF_REAL_WEIGHTS) == pytest.approx(0.15)
+    with pytest.raises(ContenderError, match=r"0\.5 and 0\.05 are expected in bfloat16"):
+        check_agreement("ours", ANSWER, other, "bfloat16")
