@@ -51,7 +51,8 @@ REFUSED = {
     "unsupported architecture": (
         TELECHAT2 | {"drop_attn_list": [1]},
         r"drop mask \(llm-drop\), and the model would be served undropped: TeleChat2ForCausalLM has no row in the "
-        'family table; supported: .*LlamaForCausalLM.*; to add a row, see "Adding an architecture" in docs/families.md',
+        'family table; to add one, see "Adding an architecture" in docs/families.md of llmdrop-vllm; '
+        "supported: .*LlamaForCausalLM",
     ),
     "unsupported architecture, another dialect": (
         TELECHAT2 | {"block_configs": [NO_BLOCK] * 8},
