@@ -25,7 +25,7 @@ from llmdrop_vllm.masks.stretches import STRETCH
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.architectures.kernels import kernels
 from tests.architectures.reference import fitting, skipping, windowed
-from tests.engines import engine, greedy
+from tests.engines import KV_CACHE_BYTES, engine, greedy
 
 PROMPT = [*range(3, 43)]
 LONG = [3 + 7 * place % 251 for place in range(2 * STRETCH + 20)]  # with tokens that a window does not see
@@ -36,16 +36,9 @@ MASKS = {
     "all attention but one": DropMask(LAYERS, attention=(4, 2, 1, 0), mlp=(3,)),
 }
 BUILT = ("blocks, first and last layer", "all attention but one")
-KV_CACHE_BYTES = 1 << 26
 NATS = {"Gemma4ForCausalLM": 2e-4}  # how far float32 may lead apart; for all others 1e-4
 # On a CPU with AMX vLLM would take a backend for MLA that knows no float32.
 FLOAT32 = {"attention_backend": "CPU_MLA"}
-
-
-@pytest.fixture(autouse=True)
-def small_kv_cache(monkeypatch):
-    """The variable goes before the engine's option, in GiB."""
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
 
 
 @contextmanager
@@ -121,7 +114,7 @@ def running(directory: Path, architecture: str, **options: Any) -> Iterator[LLM]
     if (package := CASES[architecture].needs) is not None:
         pytest.importorskip(package)
     decoder = type(model_of(architecture).get_decoder())
-    options = {"kv_cache_memory_bytes": KV_CACHE_BYTES} | FLOAT32 | options
+    options = FLOAT32 | options
     with undecorated(decoder), kernels(), engine(directory, **options) as llm:
         yield llm
 

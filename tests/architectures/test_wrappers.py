@@ -30,24 +30,22 @@ from tests.architectures.bare_wrappers import BARE, last_projections, made_up_we
 from tests.architectures.cases import LAYERS
 from tests.architectures.kernels import kernels
 from tests.architectures.wrapper_cases import WANTS_IMAGES, WRAPPER_CASES
-from tests.engines import engine, greedy
+from tests.engines import KV_CACHE_BYTES, engine, greedy
 
 pytest.importorskip("torchvision", reason="vLLM's multimodal models import it")
 PROMPT = [*range(3, 43)]
 MASK = DropMask(LAYERS, attention=(4, 0, 2), mlp=(4, 1))
-KV_CACHE_BYTES = 1 << 26
 
 
 @pytest.fixture(autouse=True)
 def text_only(monkeypatch):
     """The towers are built, and no processor is asked for: these checkpoints have neither tokenizer nor processor."""
     monkeypatch.setattr(ModelConfig, "_supports_multimodal_inputs", lambda self: False)
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would go before the engine's option
 
 
 def served(directory: Path, **options):
     """(greedy token ids, log-probabilities of them and of the prompt, blocks of KV cache and tokens in each)."""
-    options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "attention_backend": "CPU_MLA"} | options
+    options = {"attention_backend": "CPU_MLA"} | options
     with kernels(), engine(directory, **options) as llm:
         tokens, logprobs, prompt = greedy(llm, PROMPT)
         cache = llm.llm_engine.vllm_config.cache_config

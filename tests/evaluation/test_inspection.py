@@ -17,7 +17,7 @@ from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.architectures.cases import CASES
 from tests.checkpoints.files import MASK
-from tests.engines import engine, kv_tokens
+from tests.engines import KV_CACHE_BYTES, engine, kv_tokens
 from tests.quantized import FORMATS, quantize
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -129,7 +129,7 @@ def test_keys_and_values_that_a_quantizer_left_scales_for_are_counted_as_vllm_st
     assert 2 * found.full.kv_bytes_per_token == without.full.kv_bytes_per_token
     with engine(model, dtype="bfloat16") as llm:
         layout_bytes = found.full.kv_bytes_per_token * 128
-        assert kv_tokens(llm) == (1 << 30) // layout_bytes * 128
+        assert kv_tokens(llm) == KV_CACHE_BYTES // layout_bytes * 128
     sizes = [Sizes(Checkpoint.open(each), 512) for each in (model, MODEL)]
     longer = [each.step_bytes(DropMask(12), 2) - each.step_bytes(DropMask(12), 1) for each in sizes]
     assert 2 * longer[0] == longer[1]

@@ -6,10 +6,10 @@ import pytest
 
 from llmdrop_server.report import report
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from tests.engines import engine
+from tests.engines import KV_CACHE_BYTES, engine
 from tests.tiny import TINY_LLAMA
 
-KV_CACHE_BYTES, CONTEXT, IN_FLIGHT = 1 << 24, 1024, 256
+CONTEXT, IN_FLIGHT = 1024, 256
 LLAMA = TINY_LLAMA | {"max_position_embeddings": CONTEXT, "vocab_size": 64}
 SIZES = {
     "vocab_size": 64,
@@ -92,11 +92,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_blocks_and_requests_are_vllms(case, tmp_path, monkeypatch):
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+def test_blocks_and_requests_are_vllms(case, tmp_path):
     config = CONFIGS[case]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = {"load_format": "dummy", "kv_cache_memory_bytes": KV_CACHE_BYTES, "max_model_len": CONTEXT}
+    options = {"load_format": "dummy", "max_model_len": CONTEXT}
     with engine(tmp_path, **options, max_num_batched_tokens=IN_FLIGHT, attention_backend="CPU_MLA") as llm:
         vllm_config = llm.llm_engine.vllm_config
         cache, in_flight = vllm_config.cache_config, vllm_config.max_in_flight_tokens
@@ -111,12 +110,11 @@ def test_blocks_and_requests_are_vllms(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "case", ["full, half of the attention dropped", "windows of ours in half of the layers", "windows and full"]
 )
-def test_layers_that_keep_the_models_dtype_take_more_and_the_others_as_little(case, tmp_path, monkeypatch):
+def test_layers_that_keep_the_models_dtype_take_more_and_the_others_as_little(case, tmp_path):
     """`--kv-cache-dtype bfloat16 --kv-cache-dtype-skip-layers 1,4` of a model in float32."""
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     config = CONFIGS[case]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = {"load_format": "dummy", "kv_cache_memory_bytes": KV_CACHE_BYTES, "max_model_len": CONTEXT}
+    options = {"load_format": "dummy", "max_model_len": CONTEXT}
     options |= {"kv_cache_dtype": "bfloat16", "kv_cache_dtype_skip_layers": ["1", "4"]}
     options["block_size"] = 64  # vLLM makes blocks twice as long, which windows take up to 128
     with engine(tmp_path, **options, max_num_batched_tokens=IN_FLIGHT) as llm:

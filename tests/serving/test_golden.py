@@ -3,7 +3,7 @@
 import pytest
 
 from llmdrop_vllm import DropMask
-from tests.engines import ONE_GIB, engine, greedy, kv_tokens
+from tests.engines import KV_CACHE_BYTES, engine, greedy, kv_tokens
 from tests.tiny import PARITY_CASES, golden, write_checkpoint
 
 BLOCK_TOKENS = 128  # vLLM's on CPU
@@ -22,7 +22,7 @@ def test_dropped_checkpoint_matches_the_reference(case, strip, tmp_path):
     assert prompt_logprobs == pytest.approx(expected["prompt_logprobs"][1:], abs=1e-4)
     # Two key/value heads of 32 float32 numbers, keys and values, for each remaining attention sublayer.
     bytes_per_token = 2 * 2 * 32 * 4 * len(DropMask.from_config(expected["config"]).kept_attention)
-    assert capacity == ONE_GIB // (bytes_per_token * BLOCK_TOKENS) * BLOCK_TOKENS
+    assert capacity == KV_CACHE_BYTES // (bytes_per_token * BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def test_golden_cases_tell_a_mask_from_none(tmp_path):

@@ -16,7 +16,7 @@ from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
 from tests.architectures.cases import CASES, LAYERS, model_of
 from tests.checkpoints.files import MASK
-from tests.engines import ONE_GIB, engine, greedy, kv_tokens
+from tests.engines import KV_CACHE_BYTES, engine, greedy, kv_tokens
 from tests.quantized import FORMATS, quantize
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -64,7 +64,7 @@ def test_each_format_is_served_in_full_with_a_mask_and_after_surgery(form, text,
     # The comparisons can fail: what the mask drops costs more than rounding.
     assert mean_logprob(masked) < mean_logprob(full) - 2 * ROUNDING[form]
     block_bytes = Checkpoint.open(tmp_path / "out").decoder.layout().block_values * 2 * BLOCK_TOKENS
-    assert stripped[1] == ONE_GIB // block_bytes * BLOCK_TOKENS
+    assert stripped[1] == KV_CACHE_BYTES // block_bytes * BLOCK_TOKENS
 
 
 @pytest.mark.parametrize(
