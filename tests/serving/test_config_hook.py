@@ -19,9 +19,16 @@ from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.serving.config_hook import checked_decoder
 from llmdrop_vllm.serving.stages import OUR_PARTITION, PARTITION
+from tests.engines import quick
 from tests.tiny import TINY_LLAMA, shapes, write_checkpoint
 
 load_general_plugins()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def looks_at_models_in_this_process():
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="module")
