@@ -43,22 +43,21 @@ def test_compiled_agrees_with_eager(name, tmp_path, monkeypatch):
     assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_gated_delta_nets_by_vllms_own_kernels(eager, tmp_path, monkeypatch):
-    """In bfloat16: with a mask as near to float32 as without one."""
+def test_gated_delta_nets_by_vllms_own_kernels(tmp_path, monkeypatch):
+    """In bfloat16: with a mask, eager or compiled, as near to float32 as without one."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     name = "Qwen3NextForCausalLM"
     model = model_of(name)
     directory = CASES[name].save(model, tmp_path / "model")
     errors = []
-    for mask in (DropMask(LAYERS), MASK):
+    for mask, eager in ((DropMask(LAYERS), True), (MASK, True), (MASK, False)):
         with torch.no_grad(), skipping(model, CASES[name].family, mask):
             expected = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)[range(len(PROMPT) - 1), PROMPT[1:]]
         with engine(directory, **runtime(mask), dtype="bfloat16", enforce_eager=eager) as llm:
             found = torch.tensor(greedy(llm, PROMPT)[2])
         errors.append((found - expected).abs().mean())
-    whole, masked = errors
-    assert masked < 1.5 * whole
+    whole, *masked = errors
+    assert max(masked) < 1.5 * whole
 
 
 @pytest.mark.parametrize("one_kind", [False, True])
