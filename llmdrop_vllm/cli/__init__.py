@@ -8,15 +8,13 @@ from collections.abc import Sequence
 
 from llmdrop_vllm.errors import InputError, in_one_line
 
-# What brings the packages that not every installation has.
+# What each extra brings that not every installation has.
 EXTRAS = {
-    "accelerate": ("train",),
-    "peft": ("train",),
-    "tensorboard": ("train",),
-    "gguf": ("fetch",),
-    "lm_eval": ("eval",),
-    "matplotlib": ("eval",),
-    "vllm": ("cuda", "cpu"),
+    "train": ("accelerate", "peft", "tensorboard"),
+    "fetch": ("gguf",),
+    "eval": ("lm_eval", "matplotlib"),
+    "cuda": ("vllm",),
+    "cpu": ("vllm",),
 }
 # Arguments that name a model, as people do.
 MODELS = ("model", "full", "teacher")
@@ -42,11 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fetch_models(args)
         getattr(importlib.import_module(args.module), args.command)(args)
         sys.stdout.flush()
-    except ModuleNotFoundError as error:
-        print(f"llmdrop: error: {error}; {_remedy(error)}", file=sys.stderr)
-        return 1
-    except InputError as error:
-        print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
+    except (ModuleNotFoundError, InputError) as error:
+        remedy = f"; {_remedy(error)}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"llmdrop: error: {in_one_line(error)}{remedy}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +62,7 @@ def _fetch_models(args: argparse.Namespace) -> None:
 
 
 def _remedy(error: ModuleNotFoundError) -> str:
-    if extras := EXTRAS.get((error.name or "").partition(".")[0]):
-        return "pip install " + " or ".join(f"'llmdrop-vllm[{extra}]'" for extra in extras)
+    package = (error.name or "").partition(".")[0]
+    if extras := [f"'llmdrop-vllm[{extra}]'" for extra, packages in EXTRAS.items() if package in packages]:
+        return f"pip install {' or '.join(extras)}"
     return "an engine brings it along, or: pip install 'llmdrop-vllm[toolkit]'"

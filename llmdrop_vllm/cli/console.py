@@ -1,5 +1,6 @@
 """What `llmdrop` shows: tables and lines for people."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from operator import eq
 from typing import TYPE_CHECKING
@@ -30,6 +31,11 @@ def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], tit
             table.add_row(*row)
         table.add_section()
     Console().print(table)
+
+
+def warn(text: str) -> None:
+    """What a user should know before it matters."""
+    print(f"llmdrop: warning: {text}", file=sys.stderr)
 
 
 def show_next(written: object, *words: object) -> None:
@@ -96,8 +102,8 @@ def show_finals(found: MaskFile) -> None:
 
 
 def _said(each: Compared) -> str:
-    gone = [f"without {_layers(each)}"] if _layers(each) else []
-    return "; ".join([*gone, *([f"windows in {','.join(map(str, each.windows))}"] if each.windows else [])])
+    parts = {"without": _layers(each), "windows in": ",".join(map(str, each.windows))}
+    return "; ".join(f"{word} {layers}" for word, layers in parts.items() if layers)
 
 
 def _layers(each: Compared | Finalist) -> str:
@@ -110,9 +116,8 @@ def show_answers(found: Sequence[Answer], max_tokens: int) -> None:
     tokens, cut = sum(len(each.answer) for each in found), sum(each.finish_reason == "length" for each in found)
     print(f"{len(found):,} answers, {tokens:,} tokens; {cut:,} cut at {max_tokens} tokens or the end of the context")
     held_out = [each for each in found if each.held_out]
-    print(
-        f"held out for judging: {len(held_out):,} of the answers, {sum(len(each.answer) for each in held_out):,} tokens"
-    )
+    told = sum(len(each.answer) for each in held_out)
+    print(f"held out for judging: {len(held_out):,} of the answers, {told:,} tokens")
 
 
 def show_evaluation(found: Evaluation) -> None:
@@ -123,15 +128,11 @@ def show_evaluation(found: Evaluation) -> None:
 
 def show_comparison(found: Comparison) -> None:
     """What each form takes, and how often it says what the full model says."""
-    rows = [
-        (
-            form.name,
-            f"{form.weight_bytes:,}",
-            f"{form.kv_bytes_per_token:,}",
-            f"{sum(map(eq, form.answers, found.forms[0].answers))} of {len(form.answers)}",
-        )
-        for form in found.forms
-    ]
+    same = [sum(map(eq, form.answers, found.forms[0].answers)) for form in found.forms]
+    rows = (
+        (form.name, f"{form.weight_bytes:,}", f"{form.kv_bytes_per_token:,}", f"{count} of {len(form.answers)}")
+        for form, count in zip(found.forms, same, strict=True)
+    )
     print_table(("", "weights, bytes", f"KV bytes per token ({found.kv_dtype})", "answers as in full"), rows)
 
 
@@ -182,13 +183,13 @@ def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> Non
 def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
     """Name, value, standard error, chance, over what."""
     perplexity, divergence = quality.perplexity, quality.divergence
-    stderr = "-" if perplexity.stderr is None else f"{perplexity.stderr:.3f}"
-    rows = [("perplexity", f"{perplexity.value:.3f}", stderr, "", f"{perplexity.tokens:,} tokens")]
+    tokens, value, error = f"{perplexity.tokens:,} tokens", perplexity.value, perplexity.stderr
+    rows = [("perplexity", _score(value, ".3f"), _score(error, ".3f"), "", tokens)]
     if divergence is not None:
         over = f"{divergence.tokens:,} tokens of {divergence.on}"
-        rows.append(("agreement", _score(divergence.agreement.value), _score(divergence.agreement.stderr), "", over))
-        kl = divergence.kl
-        rows.append(("KL, nats", f"{kl.value:.4f}", "-" if kl.stderr is None else f"{kl.stderr:.4f}", "", over))
+        agreement, kl = divergence.agreement, divergence.kl
+        rows.append(("agreement", _score(agreement.value), _score(agreement.stderr), "", over))
+        rows.append(("KL, nats", _score(kl.value, ".4f"), _score(kl.stderr, ".4f"), "", over))
     for task in quality.tasks:
         chance = "" if task.chance is None else _score(task.chance)
         name = f"{task.task} ({task.metric}, {task.kind}, {task.prompting})"
@@ -196,5 +197,5 @@ def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _score(value: float | None, form: str = ".1%") -> str:
+    return "-" if value is None else f"{value:{form}}"

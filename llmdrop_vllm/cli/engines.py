@@ -13,7 +13,7 @@ LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 def engine_for_tasks(checkpoint: Checkpoint, args: Namespace) -> EngineSettings:
     """An engine that answers tasks and does nothing else."""
     longest = min(checkpoint.context or LONGEST_TASK, LONGEST_TASK)
-    return EngineSettings(dtype=args.dtype or default_dtype(checkpoint), max_model_len=longest)
+    return EngineSettings(dtype=dtype_of(checkpoint, args), max_model_len=longest)
 
 
 def harness_of(args: Namespace) -> Harness:
@@ -37,11 +37,12 @@ def max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
     return max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
 
 
-def default_dtype(checkpoint: Checkpoint) -> str:
-    """The checkpoint's on a GPU, and for quantized weights, whose kernels know no float32; else float32, beside which
-    the others are less exact and on a CPU not faster everywhere.
+def dtype_of(checkpoint: Checkpoint, args: Namespace) -> str:
+    """As asked; else the checkpoint's on a GPU, and for quantized weights, whose kernels know no float32; else float32,
+    beside which the others are less exact and on a CPU not faster everywhere.
     """
-    return checkpoint.dtype if default_device() == "cuda" or checkpoint.is_quantized else "float32"
+    own = checkpoint.dtype if default_device() == "cuda" or checkpoint.is_quantized else "float32"
+    return args.dtype or own
 
 
 def refuse_skipped(harness: Harness) -> None:

@@ -2,22 +2,16 @@
 library and prints.
 """
 
-import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import COMPARISON_FILE, Provenance, Scores, make_directory, read_record, write_record
+from llmdrop_vllm.artifacts import COMPARISON_FILE, Scores, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.commands import calibration_of, check_new, check_scored, forget, given_mask, opened, run_scoring
-from llmdrop_vllm.cli.console import (
-    show_answers,
-    show_choice,
-    show_comparison,
-    show_evaluation,
-    show_next,
-    show_sweep,
-)
-from llmdrop_vllm.cli.engines import default_dtype, harness_of, max_model_len, refuse_skipped
+from llmdrop_vllm.cli import console
+from llmdrop_vllm.cli.commands import check_new, given_mask, opened
+from llmdrop_vllm.cli.engines import dtype_of, harness_of, max_model_len, refuse_skipped
+from llmdrop_vllm.cli.scoring import Scoring, checked, forget, mask_file
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
 from llmdrop_vllm.data.comparison import Comparison
@@ -32,7 +26,6 @@ from llmdrop_vllm.evaluation.recommend import Goal, choose
 from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkload, Sweep
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
-from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.report import write_report
 from llmdrop_vllm.search.trials import Searched
 
@@ -46,28 +39,21 @@ def answers(args: Namespace) -> None:
     if checkpoint.mask:
         dropped = f"{checkpoint.directory}: {checkpoint.mask.summary()}"
         raise MaskError(f"{dropped}; expected the full model, whose answers show what a dropped one lacks: name that")
-    request = AnswersRequest(
-        prompts=args.prompts or PROMPTS,
-        samples=args.samples,
-        max_tokens=args.max_tokens,
-        per_prompt=args.per_prompt,
-        temperature=args.temperature,
-        seed=args.seed,
-        held_out=args.held_out,
-    )
-    plan = plan_answers(checkpoint, request, dtype=args.dtype or default_dtype(checkpoint), options=args.engine_args)
+    names = ("samples", "max_tokens", "per_prompt", "temperature", "seed", "held_out")
+    request = AnswersRequest(args.prompts or PROMPTS, **{name: getattr(args, name) for name in names})
+    plan = plan_answers(checkpoint, request, dtype=dtype_of(checkpoint, args), options=args.engine_args)
     if plan.left_out:
-        print(f"llmdrop: warning: {plan.left_out}", file=sys.stderr)
+        console.warn(plan.left_out)
     sample_answers(plan, args.out, progress=True)
-    show_answers(read_answers(args.out)[1], args.max_tokens)
-    show_next(args.out, "drop", args.model, "OUT", "--attention", 4, "--heal", args.out)
+    console.show_answers(read_answers(args.out)[1], args.max_tokens)
+    console.show_next(args.out, "drop", args.model, "OUT", "--attention", 4, "--heal", args.out)
 
 
 def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
     """The full model's answers to our prompts, for what is healed on them right away; those that are there already if
     they are to the same.
     """
-    plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or default_dtype(checkpoint), options={})
+    plan = plan_answers(checkpoint, AnswersRequest(), dtype=dtype_of(checkpoint, args), options={})
     if not (out.exists() and read_answers(out)[0].asks_the_same(plan.header)):
         sample_answers(plan, out, progress=True)
 
@@ -83,17 +69,16 @@ def evaluate(args: Namespace) -> None:
         lacking = f"{args.model} lacks what it dropped: agreement and KL want the full model, --full MODEL"
         if args.divergence_on != "answers":
             raise InputError(lacking)
-        print(f"llmdrop: warning: {lacking}", file=sys.stderr)
-    file = given_mask(args, checkpoint)
+        console.warn(lacking)
+    mask, _ = given_mask(args, checkpoint)
     measures, settings = measures_of(checkpoint, args)
-    mask = checkpoint.mask if file is None else file.mask
     found, raw = evaluate_checkpoint(checkpoint, mask, measures, settings, full=full)
     write_record(found, args.out)
     if raw is None:
         details.unlink(missing_ok=True)  # of the measurements that were replaced
     else:
         write_results(raw, details)
-    show_evaluation(found)
+    console.show_evaluation(found)
     print(f"written to {args.out}")
     refuse_skipped(measures.harness)
 
@@ -103,43 +88,36 @@ def compare(args: Namespace) -> None:
     checkpoint = Checkpoint.open(args.model)
     out = args.out or checkpoint.directory / COMPARISON_FILE
     check_new(out, args.overwrite)
-    file = given_mask(args, checkpoint)
-    plan = plan_comparison(
-        checkpoint,
-        checkpoint.mask if file is None else file.mask,
-        Checkpoint.open(args.full) if args.full else None,
-        prompts=args.prompts or PROMPTS,
-        samples=args.samples,
-        max_tokens=args.max_tokens,
-        dtype=args.dtype or default_dtype(checkpoint),
-        options=args.engine_args,
-    )
+    mask, _ = given_mask(args, checkpoint)
+    full = Checkpoint.open(args.full) if args.full else None
+    what = {"prompts": args.prompts or PROMPTS, "samples": args.samples, "max_tokens": args.max_tokens}
+    how = {"dtype": dtype_of(checkpoint, args), "options": args.engine_args}
+    plan = plan_comparison(checkpoint, mask, full, **what, **how)
     found = plan.record()
     write_record(found, out)
-    show_comparison(found)
+    console.show_comparison(found)
     elsewhere = () if args.out is None else ("--comparison", out)
-    show_next(out, "serve", args.model, *elsewhere)
+    console.show_next(out, "serve", args.model, *elsewhere)
 
 
 def sweep(args: Namespace) -> None:
     """`llmdrop sweep`."""
     checkpoint = opened(args)
     measures, settings = measures_of(checkpoint, args)
-    names = args.series or DEFAULT_SERIES
-    make_series(Scores.unmeasured(checkpoint), names, args.counts)  # refused before the scores, which may take hours
+    chosen = args.series or DEFAULT_SERIES
+    make_series(Scores.unmeasured(checkpoint), chosen, args.counts)  # refused before the scores, which may take hours
     directory = _results_directory(args)
     scores = _scores(checkpoint, args, directory / SCORES_FILE)
-    series, masks = make_series(scores, names, args.counts)
+    series, masks = make_series(scores, chosen, args.counts)
     workload = None
     if not args.no_speed:
-        workload = SpeedWorkload(
-            requests=args.requests, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens
-        )
+        names = ("requests", "prompt_tokens", "output_tokens")
+        workload = SpeedWorkload(**{name: getattr(args, name) for name in names})
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
-    show_sweep(found)
+    console.show_sweep(found)
     elsewhere = ("--results", args.results) if args.results else ()
-    show_next(directory / SWEEP_FILE, "report", args.model, *elsewhere)
+    console.show_next(directory / SWEEP_FILE, "report", args.model, *elsewhere)
     refuse_skipped(measures.harness)
 
 
@@ -153,14 +131,13 @@ def recommend(args: Namespace) -> None:
         check_new(args.out, args.overwrite)
     found = _sweep_of(args)
     choice, meets = choose(found, goal)
-    show_choice(found, choice, goal, meets=meets)
+    console.show_choice(found, choice, goal, meets=meets)
     if not meets:
         raise MaskError(f"no point of the sweep has {goal}; the nearest is above")
     if args.out is not None:
         mask = choice.point.quality.mask
-        provenance = Provenance(model=found.provenance.model, data=found.provenance.data)
-        write_record(MaskFile.of(mask, f"recommended for {goal}", provenance), args.out)
-        show_next(args.out, "apply", args.model, "OUT", "--mask", args.out)
+        write_record(mask_file(mask, f"recommended for {goal}", found.provenance), args.out)
+        console.show_next(args.out, "apply", args.model, "OUT", "--mask", args.out)
 
 
 def report(args: Namespace) -> None:
@@ -201,8 +178,7 @@ def measures_of(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engi
         file = Path(args.divergence_on)
         held_out = load_answers(checkpoint, file, held_out=True, tokens=args.divergence_tokens)
     measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on, held_out)
-    dtype = args.dtype or default_dtype(checkpoint)
-    longest = max_model_len(checkpoint, context, args)
+    dtype, longest = dtype_of(checkpoint, args), max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
 
 
@@ -210,12 +186,11 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
     """Those given, those in the results directory, or new ones, which are kept there at once: they may take hours."""
     if args.scores is None and not kept.exists():
         make_directory(kept.parent)
-        scores = run_scoring(checkpoint, calibration_of(checkpoint, args), args, kept)
+        scores = replace(Scoring.asked(checkpoint, args), out=kept).run()
         write_record(scores, kept)
         forget(kept)
         return scores
-    scores = read_record(Scores, args.scores or kept)
-    check_scored(scores, checkpoint)
+    scores = checked(read_record(Scores, args.scores or kept), checkpoint)
     if args.scores is None:
         _check_calibration(scores, args, kept)
     return scores

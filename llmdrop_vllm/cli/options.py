@@ -1,4 +1,4 @@
-"""Groups of options that the commands of `llmdrop` share."""
+"""How an option is declared, and the groups of them that the commands of `llmdrop` share."""
 
 import argparse
 from collections.abc import Callable
@@ -26,47 +26,57 @@ def flag(to: Parser | Group, name: str, what: str) -> None:
     to.add_argument(name, action="store_true", help=what)
 
 
-def add_model(command: Parser) -> None:
+def take(command: Parser, *parts: Callable[[Parser], None]) -> None:
+    """Groups of options, in this order."""
+    for part in parts:
+        part(command)
+
+
+def model(command: Parser) -> None:
     """What every command is about."""
     option(command, "model MODEL", "a checkpoint directory, a hub id or a name of `llmdrop fetch`")
 
 
-def add_file(command: Parser, what: str, *, required: bool = True) -> None:
+def file(command: Parser, what: str, *, required: bool = True) -> None:
     """Where a command's JSON goes."""
     option(command, "--out FILE", f"file to write {what} to (JSON)", Path, required=required)
     flag(command, "--overwrite", "replace FILE")
 
 
-def add_directory(command: Parser, *, may_replace: bool = False) -> None:
+def directory(command: Parser) -> None:
     """Where a command's checkpoint goes."""
     option(command, "out OUT", "the new checkpoint's directory", Path)
-    if may_replace:
-        flag(command, "--overwrite", REPLACE)
 
 
-def add_results(command: Parser) -> None:
+def replaced(command: Parser) -> None:
+    """The same where one may be replaced, for commands without `output`."""
+    directory(command)
+    flag(command, "--overwrite", REPLACE)
+
+
+def results(command: Parser) -> None:
     """Where a sweep and what is made of it are kept."""
     option(command, "--results DIR", "directory of the sweep (MODEL's name with -llmdrop, here)", Path)
 
 
-def add_mask(command: Parser) -> None:
+def mask(command: Parser) -> None:
     """A mask in a file, or as lists of layers."""
-    mask = command.add_argument_group("mask (without any, the one in MODEL's config)")
-    option(mask, "--mask FILE", "what `llmdrop select` wrote", Path)
-    option(mask, "--attention 25,26", "layers whose attention goes; '25,' for one", named_layers, default=())
-    option(mask, "--mlp 24,25", "layers whose MLP goes", named_layers, default=())
-    add_windows(mask)
-    flag(mask, "--other-model", "take a mask that was chosen for another model's weights")
+    group = command.add_argument_group("mask (without any, the one in MODEL's config)")
+    option(group, "--mask FILE", "what `llmdrop select` wrote", Path)
+    option(group, "--attention 25,26", "layers whose attention goes; '25,' for one", named_layers, default=())
+    option(group, "--mlp 24,25", "layers whose MLP goes", named_layers, default=())
+    windows(group)
+    flag(group, "--other-model", "take a mask that was chosen for another model's weights")
 
 
-def add_windows(to: Parser | Group) -> None:
+def windows(to: Parser | Group) -> None:
     """Layers with windows, beside whatever the mask drops."""
     what = "layers whose attention sees a text's first tokens and the last --window"
     option(to, "--window-attention 3,5", what, layers, default=())
     option(to, "--window TOKENS", "how many at least, a token itself among them", int)
 
 
-def add_calibration(
+def calibration(
     command: Parser, samples: str = "256", seq_len: str = "2048, or the model's context", other: str = ""
 ) -> None:
     """What to score with; as much of it as is said, and what other data may be."""
@@ -80,32 +90,29 @@ def add_calibration(
         option(group, "--seed", "of the choice of sequences", int, default=0)
 
 
-def add_importance(command: Parser) -> None:
+def importance(command: Parser) -> None:
     """By what sublayers are compared."""
     what = "importance is what healing leaves undone of a sublayer's work, not 1 - cosine similarity; takes longer"
     flag(command, "--after-healing", what)
 
 
-def add_precision(command: Parser) -> None:
+def precision(command: Parser) -> None:
     """What to score on."""
     option(command, "--device", "cpu or cuda; default a GPU where there is one")
     option(command, "--dtype", "float32, bfloat16 or float16; default the checkpoint's")
 
 
-def add_selection(command: Parser) -> None:
+def selection(command: Parser) -> None:
     """The methods of `llmdrop_vllm.selection.selection`."""
     group = command.add_argument_group("what to drop (several may be combined)")
-    for name, what in {
-        "attention": "the N least important attention sublayers",
-        "mlp": "the N least important MLP sublayers",
-        "blocks": "the N least important blocks (attention and MLP)",
-        "consecutive": "the run of N blocks that changes the residual stream least",
-        "joint": "the N least important sublayers, attention and MLP in one list",
-        "last": "the N deepest",
-        "random": "N at random (--seed), as a control",
-        "least": "the N most important ones: reverse order, as a control",
-    }.items():
-        option(group, f"--{name} N", what, int)
+    option(group, "--attention N", "the N least important attention sublayers", int)
+    option(group, "--mlp N", "the N least important MLP sublayers", int)
+    option(group, "--blocks N", "the N least important blocks (attention and MLP)", int)
+    option(group, "--consecutive N", "the run of N blocks that changes the residual stream least", int)
+    option(group, "--joint N", "the N least important sublayers, attention and MLP in one list", int)
+    option(group, "--last N", "the N deepest", int)
+    option(group, "--random N", "N at random (--seed), as a control", int)
+    option(group, "--least N", "the N most important ones: reverse order, as a control", int)
     option(group, "--kv-budget 50%", "attention until the KV cache is at most this share")
     kinds = ("attention", "mlp", "blocks", "joint")
     option(group, "--kind", "for --last, --random, --least (attention)", choices=kinds)
@@ -117,7 +124,7 @@ def add_selection(command: Parser) -> None:
     flag(group, "--allow-padding", "never trade importance against KV cache padding")
 
 
-def add_wanted(command: Parser, instead: str = "sublayers as it takes, in place of --attention") -> None:
+def wanted(command: Parser, instead: str = "sublayers as it takes, in place of --attention") -> None:
     """What an owner wants, in place of a number of attentions."""
     group = command.add_argument_group(f"as many {instead}, for")
     option(group, "--kv-budget 50%", "a KV cache of at most this share", share)
@@ -128,7 +135,7 @@ def add_wanted(command: Parser, instead: str = "sublayers as it takes, in place 
     option(group, "--context N", "tokens of a request (8192, or the model's)", count)
 
 
-def add_search(command: Parser) -> None:
+def search(command: Parser) -> None:
     """How a mask is searched for."""
     group = command.add_argument_group("search")
     option(group, "--masks N", "to judge at most (400)", count)
@@ -140,14 +147,7 @@ def add_search(command: Parser) -> None:
     option(group, "--heal-aware TOKENS", what, count, nargs="?", const=10_000)
 
 
-def add_finals(command: Parser) -> None:
-    """How a search ends where KL is not to decide."""
-    group = command.add_argument_group("tasks that decide in the end")
-    add_tasks(group, "lm-eval tasks, which the best by KL are tried on, in vLLM")
-    option(group, "--finalists N", "masks that are tried (8)", count)
-
-
-def add_output(command: Parser) -> None:
+def output(command: Parser) -> None:
     """How a checkpoint is written."""
     group = command.add_argument_group("output")
     option(group, "--dialect", "how the config says the mask (llm-drop)", choices=ON_DISK, default="llm-drop")
@@ -158,7 +158,7 @@ def add_output(command: Parser) -> None:
     flag(group, "--overwrite", REPLACE)
 
 
-def add_healing(command: Parser) -> None:
+def healing(command: Parser) -> None:
     """How what remains takes over the work of what is gone."""
     group = command.add_argument_group("healing")
     what = "refit attention's outputs behind the first layer that lost something as well (default), or nothing else"
@@ -168,25 +168,11 @@ def add_healing(command: Parser) -> None:
     option(group, "--epochs N", "of the training, at most (3)", float, default=3)
     option(group, "--learning-rate RATE", "its largest (2e-4)", float, default=2e-4)
     option(group, "--lora RANK", "train adapters, merged in the end, not full weights", count)
-    what = "of the layers from the first drop on (mlp)"
-    option(group, "--train-parts", what, choices=("mlp", "all"), default="mlp")
+    option(group, "--train-parts", "of the layers from the first drop on (mlp)", choices=("mlp", "all"), default="mlp")
     option(group, "--log-dir DIR", "for TensorBoard", Path)
 
 
-def add_questions(command: Parser) -> None:
-    """What a model is asked, and how it answers."""
-    group = command.add_argument_group("prompts and answers")
-    what = "JSONL: a string, a chat (list of messages) or a logged OpenAI request a line (ours, of many kinds)"
-    option(group, "--prompts FILE", what, Path)
-    option(group, "--samples N", "prompts, drawn by the seed (all)", count)
-    option(group, "--max-tokens N", "of each answer (256)", count, default=256)
-    option(group, "--per-prompt N", "answers to each prompt (1)", count, default=1)
-    option(group, "--temperature T", "0 for the most likely tokens (0.8)", float, default=0.8)
-    option(group, "--seed", "of prompts and answers", int, default=0)
-    option(group, "--held-out 10%", "share of the prompts that is for judging only (10%%)", share, default=0.1)
-
-
-def add_measures(command: Parser) -> None:
+def measures(command: Parser) -> None:
     """What quality is measured by, and the engine that it is measured with."""
     group = command.add_argument_group("quality")
     what = "for perplexity: 'held-out' (default: text that the embedded model has not seen), a .txt, a .jsonl, "
@@ -197,11 +183,11 @@ def add_measures(command: Parser) -> None:
     option(group, "--divergence-tokens N", "for KL and agreement (4096); 0 for neither", int, default=4096)
     what = "compare next tokens on 'answers' of the full model to our prompts (default), on the 'text', or on the "
     option(group, "--divergence-on WHAT", f"{what}held-out answers of a file of `llmdrop answers`", default="answers")
-    add_tasks(group, f"lm-eval tasks; ours: {OWN_TASKS}")
-    add_engine(command)
+    tasks(group, f"lm-eval tasks; ours: {OWN_TASKS}")
+    engine(command)
 
 
-def add_tasks(group: Group, what: str) -> None:
+def tasks(group: Group, what: str) -> None:
     """What a model is to answer, and how it is asked."""
     option(group, "--tasks A,B", what, names, default=())
     option(group, "--limit N", "rows of each task (all)", count)
@@ -211,40 +197,10 @@ def add_tasks(group: Group, what: str) -> None:
     flag(group, "--run-generated-code", what)
 
 
-def add_engine(command: Parser) -> None:
+def engine(command: Parser) -> None:
     """The engine that models run in."""
     group = command.add_argument_group("engine")
     kinds = ("float32", "bfloat16", "float16")
     option(group, "--dtype", "default the checkpoint's, float32 on a CPU", choices=kinds)
     option(group, "--engine-args JSON", """for vLLM: '{"tensor_parallel_size": 2}'""", json_object, default={})
     command.set_defaults(device=None)
-
-
-def add_series(command: Parser) -> None:
-    """Which masks a sweep measures."""
-    group = command.add_argument_group("masks")
-    what = "attention, mlp, blocks, joint, consecutive, last, last-but-one, reverse, random:SEEDS; the last four "
-    option(
-        group, "--series A,B", f"{what}also as in last/blocks (default: each of them once, random:3)", names, default=()
-    )
-    option(group, "--counts 1,2,4", "sublayers to drop (1/12 to 2/3 of them)", layers, default=())
-
-
-def add_speed(command: Parser) -> None:
-    """The workload that speed is measured with."""
-    group = command.add_argument_group("speed, in the engine, without HTTP")
-    option(group, "--requests N", "at once (8)", count, default=8)
-    option(group, "--prompt-tokens N", "of each (128)", count, default=128)
-    option(group, "--output-tokens N", "of each (32)", count, default=32)
-    flag(group, "--no-speed", "quality only")
-
-
-def add_goal(command: Parser) -> None:
-    """What a mask is wanted for."""
-    group = command.add_argument_group("goal (several must be met together)")
-    what = "of the full model's score in the worse of multiple choice and generation, or without tasks of perplexity"
-    option(group, "--max-loss 1%", what, share)
-    option(group, "--kv-budget 50%", "KV cache, as a share of the full model's", share)
-    what = "as the sweep measured it; with --answers, of decoding by the bytes it reads"
-    option(group, "--speedup 1.3", what, factor)
-    add_file(command, "the mask", required=False)

@@ -1,17 +1,17 @@
 """`llmdrop search`: makes values of its arguments, calls the library and prints."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.cli.commands import check_new, check_scored, forget, scored_or_kept
-from llmdrop_vllm.cli.console import show_finals, show_next, show_search
+from llmdrop_vllm.cli.commands import check_new
+from llmdrop_vllm.cli.console import show_finals, show_next, show_search, warn
 from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
+from llmdrop_vllm.cli.scoring import Scoring, checked, forget
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
@@ -23,34 +23,35 @@ from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.search.long_texts import long_texts
+from llmdrop_vllm.search.plan import SearchOptions, plan_search
+from llmdrop_vllm.search.search import search as search_masks
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
+from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
 from llmdrop_vllm.selection.candidates import Candidates
-
-if TYPE_CHECKING:
-    from llmdrop_vllm.search.windows import WindowsPlan
 
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
 TOKENS, HELD_OUT_TOKENS, SCORED_TOKENS = 2048, 4096, 32_768
 FINALISTS = 8
 ENOUGH_OUT_OF_SIGHT = 1000  # tokens, to compare windows by
-OF_TASKS = ("limit", "finalists", "run_generated_code")
+NOT_FOR_WINDOWS = ("attention", "mlp", "tokens", "held_out_tokens", "beam", "heal_aware", "tasks")
 
 
 def search(args: Namespace) -> None:
     """`llmdrop search`."""
     check_new(args.out, args.overwrite)
     check_search_options(args, searches=True)
-    _check_finals(args)
-    _check_windows(args)
+    _check_options(args)
     checkpoint = Checkpoint.open(args.model)
     goal = wanted_of(checkpoint, args)
     # Refused before the scores: how many go depends on these only where layers differ in size.
     _spaces(checkpoint, Scores.unmeasured(checkpoint), goal, args)
-    data = (SearchData.of_texts if args.window else SearchData.of)(checkpoint, args.answers, args)
+    texts = long_texts(checkpoint, str(args.answers), args.window) if args.window else None
+    data = SearchData(*texts) if texts else SearchData.of(checkpoint, args.answers, args)
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
     refuse_skipped(harness)  # without them something else would decide
@@ -72,36 +73,23 @@ def search(args: Namespace) -> None:
 
 def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
     """What the arguments say that a mask is wanted for."""
-    return wanted(
-        checkpoint,
-        kv_share=args.kv_budget,
-        requests=args.requests,
-        memory_bytes=args.memory,
-        decode_speedup=args.decode_speedup,
-        batch=args.batch,
-        context=args.context,
-        windows=bool(args.window),
-    )
+    goals = {"kv_share": args.kv_budget, "requests": args.requests, "decode_speedup": args.decode_speedup}
+    load = {"memory_bytes": args.memory, "batch": args.batch, "context": args.context}
+    return wanted(checkpoint, **goals, **load, windows=bool(args.window))
 
 
 def windows(args: Namespace) -> None:
     """`llmdrop windows`."""
-    from llmdrop_vllm.scoring.scoring import precision
-    from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
-
     check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
     goal = wanted_of(checkpoint, args)
     if (args.count is None) == (goal is None):
         raise InputError("give --count, or one of --kv-budget, --requests and --decode-speedup")
     own = len(checkpoint.mask.windows)
-    plan = WindowsPlan(
-        checkpoint,
-        args.window,
-        goal or (lambda mask: len(mask.windows) - own >= args.count),
-        *long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed),
-        *precision(checkpoint, args.device, args.dtype),
-    )
+    enough = goal or (lambda mask: len(mask.windows) - own >= args.count)
+    texts = long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed)
+    where, dtype = precision(checkpoint, args.device, args.dtype)
+    plan = WindowsPlan(checkpoint, args.window, enough, *texts, where, dtype)
     _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
@@ -109,7 +97,7 @@ def windows(args: Namespace) -> None:
     show_next(args.out, "serve", args.model, "--mask", args.out)
 
 
-def _announce_windows(plan: "WindowsPlan") -> None:
+def _announce_windows(plan: WindowsPlan) -> None:
     """How much is judged, and whether that is enough to tell layers apart."""
     texts, judging = sum(plan.texts.predicted), sum(plan.held_out.predicted)
     print(
@@ -117,11 +105,8 @@ def _announce_windows(plan: "WindowsPlan") -> None:
         "out of a window's sight; less with --samples, --seq-len"
     )
     if judging < ENOUGH_OUT_OF_SIGHT:
-        print(
-            f"llmdrop: warning: {judging:,} tokens of {len(plan.held_out.sequences)} texts are few to compare by; "
-            f"{ENOUGH_OUT_OF_SIGHT:,} would do better",
-            file=sys.stderr,
-        )
+        few = f"{judging:,} tokens of {len(plan.held_out.sequences)} texts are few to compare by"
+        warn(f"{few}; {ENOUGH_OUT_OF_SIGHT:,} would do better")
 
 
 def search_instead(args: Namespace) -> None:
@@ -143,12 +128,15 @@ def search_instead(args: Namespace) -> None:
     search(parser().parse_args(command))
 
 
+def given(args: Namespace, *names: str) -> str:
+    """Those of some options that the arguments have, as they are written; empty where there is none."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name))
+
+
 def check_search_options(args: Namespace, *, searches: bool) -> None:
     """Raise InputError for options of a search where none is, or that exclude each other."""
-    names = ("masks", "minutes", "tokens", "held_out_tokens", "beam", "heal_aware")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    if given and not searches:
-        raise InputError(f"{', '.join(given)} belong to --search, which is not given")
+    if not searches and (idle := given(args, "masks", "minutes", "tokens", "held_out_tokens", "beam", "heal_aware")):
+        raise InputError(f"{idle} belong to --search, which is not given")
     if args.beam is not None and args.heal_aware is not None:
         raise InputError("--beam and --heal-aware exclude each other: one mask is healed at each step")
 
@@ -159,79 +147,57 @@ class SearchData:
 
     learnt: Calibration
     held_out: Calibration
-    to_heal: Calibration | None
+    to_heal: Calibration | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, path: Path, args: Namespace) -> Self:
         """Raises DataError unless a file holds enough answers of these weights, CheckpointError where they are to be
         healed on the way and are quantized.
         """
-        if args.heal_aware is not None:
-            check_plain(checkpoint)
         check_answers(checkpoint, path)
         sizes = ((False, args.tokens or TOKENS), (True, args.held_out_tokens or HELD_OUT_TOKENS))
         learnt, held_out = (
             load_answers(checkpoint, path, held_out=judging, tokens=tokens, tokens_each=TOKENS_OF_EACH)
             for judging, tokens in sizes
         )
-        if args.heal_aware is None:
-            return cls(learnt, held_out, None)
-        to_heal = load_answers(checkpoint, path, held_out=False, tokens=args.heal_aware)
-        held_out_sequences(to_heal)
+        to_heal = None
+        if args.heal_aware is not None:
+            check_plain(checkpoint)
+            to_heal = load_answers(checkpoint, path, held_out=False, tokens=args.heal_aware)
+            held_out_sequences(to_heal)
         return cls(learnt, held_out, to_heal)
-
-    @classmethod
-    def of_texts(cls, checkpoint: Checkpoint, path: Path, args: Namespace) -> Self:
-        """Long texts, where they see less than everything. Raises DataError for shorter ones."""
-        return cls(*long_texts(checkpoint, str(path), args.window), None)
 
 
 def searched(
     checkpoint: Checkpoint, spaces: Sequence[Space], data: SearchData, scores: Scores, args: Namespace, trials: Path
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
-    from llmdrop_vllm.search.plan import SearchOptions, plan_search
-    from llmdrop_vllm.search.search import search as search_masks
-
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}
     options = SearchOptions(**{name: value for name, value in asked.items() if value is not None})
-    plan = plan_search(
-        scores,
-        checkpoint,
-        spaces,
-        data.learnt,
-        data.held_out,
-        options,
-        to_heal=data.to_heal,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    how = {"to_heal": data.to_heal, "device": args.device, "dtype": args.dtype}
+    plan = plan_search(scores, checkpoint, spaces, data.learnt, data.held_out, options, **how)
     return search_masks(plan, trials, progress=True)
 
 
-def _check_windows(args: Namespace) -> None:
-    """Raise InputError for options that a search for windows has no use for."""
-    names = ("attention", "mlp", "tokens", "held_out_tokens", "beam", "heal_aware", "tasks")
-    if args.window and (given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]):
-        raise InputError(f"{', '.join(given)} and --window exclude each other")
+def _check_options(args: Namespace) -> None:
+    """Raise InputError for options that a search for windows has no use for, for those of tasks where there are none,
+    and for tasks where an engine could answer none.
+    """
+    if args.window and (others := given(args, *NOT_FOR_WINDOWS)):
+        raise InputError(f"{others} and --window exclude each other")
     if args.window and args.kv_budget is None and args.requests is None and args.decode_speedup is None:
         raise InputError("--window wants one of --kv-budget, --requests and --decode-speedup")
-
-
-def _check_finals(args: Namespace) -> None:
-    """Raise InputError for options of tasks where there are none, or nothing that an engine could answer."""
-    if args.tasks:
-        if args.heal_aware is not None:
-            raise InputError("--tasks and --heal-aware exclude each other: in the engine nothing is healed")
-    elif given := [f"--{name.replace('_', '-')}" for name in OF_TASKS if getattr(args, name)]:
-        raise InputError(f"{', '.join(given)} belong to --tasks, which is not given")
+    if args.tasks and args.heal_aware is not None:
+        raise InputError("--tasks and --heal-aware exclude each other: in the engine nothing is healed")
+    if not args.tasks and (idle := given(args, "limit", "finalists", "run_generated_code")):
+        raise InputError(f"{idle} belong to --tasks, which is not given")
 
 
 def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: Namespace) -> list[Space]:
     """What the arguments ask to look among: so many attentions and MLPs, or as many as a goal takes by importance;
     attentions of --fixed go in any case, and with --window some see less.
     """
-    own, protect, mlps = checkpoint.mask, frozenset(args.protect), args.mlp
+    own, protect, mlps, stages = checkpoint.mask, frozenset(args.protect), args.mlp, args.pipeline_parallel_size
     if both := sorted(protect.intersection(args.fixed)):
         raise MaskError(f"layers {both} are in --protect and in --fixed")
     start = replace(own, attention=(*own.attention, *args.fixed))
@@ -240,28 +206,20 @@ def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: N
     if goal is None:
         if args.attention < len(args.fixed):
             raise MaskError(f"--attention is {args.attention}, and {len(args.fixed)} go in any case (--fixed)")
-        return [Space(start, args.attention - len(args.fixed), mlps or 0, protect, args.pipeline_parallel_size)]
+        return [Space(start, args.attention - len(args.fixed), mlps or 0, protect, stages)]
     if args.attention:
         raise InputError("--attention is how many go, which --kv-budget, --requests and --decode-speedup find out")
     candidates = Candidates(scores, start, protect)
     if goal(candidates.mask):
         raise MaskError(f"what is asked for is met by {candidates.mask.summary()}; nothing is left to search")
-    masks = mixes(candidates, goal, args.pipeline_parallel_size, 0 if args.window else mlps)
+    masks = mixes(candidates, goal, stages, 0 if args.window else mlps)
     if args.window:
-        context = request_context(checkpoint, args.context)
-        space = StateSpace(
-            start,
-            len(masks[0].attention) - len(start.attention),
-            protect=protect,
-            stages=args.pipeline_parallel_size,
-            meets=goal,
-            window=args.window,
-            takers=frozenset(takers(checkpoint, args.window)),
-            stored=Sizes(checkpoint, context).request_bytes,
-        )
-        return [space]
-    gone = [(len(mask.attention) - len(start.attention), len(mask.mlp) - len(start.mlp)) for mask in masks]
-    return [Space(start, *counts, protect, args.pipeline_parallel_size, meets=goal) for counts in gone]
+        gone = len(masks[0].attention) - len(start.attention)
+        seeing = {"window": args.window, "takers": frozenset(takers(checkpoint, args.window))}
+        stored = Sizes(checkpoint, request_context(checkpoint, args.context)).request_bytes
+        return [StateSpace(start, gone, protect=protect, stages=stages, meets=goal, stored=stored, **seeing)]
+    counts = ((len(mask.attention) - len(start.attention), len(mask.mlp) - len(start.mlp)) for mask in masks)
+    return [Space(start, *each, protect, stages, meets=goal) for each in counts]
 
 
 def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count: int) -> list[DropMask]:
@@ -273,14 +231,12 @@ def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count
 
 def _scores(checkpoint: Checkpoint, data: SearchData, args: Namespace) -> Scores:
     """As given, or on the answers or texts that masks are chosen by."""
-    if args.scores is None:
-        learnt = data.learnt
-        if not args.window:
-            learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
-        return scored_or_kept("scores", checkpoint, learnt, args, args.out)
-    scores = read_record(Scores, args.scores)
-    check_scored(scores, checkpoint)
-    return scores
+    if args.scores is not None:
+        return checked(read_record(Scores, args.scores), checkpoint)
+    learnt = data.learnt
+    if not args.window:
+        learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
+    return Scoring.asked(checkpoint, args, learnt).kept("scores")
 
 
 def check_answers(checkpoint: Checkpoint, path: Path) -> None:

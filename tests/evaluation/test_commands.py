@@ -275,18 +275,14 @@ def test_evaluate_refuses_a_mask_of_another_model(tmp_path, capsys):
     ],
 )
 def test_sweep_refuses_before_it_scores_and_leaves_nothing(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "llmdrop_vllm.cli.evaluation_commands.run_scoring", lambda *a: pytest.fail("the model was scored")
-    )
+    monkeypatch.setattr("llmdrop_vllm.cli.scoring.Scoring.run", lambda *a: pytest.fail("the model was scored"))
     assert main(["sweep", str(MODEL), "--results", str(tmp_path / "results"), *options]) == 1
     assert message in error_of(capsys)
     assert not (tmp_path / "results").exists()
 
 
 def test_sweep_refuses_a_place_for_its_results_that_is_a_file_before_it_scores(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "llmdrop_vllm.cli.evaluation_commands.run_scoring", lambda *a: pytest.fail("the model was scored")
-    )
+    monkeypatch.setattr("llmdrop_vllm.cli.scoring.Scoring.run", lambda *a: pytest.fail("the model was scored"))
     (tmp_path / "file").write_text("")
     assert main(sweeping(tmp_path / "file")) == 1
     assert "file cannot be made: File exists" in error_of(capsys)

@@ -178,14 +178,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_scored(tmp_path, 
         if file.is_file() and "token" not in file.name and file.suffix != ".jinja":
             copy(file, mute)
     scoring = Mock(side_effect=AssertionError("scored"))
-    monkeypatch.setattr("llmdrop_vllm.cli.healing_commands.scored_or_kept", scoring)
+    monkeypatch.setattr("llmdrop_vllm.cli.scoring.Scoring.kept", scoring)
     assert main(["drop", str(mute), str(tmp_path / "out"), "--attention", "2", "--evaluate"]) == 1
     assert "tokenizer" in capsys.readouterr().err
 
 
 def test_what_is_healed_on_is_what_was_named(answers, tmp_path, monkeypatch):
     """Not what masks are searched for on."""
-    monkeypatch.setattr("llmdrop_vllm.cli.evaluation_commands.ask", lambda checkpoint, path, args: copy(answers, path))
+    monkeypatch.setattr("llmdrop_vllm.cli.healing_commands.ask", lambda checkpoint, path, args: copy(answers, path))
     command = ["drop", str(MODEL), str(tmp_path / "out"), "--attention", "2", "--search", "--heal", "embedded", *SMALL]
     assert main([*command, "--samples", "8", "--seq-len", "64"]) == 0
     record = read_record(Healing, tmp_path / "out" / "llmdrop_heal.json")
