@@ -1,16 +1,17 @@
-"""What stands before every route: the API key, and the bounds on a request's body."""
+"""What stands before every route: the API key, the bounds on a request's body, and the end of the queue."""
 
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmdrop_server.admission import Admission
-from llmdrop_server.ending import Ending
 from llmdrop_server.errors import error_response
+from llmdrop_server.health import Ending
 from llmdrop_server.limits import Limits, RequestError
 
 # Without a key: probes, and the page's own files, which hold nothing of the model.
@@ -21,49 +22,65 @@ BODY_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 DRAINED = 4
 
 
+@dataclass
+class Admission:
+    """`bound` is vLLM's --max-num-queued-reqs, None for no end. vLLM looks at it before a request is tokenized, so
+    requests that come together pass it together, and those that stream then fail after they were told 200.
+    """
+
+    bound: int | None = None
+    under_way: int = 0
+
+    @contextmanager
+    def place(self, answers: int) -> Iterator[None]:
+        """Take so many places while in this context. Raises RequestError where that many are not free."""
+        if self.bound is not None and answers > self.bound:
+            raise RequestError(f"the request asks for {answers} answers; the queue holds {self.bound}")
+        if self.bound is not None and self.under_way + answers > self.bound:
+            raise RequestError(f"the queue of {self.bound} is full (--max-num-queued-reqs); try again later", 429)
+        self.under_way += answers
+        try:
+            yield
+        finally:
+            self.under_way -= answers
+
+
+@dataclass
 class Guard:
     """ASGI middleware. vLLM's own asks for the key under some prefixes only, and bounds no body."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Iterable[str],
-        limits: Limits,
-        ending: Ending,
-        admission: Admission,
-        allowed_hosts: frozenset[str] = frozenset(),
-    ) -> None:
-        self.app = app
+    app: ASGIApp
+    keys: InitVar[Iterable[str]]
+    limits: Limits
+    ending: Ending
+    admission: Admission
+    allowed_hosts: frozenset[str] = frozenset()
+
+    def __post_init__(self, keys: Iterable[str]) -> None:
         self.digests = [_digest(key) for key in keys]
-        self.limits = limits
-        self.ending = ending
-        self.admission = admission
-        self.allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not (path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or self._has_key(headers)):
-            await _refuse(scope, receive, send, RequestError("the API key is missing or wrong", 401))
-            return
-        if scope["type"] == "websocket" or scope["method"] not in BODY_METHODS:
-            await self.app(scope, receive, send)
-            return
         try:
+            if scope["type"] in ("http", "websocket") and not self._is_let_in(scope):
+                raise RequestError("the API key is missing or wrong", 401)
+            if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
+                await self.app(scope, receive, send)
+                return
             if self.ending.started:
                 raise RequestError("the server is about to end", 503)
+            headers = Headers(scope=scope)
             body = await self._read(headers, receive)
             with self.admission.place(self._answers(headers, body)):
                 await self.app(scope, _again(body, receive), send)
         except RequestError as error:
             await _refuse(scope, receive, send, error)
 
-    def _has_key(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
+    def _is_let_in(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+            return True
+        scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
         given = _digest(key)
         # Every key is compared, each in constant time: how long it takes tells nothing.
         matches = [secrets.compare_digest(given, digest) for digest in self.digests]
@@ -75,27 +92,25 @@ class Guard:
         return self.limits.check_body(body, self.allowed_hosts) if is_json else 1
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        bound = self.limits.body_bytes
-        declared = headers.get("Content-Length", "0")
-        chunks, size, end = [], 0, bound * DRAINED
-        too_large = declared.isdecimal() and int(declared) > bound
+        bound, seconds = self.limits.body_bytes, self.limits.body_seconds
+        said = headers.get("Content-Length", "")
+        chunks, size, declared = [], 0, int(said) if said.isdecimal() else 0
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(seconds):
                 # A client that still sends cannot read: it would see its connection break, and not the refusal.
-                while size <= end and not (too_large and int(declared) > end):
+                while max(size, declared) <= bound * DRAINED:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RequestError("the client went away before its request was complete")
-                    size += len(message.get("body", b""))
-                    too_large = too_large or size > bound
-                    if not too_large:
-                        chunks.append(message.get("body", b""))
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if max(size, declared) <= bound:
+                        chunks.append(chunk)
                     if not message.get("more_body", False):
                         break
         except TimeoutError:
-            seconds = self.limits.body_seconds
             raise RequestError(f"the request body took longer than {seconds:g} s (body_seconds)", 408) from None
-        if too_large:
+        if max(size, declared) > bound:
             raise RequestError(f"the request body is over the bound of {bound:,} bytes (body_bytes)", 413)
         return b"".join(chunks)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmdrop_server import COMPARISON_ENVIRONMENT, LIMITS_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.limits import Limits
-from llmdrop_server.mask_options import mask_entries, windows_asked
+from llmdrop_server.mask_options import mask_entries
 from llmdrop_server.preflight import check_port, check_readable, check_served_name, check_tokenizer, read_keys
 from llmdrop_server.vllm_options import Told, read
 from llmdrop_vllm import register
@@ -53,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmdrop: error: {in_one_line(error)}", file=sys.stderr)
         return 1
     if has_rust_front_end():
-        print(
-            "llmdrop: VLLM_USE_RUST_FRONTEND serves vLLM's routes only: no page, no /v1/drop, no bounds",
-            file=sys.stderr,
-        )
+        lost = "no page, no /v1/drop, no bounds"
+        print(f"llmdrop: VLLM_USE_RUST_FRONTEND serves vLLM's routes only: {lost}", file=sys.stderr)
     return _run_vllm(arguments)
 
 
@@ -94,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def vllm_arguments(ours: argparse.Namespace, theirs: Told, model: str) -> list[str]:
     """The command line for `vllm`. Raises InputError for a mask that makes no sense."""
-    windows = windows_asked(ours.window_attention, ours.window)
-    overrides = theirs.overrides | mask_entries(ours.drop_attention, ours.drop_mlp, ours.mask, ours.scores, windows)
+    overrides = theirs.overrides | mask_entries(ours)
     options = {name: value for name, value in DEFAULTS.items() if not theirs.says(name)}
     if model != theirs.model and not theirs.says("--served-model-name"):
         options["--served-model-name"] = theirs.model

@@ -98,22 +98,17 @@ class Limits(BaseModel):
             value = _number(entries.get(key))
             if value > self.n:
                 raise RequestError(f"{key} is {value:g}; the bound is {self.n} (n)", param=key)
-        for key in ("stop", "stop_sequences", "stop_token_ids", "bad_words"):
-            self._check_length(entries, key, self.stop, "stop")
+        self._check_lengths(entries, "stop", "stop", "stop_sequences", "stop_token_ids", "bad_words")
 
     def _check_counts(self, request: Mapping[str, Any]) -> None:
-        self._check_length(request, "tools", self.tools, "tools")
-        for key in ("items", "questions", "request_ids"):
-            self._check_length(request, key, self.prompts, "prompts")
-        for key in BATCHES:
-            if _is_batch(request.get(key)):
-                self._check_length(request, key, self.prompts, "prompts")
-        for conversation in _conversations(request):
-            if len(conversation) > self.messages:
-                raise RequestError(
-                    f"a conversation has {len(conversation)} messages; the bound is {self.messages} (messages)",
-                    param="messages",
-                )
+        self._check_lengths(request, "tools", "tools")
+        batches = (key for key in BATCHES if _is_batch(request.get(key)))
+        self._check_lengths(request, "prompts", "items", "questions", "request_ids", *batches)
+        messages = request.get("messages")
+        for each in (messages, *messages) if isinstance(messages, list) else ():
+            if isinstance(each, list) and len(each) > self.messages:
+                told = f"a conversation has {len(each)} messages; the bound is {self.messages} (messages)"
+                raise RequestError(told, param="messages")
 
     def _check_structure(self, request: Mapping[str, Any]) -> None:
         for key, value in _structures(request):
@@ -123,11 +118,13 @@ class Limits(BaseModel):
             if size > bound:
                 raise RequestError(f"{key} has {size:,} bytes; the bound is {bound:,} ({name})", param=key)
 
-    @staticmethod
-    def _check_length(entries: Mapping[str, Any], key: str, bound: int, name: str) -> None:
-        value = entries.get(key)
-        if isinstance(value, list | dict) and len(value) > bound:
-            raise RequestError(f"{key} has {len(value):,} entries; the bound is {bound} ({name})", param=key)
+    def _check_lengths(self, entries: Mapping[str, Any], name: str, *keys: str) -> None:
+        """Of what stands under keys, by the bound of a name."""
+        bound = getattr(self, name)
+        for key in keys:
+            value = entries.get(key)
+            if isinstance(value, list | dict) and len(value) > bound:
+                raise RequestError(f"{key} has {len(value):,} entries; the bound is {bound} ({name})", param=key)
 
 
 def _refuse_constant(name: str) -> None:
@@ -164,13 +161,6 @@ def _number(value: Any) -> float:
     except ValueError:
         return 0.0
     return 0.0 if math.isnan(number) else number
-
-
-def _conversations(request: Mapping[str, Any]) -> Iterator[list[Any]]:
-    messages = request.get("messages")
-    if isinstance(messages, list):
-        yield messages
-        yield from (each for each in messages if isinstance(each, list))
 
 
 def _structures(request: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

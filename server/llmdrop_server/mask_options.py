@@ -1,37 +1,39 @@
 """The mask that the options of `llmdrop serve` ask for."""
 
 import re
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 from llmdrop_vllm.artifacts import Scores, read_record
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.mask_file import MaskFile
-from llmdrop_vllm.masks.dialects import WINDOWS, Windows, windows_of
+from llmdrop_vllm.masks.dialects import WINDOWS, windows_of
 from llmdrop_vllm.masks.mask import DropMask
 
 LAYERS = re.compile(r"\d+(,\d+)*,?")
 
 
-def mask_entries(
-    attention: str | None, mlp: str | None, mask: Path | None, scores: Path | None, windows: Windows = ()
-) -> dict[str, Any]:
+def mask_entries(ours: Namespace) -> dict[str, Any]:
     """Config entries for `--drop-attention`, `--drop-mlp`, `--mask` and `--scores`, and for windows beside them; none
     where no mask is asked for.
 
     A list of layers is taken as it stands, in rank order; a single number is how many the scores find least important.
     Raises MaskError for options that make no sense, InputError for files that cannot be read.
     """
-    asked = {"attention": attention, "mlp": mlp}
-    if mask is not None:
-        if attention or mlp:
+    seen = ours.window_attention
+    windows = windows_of(() if seen is None else _layers("--window-attention", seen, "3,5"), ours.window)
+    asked = {"attention": ours.drop_attention, "mlp": ours.drop_mlp}
+    if ours.mask is not None:
+        if any(asked.values()):
             raise MaskError("--mask and --drop-attention/--drop-mlp exclude each other")
-        return read_record(MaskFile, mask).mask.seeing(windows).to_config("runtime")
-    measured = None if scores is None else read_record(Scores, scores)
-    layers = {kind: _layers(kind, text) for kind, text in asked.items() if text is not None and "," in text}
-    counts = {
-        kind: _count(kind, text, measured) for kind, text in asked.items() if text is not None and "," not in text
-    }
+        return read_record(MaskFile, ours.mask).mask.seeing(windows).to_config("runtime")
+    measured = None if ours.scores is None else read_record(Scores, ours.scores)
+    layers, counts = {}, {}
+    for kind, text in asked.items():
+        if text is not None and "," in text:
+            layers[kind] = _layers(f"--drop-{kind}", text, "25,26,24")
+        elif text is not None:
+            counts[kind] = _count(f"--drop-{kind}", text, measured)
     replaces = bool(layers or counts)
     if not replaces and not windows:
         return {}
@@ -45,26 +47,19 @@ def mask_entries(
     return entries if replaces else {WINDOWS: entries[WINDOWS]}
 
 
-def windows_asked(layers: str | None, tokens: int | None) -> Windows:
-    """Of `--window-attention` and `--window`. Raises MaskError for one without the other, and for what is no layer."""
-    if layers is not None and not LAYERS.fullmatch(layers):
-        raise MaskError(f"--window-attention is {layers!r}; expected layers like 3,5")
-    return windows_of((int(layer) for layer in (layers or "").split(",") if layer), tokens)
-
-
-def _layers(kind: str, text: str) -> tuple[int, ...]:
+def _layers(option: str, text: str, such_as: str) -> tuple[int, ...]:
     if not LAYERS.fullmatch(text):
-        raise MaskError(f"--drop-{kind} is {text!r}; expected layers like 25,26,24")
+        raise MaskError(f"{option} is {text!r}; expected layers like {such_as}")
     return tuple(int(layer) for layer in text.split(",") if layer)
 
 
-def _count(kind: str, text: str, measured: Scores | None) -> int:
+def _count(option: str, text: str, measured: Scores | None) -> int:
     if not text.isdecimal():
-        raise MaskError(f"--drop-{kind} is {text!r}; expected layers like 25,26,24, or with --scores a number")
+        raise MaskError(f"{option} is {text!r}; expected layers like 25,26,24, or with --scores a number")
     if measured is None:
         raise MaskError(
-            f"--drop-{kind} {text} may be a layer or a number of layers: the layer is written '{text},'; for the "
-            f"{text} least important ones give --scores"
+            f"{option} {text} may be a layer or a number of layers: the layer is written '{text},'; for the {text} "
+            "least important ones give --scores"
         )
     return int(text)
 

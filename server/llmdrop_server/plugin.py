@@ -14,11 +14,9 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llmdrop_server import routes, statistics
-from llmdrop_server.admission import Admission
-from llmdrop_server.ending import Ending
 from llmdrop_server.errors import error_response
-from llmdrop_server.guard import OPEN_PREFIX, Guard
-from llmdrop_server.health import Probe
+from llmdrop_server.guard import OPEN_PREFIX, Admission, Guard
+from llmdrop_server.health import Ending, Probe
 from llmdrop_server.limits import Limits
 from llmdrop_server.report import report
 

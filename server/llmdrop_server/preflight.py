@@ -31,9 +31,8 @@ def check_tokenizer(model: str) -> None:
 
 def check_readable(paths: Iterable[Path | None]) -> None:
     """Raise InputError for a file that cannot be read."""
-    for path in paths:
-        if path is not None:
-            _read(path)
+    for path in filter(None, paths):
+        _read(path)
 
 
 def check_port(host: str | None, port: int) -> None:

@@ -108,12 +108,8 @@ def _scores(model: "ModelConfig", mask: DropMask) -> Scores | None:
     if found is None:
         return None
     similarity, data = found.similarity, found.provenance.data
-    importance = Importance(
-        attention=tuple(None if each is None else 1 - each for each in similarity.attention),
-        mlp=tuple(None if each is None else 1 - each for each in similarity.mlp),
-        block=tuple(1 - each for each in similarity.block),
-    )
-    return Scores(importance=importance, calibration=data.source if data else None)
+    importance = {kind: tuple(None if each is None else 1 - each for each in values) for kind, values in similarity}
+    return Scores(importance=Importance.model_validate(importance), calibration=data.source if data else None)
 
 
 def _beside(kind: type[R], environment: str, model: "ModelConfig", name: str, mask: DropMask) -> R | None:

@@ -1,18 +1,25 @@
 """What the routes of a dropped model answer, as it stands in the OpenAPI schema."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.masks.mask import DropMask
 
-EXAMPLE_MASK: JsonValue = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": [], "windows": []}
-EXAMPLE_SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
+# The examples in the schema are of one server, with the embedded model.
+MASK = {"num_hidden_layers": 12, "attention": [11, 7, 8, 10], "mlp": [], "windows": []}
+SUMMARY = "attention dropped in 4 of 12 layers [7-8,10-11], MLP in 0"
+NAMES = {"model": "embedded", "architecture": "LlamaForCausalLM", "family": "llama"}
+CACHE = {"kv_dtype": "bfloat16", "kv_layout": "KV cache stored as 8 layers, without padding", "max_model_len": 1024}
+HEALING = "4 layers healed on 60,000 tokens of answers, leaving 60% to 80% of each one's error"
+BLOCKS = {"blocks": 4096, "blocks_used": 96, "blocks_free": 4000, "block_tokens": 128, "usage": 0.0234}
+REQUESTS = {"prefix_hit_rate": 0.61, "requests_running": 8, "requests_waiting": 0, "preemptions": 0}
+CARD = {"id": "embedded", "object": "model", "created": 1790000000, "owned_by": "vllm", "max_model_len": 1024}
 
 
-def _example(value: JsonValue) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [value]})
+def _example(**entries: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [entries]})
 
 
 class Answer(BaseModel):
@@ -58,33 +65,15 @@ class Drop(Answer):
     """
 
     model_config = _example(
-        {
-            "model": "embedded",
-            "architecture": "LlamaForCausalLM",
-            "family": "llama",
-            "summary": EXAMPLE_SUMMARY,
-            "mask": EXAMPLE_MASK,
-            "kv_dtype": "bfloat16",
-            "kv_layout": "KV cache stored as 8 layers, without padding",
-            "max_model_len": 1024,
-            "full": {
-                "parameters": 5116224,
-                "attention_layers": 12,
-                "kv_bytes_per_token": 3072,
-                "kv_tokens": 349440,
-                "sequences": 341.25,
-            },
-            "served": {
-                "parameters": 4722240,
-                "attention_layers": 8,
-                "kv_bytes_per_token": 2048,
-                "kv_tokens": 524288,
-                "sequences": 512.0,
-            },
-            "scores": None,
-            "healing": "4 layers healed on 60,000 tokens of answers, leaving 60% to 80% of each one's error",
-            "comparison": None,
-        }
+        **NAMES,
+        summary=SUMMARY,
+        mask=MASK,
+        **CACHE,
+        full=dict(zip(Size.model_fields, (5116224, 12, 3072, 349440, 341.25), strict=True)),
+        served=dict(zip(Size.model_fields, (4722240, 8, 2048, 524288, 512.0), strict=True)),
+        scores=None,
+        healing=HEALING,
+        comparison=None,
     )
 
     model: str
@@ -105,19 +94,7 @@ class Drop(Answer):
 class KV(Answer):
     """The KV cache in use. `prefix_hit_rate` is a share of all prompt tokens since the start; None before the first."""
 
-    model_config = _example(
-        {
-            "blocks": 4096,
-            "blocks_used": 96,
-            "blocks_free": 4000,
-            "block_tokens": 128,
-            "usage": 0.0234,
-            "prefix_hit_rate": 0.61,
-            "requests_running": 8,
-            "requests_waiting": 0,
-            "preemptions": 0,
-        }
-    )
+    model_config = _example(**BLOCKS, **REQUESTS)
 
     blocks: int
     blocks_used: int
@@ -133,7 +110,7 @@ class KV(Answer):
 class Status(Answer):
     """`reason` says what is wrong where `status` is not ok."""
 
-    model_config = _example({"status": "ok", "reason": None})
+    model_config = _example(status="ok", reason=None)
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
@@ -153,22 +130,7 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """The models of this server, adapters included."""
 
-    model_config = _example(
-        {
-            "object": "list",
-            "data": [
-                {
-                    "id": "embedded",
-                    "object": "model",
-                    "created": 1790000000,
-                    "owned_by": "vllm",
-                    "max_model_len": 1024,
-                    "drop": EXAMPLE_MASK,
-                    "drop_summary": EXAMPLE_SUMMARY,
-                }
-            ],
-        }
-    )
+    model_config = _example(object="list", data=[{**CARD, "drop": MASK, "drop_summary": SUMMARY}])
 
     object: str = "list"
     data: list[ModelCard]

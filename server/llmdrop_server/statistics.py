@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import CacheConfig
 
 USAGE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
-QUERIES, HITS, PREEMPTIONS = (
-    "vllm:prefix_cache_queries_total",
-    "vllm:prefix_cache_hits_total",
-    "vllm:num_preemptions_total",
-)
+QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+PREEMPTIONS = "vllm:num_preemptions_total"
 
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -38,11 +35,10 @@ def publish(drop: Drop) -> None:
     for kind in ("attention", "mlp"):
         DROPPED.labels(kind).set(len(getattr(drop.mask, kind)))
     for form, size in (("full", drop.full), ("served", drop.served)):
-        if size.parameters is not None:
-            PARAMETERS.labels(form).set(size.parameters)
-        if size.kv_bytes_per_token is not None:
-            KV_BYTES.labels(form).set(size.kv_bytes_per_token)
-        KV_TOKENS.labels(form).set(size.kv_tokens)
+        figures = ((PARAMETERS, size.parameters), (KV_BYTES, size.kv_bytes_per_token), (KV_TOKENS, size.kv_tokens))
+        for gauge, figure in figures:
+            if figure is not None:
+                gauge.labels(form).set(figure)
 
 
 def kv_now(cache: "CacheConfig") -> KV | None:

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from llmdrop_vllm.errors import InputError
 
 OVERRIDES = re.compile(r"--hf[-_]overrides(?=$|[=.])")
 NAMED = re.compile(r"--model(?=$|=)")
+# What only vLLM's parser can tell the meaning of.
+INVOLVED = re.compile(rf"{NAMED.pattern}|--config$|--hf[-_]overrides\.")
 SSL_FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 
@@ -29,7 +31,7 @@ class Told:
     host: str | None = None
     port: int | None = None
     files: tuple[Path, ...] = ()
-    in_file: frozenset[str] = field(default_factory=frozenset)
+    in_file: frozenset[str] = frozenset()
 
     def says(self, option: str) -> bool:
         """Whether the words or the file have it."""
@@ -41,10 +43,7 @@ def read(words: Sequence[str]) -> Told:
     """Raises InputError for words without a model, and for overrides that are no JSON object. Words that vLLM's parser
     does not take end the process with its own message.
     """
-    plain = bool(words) and not words[0].startswith("-") and "--config" not in words
-    if plain and not any(
-        NAMED.match(each) or each.startswith(("--hf-overrides.", "--hf_overrides.")) for each in words
-    ):
+    if words and not words[0].startswith("-") and not any(map(INVOLVED.match, words)):
         return _plainly(words[0], words[1:])
     if not any(NAMED.match(each) or each == "--config" or not each.startswith("-") for each in words):
         raise InputError("no model is named; expected a checkpoint directory, a hub id or a name of `llmdrop fetch`")
@@ -53,15 +52,8 @@ def read(words: Sequence[str]) -> Told:
     rest = _without(NAMED, others)
     if said.model_tag is not None and rest == others:
         rest.pop(_place_of(said.model_tag, rest))
-    return Told(
-        said.model_tag or said.model,
-        dict(said.hf_overrides or {}),
-        rest,
-        said.host,
-        said.port,
-        tuple(Path(getattr(said, name)) for name in SSL_FILES if getattr(said, name)),
-        _in_file(words),
-    )
+    model, overrides = said.model_tag or said.model, dict(said.hf_overrides or {})
+    return Told(model, overrides, rest, said.host, said.port, _files(said), _in_file(words))
 
 
 def _plainly(model: str, words: Sequence[str]) -> Told:
@@ -70,10 +62,13 @@ def _plainly(model: str, words: Sequence[str]) -> Told:
     look.add_argument("--port", type=int)
     look.add_argument("--hf-overrides", "--hf_overrides", default="{}")
     for name in SSL_FILES:
-        look.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=Path)
+        look.add_argument(f"--{name.replace('_', '-')}", f"--{name}")
     said, _ = look.parse_known_args(words)
-    files = tuple(file for name in SSL_FILES if (file := getattr(said, name)))
-    return Told(model, _object(said.hf_overrides), _without(OVERRIDES, words), said.host, said.port, files)
+    return Told(model, _object(said.hf_overrides), _without(OVERRIDES, words), said.host, said.port, _files(said))
+
+
+def _files(said: argparse.Namespace) -> tuple[Path, ...]:
+    return tuple(Path(file) for name in SSL_FILES if (file := getattr(said, name)))
 
 
 def _object(text: str) -> dict[str, Any]:

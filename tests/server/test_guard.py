@@ -10,9 +10,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from llmdrop_server.admission import Admission
-from llmdrop_server.ending import Ending
-from llmdrop_server.guard import Guard
+from llmdrop_server.guard import Admission, Guard
+from llmdrop_server.health import Ending
 from llmdrop_server.limits import Limits
 
 KEY = {"Authorization": "Bearer sesam"}

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from llmdrop_server.ending import Ending
-from llmdrop_server.health import Probe
+from llmdrop_server.health import Ending, Probe
 
 
 class Engine:
