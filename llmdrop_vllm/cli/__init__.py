@@ -1,6 +1,5 @@
 """`llmdrop`: commands parse, call the library and print."""
 
-import argparse
 import importlib
 import os
 import sys
@@ -29,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return serve(argv[1:])
     from llmdrop_vllm.cli.arguments import parser
+    from llmdrop_vllm.fetching.fetch import resolve
 
     args, unknown = parser().parse_known_args(argv)
     if unknown:
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        _fetch_models(args)
+        for name in MODELS:
+            if isinstance(model := getattr(args, name, None), str):
+                setattr(args, name, resolve(model))
         getattr(importlib.import_module(args.module), args.command)(args)
         sys.stdout.flush()
     except (ModuleNotFoundError, InputError) as error:
@@ -51,14 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmdrop: interrupted; what was being written is gone or goes on with the same command", file=sys.stderr)
         return 130
     return 0
-
-
-def _fetch_models(args: argparse.Namespace) -> None:
-    from llmdrop_vllm.fetching.fetch import resolve
-
-    for name in MODELS:
-        if isinstance(model := getattr(args, name, None), str):
-            setattr(args, name, resolve(model))
 
 
 def _remedy(error: ModuleNotFoundError) -> str:

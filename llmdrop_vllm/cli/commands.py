@@ -157,7 +157,7 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{parent} is not a directory that can be written to")
 
 
-def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask | None) -> SurgeryPlan:
+def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask) -> SurgeryPlan:
     """What the arguments ask to write."""
     how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber}
     return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)

@@ -6,7 +6,7 @@ from operator import eq
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.answers import Answer
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 def print_table(headings: Sequence[str], *sections: Iterable[Sequence[str]], title: str | None = None) -> None:
     """The first column at the left, the others, which are numbers, at the right; a line between sections of rows."""
-    table = Table(*headings, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(headings[0], *(Column(name, justify="right") for name in headings[1:]), title=title)
     for rows in sections:
         for row in rows:
             table.add_row(*row)

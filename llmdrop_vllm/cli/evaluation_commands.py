@@ -109,10 +109,8 @@ def sweep(args: Namespace) -> None:
     directory = _results_directory(args)
     scores = _scores(checkpoint, args, directory / SCORES_FILE)
     series, masks = make_series(scores, chosen, args.counts)
-    workload = None
-    if not args.no_speed:
-        names = ("requests", "prompt_tokens", "output_tokens")
-        workload = SpeedWorkload(**{name: getattr(args, name) for name in names})
+    names = ("requests", "prompt_tokens", "output_tokens")
+    workload = None if args.no_speed else SpeedWorkload(**{name: getattr(args, name) for name in names})
     plan = SweepPlan(checkpoint, scores, series, masks, measures, settings, workload)
     found = measure_sweep(plan, directory, progress=True)
     console.show_sweep(found)

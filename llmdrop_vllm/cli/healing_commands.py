@@ -1,12 +1,12 @@
 """`llmdrop drop | heal`: each makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import EVALUATION_FILE, HEAL_FILE, MASK_FILE, SCORES_FILE, DataIdentity, Record, Scores
+from llmdrop_vllm.artifacts import EVALUATION_FILE, HEAL_FILE, MASK_FILE, SCORES_FILE, Record, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.arguments import parser
 from llmdrop_vllm.cli.commands import opened, plan_of, write_plan
@@ -79,7 +79,7 @@ def drop(args: Namespace) -> None:
         _write_healed(plan, checkpoint, learnt, args, records)
     forget(args.out)
     if measuring is not None:
-        measuring()
+        evaluate(measuring)
     else:
         show_next(args.out, "evaluate", args.out, "--full", args.model, "--out", "evaluation.json")
 
@@ -105,14 +105,14 @@ def _warn_of_many(checkpoint: Checkpoint, mask: DropMask) -> None:
         )
 
 
-def _measuring(checkpoint: Checkpoint, args: Namespace) -> Callable[[], None] | None:
-    """`llmdrop drop --evaluate`: what measures OUT, by the defaults. Raises InputError where these cannot be had."""
+def _measuring(checkpoint: Checkpoint, args: Namespace) -> Namespace | None:
+    """`llmdrop drop --evaluate`: the arguments that OUT is measured by. Raises InputError where these cannot be had."""
     if not args.evaluate:
         return None
     command = ["evaluate", str(args.out), "--full", str(checkpoint.directory), "--out", str(args.out / EVALUATION_FILE)]
     asked = parser().parse_args([*command, *(("--dtype", args.dtype) if args.dtype else ())])
     measures_of(checkpoint, asked)
-    return lambda: evaluate(asked)
+    return asked
 
 
 def _space(checkpoint: Checkpoint, scores: Scores, args: Namespace) -> Space:
@@ -189,22 +189,18 @@ def _announce(run: Run, train: TrainOptions | None) -> None:
     """What it will take, and whether the data suffices."""
     data = run.data.identity
     if run.steps:
-        _announce_closed_form(run, data)
+        cost, disk = run.cost, run.disk_bytes / 2**30
+        minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
+        print(
+            f"healing {run.lost} lost sublayers on {data.tokens:,} tokens of {data.source}, a part held out: about "
+            f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {disk:.1f} GiB on disk"
+        )
+        if data.tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
+            few = f"{data.tokens:,} tokens for {cost.columns:,} columns are few"
+            warn(f"{few}, so little can be learnt; {enough:,} would do better")
     if train is not None:
-        cost = training_cost(run, train)
+        its = training_cost(run, train)
         print(
             f"training ({train.method}) on {data.tokens:,} tokens of {data.source}, {train.epochs:g} "
-            f"times: about {cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory"
+            f"times: about {its.seconds / 60:,.0f} min, {its.memory_bytes / 2**30:.1f} GiB of memory"
         )
-
-
-def _announce_closed_form(run: Run, data: DataIdentity) -> None:
-    cost, tokens = run.cost, data.tokens
-    minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
-    print(
-        f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}, a part held out: about "
-        f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
-    )
-    if tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
-        few = f"{tokens:,} tokens for {cost.columns:,} columns are few"
-        warn(f"{few}, so little can be learnt; {enough:,} would do better")

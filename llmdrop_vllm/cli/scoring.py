@@ -21,12 +21,6 @@ from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Rank
 from llmdrop_vllm.selection.selection import select as select_mask
 
 
-def calibration_of(checkpoint: Checkpoint, args: Namespace) -> Calibration:
-    """The tokens that the arguments ask to score with."""
-    amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
-    return load_calibration(checkpoint, args.data or EMBEDDED, **amount)
-
-
 @dataclass(frozen=True)
 class Scoring:
     """How a command scores; what it has done already lies beside `out` if it is interrupted."""
@@ -41,7 +35,9 @@ class Scoring:
     @classmethod
     def asked(cls, checkpoint: Checkpoint, args: Namespace, data: Calibration | None = None) -> Self:
         """As the arguments say, on other data than theirs if some is given."""
-        data = data or calibration_of(checkpoint, args)
+        if data is None:
+            amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
+            data = load_calibration(checkpoint, args.data or EMBEDDED, **amount)
         return cls(checkpoint, data, args.out, args.device, args.dtype, args.after_healing)
 
     def run(self, mask: DropMask | None = None) -> Scores:
@@ -82,7 +78,7 @@ def beside(out: Path, what: str) -> Path:
 
 
 def forget(out: Path) -> None:
-    """Remove what `scored_or_kept` wrote beside `out`, once the command has come to its end."""
+    """Remove the scores that were kept beside `out`, once the command has come to its end."""
     for path in out.absolute().parent.glob(f".{glob.escape(out.name)}.llmdrop-*.json*"):
         path.unlink()
 

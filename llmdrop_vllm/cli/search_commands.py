@@ -1,4 +1,4 @@
-"""`llmdrop search`: makes values of its arguments, calls the library and prints."""
+"""`llmdrop search | windows`: each makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -88,8 +88,7 @@ def windows(args: Namespace) -> None:
     own = len(checkpoint.mask.windows)
     enough = goal or (lambda mask: len(mask.windows) - own >= args.count)
     texts = long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed)
-    where, dtype = precision(checkpoint, args.device, args.dtype)
-    plan = WindowsPlan(checkpoint, args.window, enough, *texts, where, dtype)
+    plan = WindowsPlan(checkpoint, args.window, enough, *texts, *precision(checkpoint, args.device, args.dtype))
     _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")

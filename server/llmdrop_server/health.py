@@ -2,15 +2,13 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.launcher import terminate_if_errored
 
 from llmdrop_server.schemas import Status
-
-if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
 
 DEADLINE_S, SLICE_S = 10.0, 0.1
 POLL_S = 0.2
@@ -25,7 +23,7 @@ class Ending:
     started: bool = False
     engine_died: bool = False
 
-    def watch(self, engine: "EngineClient") -> None:
+    def watch(self, engine: EngineClient) -> None:
         """Learn of the end from vLLM's call of `shutdown`, the first thing that it does about a signal, and the last
         after an engine's death; afterwards an engine that was told to end looks like one that has died.
         """
@@ -38,7 +36,7 @@ class Ending:
 
         engine.shutdown = watched
 
-    async def follow(self, engine: "EngineClient", state: State) -> None:
+    async def follow(self, engine: EngineClient, state: State) -> None:
         """End the server soon after its engine has died; vLLM itself looks every five seconds."""
         while not engine.errored:
             await asyncio.sleep(POLL_S)
@@ -51,7 +49,7 @@ class Probe:
     is busy only by the deadline, and at once where its process has ended.
     """
 
-    def __init__(self, engine: "EngineClient", ending: Ending, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, engine: EngineClient, ending: Ending, deadline_s: float = DEADLINE_S) -> None:
         self.engine = engine
         self.ending = ending
         self.deadline_s = deadline_s

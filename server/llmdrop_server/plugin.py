@@ -2,13 +2,14 @@
 
 import asyncio
 from argparse import Namespace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from vllm import envs
+from vllm.engine.protocol import EngineClient
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -19,9 +20,6 @@ from llmdrop_server.guard import OPEN_PREFIX, Admission, Guard
 from llmdrop_server.health import Ending, Probe
 from llmdrop_server.limits import Limits
 from llmdrop_server.report import report
-
-if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
 
 logger = init_logger("vllm.llmdrop")
 
@@ -51,7 +49,7 @@ class LlmdropEndpoints:
         for overflow in (QueueOverflowError, MaxQueuedTokensError):
             app.add_exception_handler(overflow, _queue_full)
 
-    async def init_state(self, engine_client: "EngineClient | None", state: State, args: Namespace) -> None:
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Called once the engine has started. Counting a large model's parameters takes a second or two."""
         assert engine_client is not None, "vLLM starts no engine for a task that this plugin is not for"
         self.ending.watch(engine_client)

@@ -2,15 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
+from vllm.config import CacheConfig
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from llmdrop_server.schemas import KV, Drop
-
-if TYPE_CHECKING:
-    from vllm.config import CacheConfig
 
 USAGE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
 QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
@@ -41,7 +38,7 @@ def publish(drop: Drop) -> None:
                 gauge.labels(form).set(figure)
 
 
-def kv_now(cache: "CacheConfig") -> KV | None:
+def kv_now(cache: CacheConfig) -> KV | None:
     """The KV cache in use, as of the engine's last step; None where vLLM keeps no statistics."""
     found = _samples((USAGE, RUNNING, WAITING, QUERIES, HITS, PREEMPTIONS))
     if not found[USAGE]:

@@ -83,14 +83,12 @@ def _object(text: str) -> dict[str, Any]:
 
 def _without(option: re.Pattern[str], words: Sequence[str]) -> list[str]:
     """The words less an option in all its forms, each with its value."""
-    left, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif option.match(word):
-            skip = "=" not in word
-        else:
+    left, rest = [], iter(words)
+    for word in rest:
+        if not option.match(word):
             left.append(word)
+        elif "=" not in word:
+            next(rest, None)
     return left
 
 
