@@ -157,9 +157,9 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{parent} is not a directory that can be written to")
 
 
-def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask) -> SurgeryPlan:
-    """What the arguments ask to write."""
-    how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber}
+def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask, **others: bool) -> SurgeryPlan:
+    """What the arguments ask to write, but for what is asked otherwise here."""
+    how = {"portable": args.portable, "config_only": args.config_only, "renumber": args.renumber, **others}
     return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)
 
 

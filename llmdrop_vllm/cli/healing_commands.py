@@ -46,8 +46,8 @@ def drop(args: Namespace) -> None:
     # What cannot be chosen or written is refused before the scores, which may take hours.
     possible = selected(Scores.unmeasured(checkpoint), args).mask
     # Which layers go as a whole is not known yet.
-    unnumbered = Namespace(**{**vars(args), "renumber": False})
-    check_destination(plan_of(unnumbered, checkpoint, possible), args.out, overwrite=args.overwrite)
+    unnumbered = plan_of(args, checkpoint, possible, renumber=False)
+    check_destination(unnumbered, args.out, overwrite=args.overwrite)
     _warn_of_many(checkpoint, possible)
     _check_can_heal(checkpoint, args)
     if args.search:

@@ -17,8 +17,7 @@ from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.orders import Deepest, MostImportant, Random
-from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative
-from llmdrop_vllm.selection.selection import select as select_mask
+from llmdrop_vllm.selection.selection import Consecutive, KVBudget, Method, Ranked, Selection, iterative, select
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def methods_of(args: Namespace) -> list[Method]:
 
 def selected(scores: Scores, args: Namespace) -> Selection:
     """The mask that the arguments ask for, by one set of scores."""
-    return select_mask(scores, *methods_of(args), protect=args.protect, mixers=args.mixers)
+    return select(scores, *methods_of(args), protect=args.protect, mixers=args.mixers)
 
 
 def selection_of(scores: Scores, args: Namespace, scoring: Scoring | None = None) -> Selection:

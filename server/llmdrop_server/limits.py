@@ -95,8 +95,7 @@ class Limits(BaseModel):
 
     def _check_sampling(self, entries: Mapping[str, Any]) -> None:
         for key in (*MANY, "beam_width"):
-            value = _number(entries.get(key))
-            if value > self.n:
+            if (value := _number(entries.get(key))) > self.n:
                 raise RequestError(f"{key} is {value:g}; the bound is {self.n} (n)", param=key)
         self._check_lengths(entries, "stop", "stop", "stop_sequences", "stop_token_ids", "bad_words")
 
@@ -112,10 +111,9 @@ class Limits(BaseModel):
 
     def _check_structure(self, request: Mapping[str, Any]) -> None:
         for key, value in _structures(request):
-            is_grammar = key.rpartition(".")[2] in ("regex", "grammar")
-            name = "grammar_bytes" if is_grammar else "schema_bytes"
-            size, bound = _size(value), getattr(self, name)
-            if size > bound:
+            name = "grammar_bytes" if key.endswith((".regex", ".grammar")) else "schema_bytes"
+            size = len((value if isinstance(value, str) else json.dumps(value)).encode())
+            if size > (bound := getattr(self, name)):
                 raise RequestError(f"{key} has {size:,} bytes; the bound is {bound:,} ({name})", param=key)
 
     def _check_lengths(self, entries: Mapping[str, Any], name: str, *keys: str) -> None:
@@ -171,10 +169,6 @@ def _structures(request: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in ("response_format", "text", "tools"):
         if value := request.get(key):
             yield key, value
-
-
-def _size(value: Any) -> int:
-    return len((value if isinstance(value, str) else json.dumps(value)).encode())
 
 
 def _check_fetched(request: Any, allowed_hosts: frozenset[str]) -> None:
