@@ -37,7 +37,7 @@ def fetch(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     """`llmdrop score`."""
     check_new(args.out, args.overwrite)
-    scores = Scoring.asked(opened(args), args).run()
+    scores = Scoring.asked(opened(args), args, args.out).run()
     write_record(scores, args.out)
     forget(args.out)
     show_scores(scores)

@@ -3,7 +3,6 @@ library and prints.
 """
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import COMPARISON_FILE, Scores, make_directory, read_record, write_record
@@ -184,7 +183,7 @@ def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
     """Those given, those in the results directory, or new ones, which are kept there at once: they may take hours."""
     if args.scores is None and not kept.exists():
         make_directory(kept.parent)
-        scores = replace(Scoring.asked(checkpoint, args), out=kept).run()
+        scores = Scoring.asked(checkpoint, args, kept).run()
         write_record(scores, kept)
         forget(kept)
         return scores

@@ -57,7 +57,7 @@ def drop(args: Namespace) -> None:
     data = SearchData.of(checkpoint, answers, args) if args.search and answers is not None else None
     if answers is not None and text is args.data is args.samples is args.seq_len is None:
         args.data = str(answers)  # what healing mends shows there
-    scoring = Scoring.asked(checkpoint, args)
+    scoring = Scoring.asked(checkpoint, args, args.out)
     scores = scoring.kept("scores")
     if data is None:
         show_selection(chosen := selection_of(scores, args, scoring))

@@ -32,12 +32,12 @@ class Scoring:
     after_healing: bool
 
     @classmethod
-    def asked(cls, checkpoint: Checkpoint, args: Namespace, data: Calibration | None = None) -> Self:
+    def asked(cls, checkpoint: Checkpoint, args: Namespace, out: Path, data: Calibration | None = None) -> Self:
         """As the arguments say, on other data than theirs if some is given."""
         if data is None:
             amount = {"samples": args.samples, "seq_len": args.seq_len, "seed": args.seed}
             data = load_calibration(checkpoint, args.data or EMBEDDED, **amount)
-        return cls(checkpoint, data, args.out, args.device, args.dtype, args.after_healing)
+        return cls(checkpoint, data, out, args.device, args.dtype, args.after_healing)
 
     def run(self, mask: DropMask | None = None) -> Scores:
         """Score under a mask, by default the model's own."""

@@ -235,7 +235,7 @@ def _scores(checkpoint: Checkpoint, data: SearchData, args: Namespace) -> Scores
     learnt = data.learnt
     if not args.window:
         learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
-    return Scoring.asked(checkpoint, args, learnt).kept("scores")
+    return Scoring.asked(checkpoint, args, args.out, learnt).kept("scores")
 
 
 def check_answers(checkpoint: Checkpoint, path: Path) -> None:
