@@ -1,6 +1,6 @@
 """The family table's rows for hybrids: with recurrent mixers in place of attention or beside it, or two attentions."""
 
-from llmdrop_vllm.architectures.family import Family, Sublayer, attention
+from llmdrop_vllm.architectures.family import Family, Sublayer, attention, mlp
 
 GATED_DELTA_NET = Sublayer("linear_attn", "input_layernorm", "out_proj")
 GEMMA4_MIXTURE = (
@@ -14,11 +14,9 @@ HYBRIDS = (
         "gemma4",
         ("Gemma4ForCausalLM",),
         attention(post_norm="post_attention_layernorm"),
-        Sublayer(
-            "mlp",
-            "pre_feedforward_layernorm",
-            "down_proj",
-            "post_feedforward_layernorm",
+        mlp(
+            pre_norm="pre_feedforward_layernorm",
+            post_norm="post_feedforward_layernorm",
             also=("experts",),
             optional=("experts", *dict(GEMMA4_MIXTURE)),
             inner=GEMMA4_MIXTURE,
@@ -32,15 +30,13 @@ HYBRIDS = (
         "gemma3n",
         ("Gemma3nForCausalLM",),
         attention(pre_norm=None, post_norm="post_attention_layernorm"),
-        Sublayer("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
+        mlp(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
         unlike_attention=True,
         streams="AltUp",
     ),
     # Gated delta nets.
     Family(
-        "qwen3_next",
-        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
-        recurrent=GATED_DELTA_NET,
+        "qwen3_next", ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), recurrent=GATED_DELTA_NET
     ),
     # Lightning attention, and multi-head latent attention in every so many layers.
     Family(
@@ -54,7 +50,7 @@ HYBRIDS = (
         "lfm2",
         ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"),
         attention(pre_norm="operator_norm", output="out_proj"),
-        Sublayer("feed_forward", "ffn_norm", "w2"),
+        mlp("feed_forward", "ffn_norm", "w2"),
         recurrent=Sublayer("conv", "operator_norm", "out_proj", in_vllm="short_conv", vllm_fills=True),
     ),
     # Mamba. In vLLM the attention's projections stand in the layer itself: the module is the last of them.
@@ -62,14 +58,14 @@ HYBRIDS = (
         "jamba",
         ("JambaForCausalLM",),
         attention(in_vllm="o_proj", vllm_parts=(("qkv_proj", 2), ("attn", 0)), vllm_tuple=2),
-        Sublayer("feed_forward", "pre_ff_layernorm", "down_proj"),
+        mlp("feed_forward", "pre_ff_layernorm"),
         recurrent=Sublayer("mamba", "input_layernorm", "out_proj", vllm_fills=True),
     ),
     # Mamba 2.
     Family(
         "granitemoehybrid",
         ("GraniteMoeHybridForCausalLM",),
-        mlp=Sublayer(
+        mlp=mlp(
             "block_sparse_moe",
             "post_attention_layernorm",
             "output_linear",
@@ -82,7 +78,7 @@ HYBRIDS = (
         "nemotron_h",
         ("NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"),
         attention("mixer", "norm"),
-        Sublayer("mixer", "norm", "down_proj"),
+        mlp("mixer", "norm"),
         recurrent=Sublayer("mixer", "norm", "out_proj"),
         alone=True,
     ),
@@ -91,7 +87,7 @@ HYBRIDS = (
         "falcon_h1",
         ("FalconH1ForCausalLM",),
         attention(output="o_proj|out_proj", also=("mamba",), vllm_tuple=2),
-        Sublayer("feed_forward", "pre_ff_layernorm", "down_proj"),
+        mlp("feed_forward", "pre_ff_layernorm"),
         transformers_layer_tuple=True,
     ),
 )

@@ -1,7 +1,9 @@
 """Dropping by substitution: while vLLM builds its own model, dropped sublayers are replaced as they are assigned."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
@@ -26,6 +28,8 @@ from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# Whether a model that drops is being built.
+is_dropping: ContextVar[bool] = ContextVar("is_dropping", default=False)
 # By attribute name in a decoder layer: what makes the module that stands in for a dropped one.
 Substitutes = dict[str, Callable[[], nn.Module]]
 
@@ -34,26 +38,15 @@ class SubstitutionError(RuntimeError):
     """vLLM built the model otherwise than the family table says; serving it would drop the wrong thing or nothing."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Bytes that layers keep: keys and values of each token, and states, one for each request."""
-
-    per_token: int = 0
-    per_request: int = 0
-
-    def __add__(self, other: "Stored") -> "Stored":
-        return Stored(self.per_token + other.per_token, self.per_request + other.per_request)
-
-
 @dataclass
 class Dropping:
     """One construction of one model: what was seen and what was replaced."""
 
     decoder: Decoder
     vllm_config: "VllmConfig"
-    # On this rank, by vLLM's own specs.
-    kept: Stored = Stored()
-    dropped: Stored = Stored()
+    # Bytes on this rank: see `_stored`.
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
@@ -64,12 +57,13 @@ class Dropping:
     def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
         self.mask, self.family = self.decoder.mask, self.decoder.family
+        self.gone = [*self.family.sublayers(self.mask)]
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""
         if module is None or isinstance(module, PPMissingLayer):
             return None
-        for sublayer, dropped in self.family.sublayers(self.mask):
+        for sublayer, dropped in self.gone:
             if name not in sublayer.vllm_modules:
                 continue
             index = self.layer_index.get(parent, _layer_index(module))
@@ -146,7 +140,7 @@ class Dropping:
         built = set(self.layer_index.values())
         expected = {
             (layer, name)
-            for sublayer, dropped in self.family.sublayers(self.mask)
+            for sublayer, dropped in self.gone
             for layer in dropped
             if layer in stage
             for name in self.substitutes_of(sublayer)
@@ -168,42 +162,43 @@ class Dropping:
                 found = "no attention that takes one" if attention is None else type(attention).__name__
                 raise SubstitutionError(f"layer {layer} was to have a window of {tokens} tokens; built was {found}")
         self.kept = self._stored(model.modules())
-        if self.family.recurrent is not None and not self.kept.per_request:
+        if self.family.recurrent is not None and not self.kept["request"]:
             # vLLM would look for the states that this asks it to keep for prefixes. Stages have a config each.
             self.vllm_config.cache_config.mamba_cache_mode = "none"
 
     def kv_summary(self) -> str:
         """For people: `KV cache 98,304 bytes/token, 75% of the full model`, and the same of states, if any."""
-        sizes = {"KV cache": ("token", self.kept.per_token, self.dropped.per_token)}
-        if self.kept.per_request or self.dropped.per_request:
-            sizes["recurrent state"] = ("request", self.kept.per_request, self.dropped.per_request)
-        return ", ".join(
-            f"{what} {kept:,} bytes/{unit}, {kept / (kept + dropped) if kept + dropped else 1:.0%} of the full model"
-            for what, (unit, kept, dropped) in sizes.items()
-        )
+        said = []
+        for what, unit in (("KV cache", "token"), ("recurrent state", "request")):
+            kept, full = self.kept[unit], self.kept[unit] + self.dropped[unit]
+            if full or unit == "token":
+                said.append(f"{what} {kept:,} bytes/{unit}, {kept / full if full else 1:.0%} of the full model")
+        return ", ".join(said)
 
-    def _stored(self, modules: Iterable[nn.Module]) -> Stored:
-        stored = Stored()
+    def _stored(self, modules: Iterable[nn.Module]) -> Counter[str]:
+        """Bytes that they keep for each `token`, keys and values, and `request`, states, by vLLM's own specs."""
+        stored: Counter[str] = Counter()
         for module in modules:
-            if getattr(module, "kv_sharing_target_layer_name", None) is not None:  # it stores nothing
-                continue
-            if isinstance(module, AttentionLayerBase) and (spec := module.get_kv_cache_spec(self.vllm_config)):
+            reads_another = getattr(module, "kv_sharing_target_layer_name", None) is not None  # and stores nothing
+            if isinstance(module, AttentionLayerBase) and not reads_another:
+                spec = module.get_kv_cache_spec(self.vllm_config)
                 if isinstance(spec, MambaSpec):
-                    stored += Stored(per_request=spec.state_content_size_bytes)
-                else:
-                    stored += Stored(per_token=spec.page_size_bytes // spec.block_size)
+                    stored["request"] += spec.state_content_size_bytes
+                elif spec:
+                    stored["token"] += spec.page_size_bytes // spec.block_size
         return stored
 
 
 @contextmanager
 def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
-    handle = register_module_module_registration_hook(hook)
+    handle, token = register_module_module_registration_hook(hook), is_dropping.set(True)
     try:
         with hook.building(), windowed(dict(hook.mask.windows)) as hook.windowed:
             yield hook
     finally:
         handle.remove()
+        is_dropping.reset(token)
 
 
 def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:

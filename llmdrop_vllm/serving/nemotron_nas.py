@@ -29,7 +29,7 @@ class NemotronDropping(Dropping):
         """Within this context, the config describes a dropped sublayer like the first one of its kind that is kept."""
         config: Any = self.vllm_config.model_config.hf_config
         blocks = config.block_configs
-        parts = [key for key, _ in NEMOTRON_NO_OP]
+        parts = [*NEMOTRON_NO_OP.values()]
         kept = {part: _first_kept([block_entry(block, part) for block in blocks]) for part in parts}
         config.block_configs = [
             SimpleNamespace(**{part: _filled(block_entry(block, part), kept[part]) for part in parts})

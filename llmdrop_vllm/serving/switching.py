@@ -60,29 +60,24 @@ class Switching:
     """A model whose sublayers can go and come back."""
 
     def __init__(self, model: nn.Module, vllm_config: "VllmConfig", dropping_class: type[Dropping]) -> None:
-        self.own = Decoder.of(vllm_config.model_config.hf_config, model.architecture)
-        self.dropping = dropping_class(self.own, vllm_config)
+        self.dropping = dropping_class(Decoder.of(vllm_config.model_config.hf_config, model.architecture), vllm_config)
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
-        depth = self.own.mask.num_hidden_layers
+        depth = self.dropping.mask.num_hidden_layers
         lists = (each for name, each in model.named_modules() if is_layer_list(name))
-        layers = next((each for each in lists if len(each) == depth), None)
-        if layers is None:
+        self.layers: Any = next((each for each in lists if len(each) == depth), None)
+        if self.layers is None:
             raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
-        self.layers = layers
 
     def put_on(self, attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
         """A mask that goes without what the model was built without, and perhaps more."""
         for layer, name, module in self.before:
             setattr(layer, name, module)
         self.before = []
-        stage, own = self.dropping.stage_layers(), self._gone(self.own.mask)
-        for sublayer, dropped in self._gone(DropMask(self.own.mask.num_hidden_layers, attention, mlp)).items():
-            for index in dropped - own[sublayer]:
-                if index in stage:
-                    self._substitute(index, sublayer)
-
-    def _gone(self, mask: DropMask) -> dict[Sublayer, set[int]]:
-        return {sublayer: {*dropped} for sublayer, dropped in self.dropping.family.sublayers(mask)}
+        stage, own = self.dropping.stage_layers(), dict(self.dropping.gone)
+        mask = DropMask(self.dropping.mask.num_hidden_layers, attention, mlp)
+        for sublayer, dropped in self.dropping.family.sublayers(mask):
+            for index in {*dropped}.intersection(stage).difference(own[sublayer]):
+                self._substitute(index, sublayer)
 
     def _substitute(self, index: int, sublayer: Sublayer) -> None:
         layer = self.layers[index]
