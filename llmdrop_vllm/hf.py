@@ -62,10 +62,9 @@ def register(model: str | Path) -> type[PreTrainedModel]:
     return model_class(transformers_config(checkpoint.under(checkpoint.mask)))
 
 
-def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
+def load(masked: MaskedCheckpoint, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
-    checkpoint = masked.checkpoint
-    config = kwargs.get("config") or transformers_config(masked)
+    checkpoint, config = masked.checkpoint, config or transformers_config(masked)
     if any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
@@ -81,9 +80,9 @@ def _opened(model: str | Path, decoder: Decoder | None, kwargs: dict[str, Any]) 
     if refused := [key for key in ("cache_dir", "revision", "subfolder", "token") if kwargs.pop(key, None) is not None]:
         raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
     checkpoint = Checkpoint.open(model)
-    if decoder is not None:
-        kwargs["config"] = dropped_config(decoder, decoder.mask)
-    return load(checkpoint.under(checkpoint.mask if decoder is None else decoder.mask), **kwargs)
+    if decoder is None:
+        return load(checkpoint.under(checkpoint.mask), **kwargs)
+    return load(checkpoint.under(decoder.mask), dropped_config(decoder, decoder.mask), **kwargs)
 
 
 def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:
@@ -187,7 +186,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     layers = decoder_layers(model, mask.num_hidden_layers)
     before = [(dict(layer._modules), {*vars(layer)}) for layer in layers]
     mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
-    entries = [{name: getattr(module, name, None) for name in ("layer_idx", DONOR)} for module in mixers]
+    numbers = [dict(vars(module)) for module in mixers]
     handles: list[RemovableHandle] = []
     try:
         handles += drop(model, family, mask)
@@ -200,8 +199,8 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
             layer._modules.update(modules)
             for name in {*vars(layer)} - attributes:
                 del vars(layer)[name]  # delattr would take the module of that name, which is back
-        for module, numbers in zip(mixers, entries, strict=True):
-            vars(module).update(numbers)
+        for module, its in zip(mixers, numbers, strict=True):
+            vars(module).update(its)
 
 
 def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:

@@ -11,49 +11,47 @@ from llmdrop_vllm.architectures.hybrids import HYBRIDS
 from llmdrop_vllm.architectures.refused import REFUSED, UNTRIED
 from llmdrop_vllm.masks.mask import config_dict
 
-NEOX = (("GPTNeoXForCausalLM",), attention("attention", output="dense"), mlp(output="dense_4h_to_h"))
-PANGU = ("PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM")
+NEOX = ("GPTNeoXForCausalLM", attention("attention", output="dense"), mlp(output="dense_4h_to_h"))
+PANGU = "PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM"
 FAMILIES = (
     Family(
         "llama",
-        (
-            *("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "MistralForCausalLM", "MistralModel"),
-            *("Ministral3ForCausalLM", "InternLM3ForCausalLM", "IQuestCoderForCausalLM"),
-            *("TeleChat3ForCausalLM", "SolarForCausalLM", "OrionForCausalLM", "TeleFLMForCausalLM"),
-            *("Step1ForCausalLM", "MiMoForCausalLM", "MiniCPMForCausalLM"),
-            *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM", "GraniteForCausalLM"),
-            *("GraniteSWAForCausalLM", "NemotronForCausalLM", "Ernie4_5ForCausalLM"),
-            *("ArceeForCausalLM", "CwmForCausalLM", "GlmForCausalLM", "HunYuanDenseV1ForCausalLM", "OlmoForCausalLM"),
-            *("Jais2ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM"),
-        ),
+        """
+            LlamaForCausalLM LLaMAForCausalLM LlamaModel MistralForCausalLM MistralModel Ministral3ForCausalLM
+            InternLM3ForCausalLM IQuestCoderForCausalLM TeleChat3ForCausalLM SolarForCausalLM OrionForCausalLM
+            TeleFLMForCausalLM Step1ForCausalLM MiMoForCausalLM MiniCPMForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM
+            GemmaForCausalLM Phi3ForCausalLM GraniteForCausalLM GraniteSWAForCausalLM NemotronForCausalLM
+            Ernie4_5ForCausalLM ArceeForCausalLM CwmForCausalLM GlmForCausalLM HunYuanDenseV1ForCausalLM OlmoForCausalLM
+            Jais2ForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
+        """,
     ),
-    Family("nemotron_nas", ("DeciLMForCausalLM",)),
-    Family("stablelm", ("StableLmForCausalLM",), when={"use_parallel_residual": (False, None)}),
-    Family("starcoder2", ("Starcoder2ForCausalLM",), mlp=mlp(output="c_proj")),
-    Family("vaultgemma", ("VaultGemmaForCausalLM",), mlp=mlp(pre_norm="pre_feedforward_layernorm")),
+    Family("nemotron_nas", "DeciLMForCausalLM"),
+    Family("stablelm", "StableLmForCausalLM", when={"use_parallel_residual": (False, None)}),
+    Family("starcoder2", "Starcoder2ForCausalLM", mlp=mlp(output="c_proj")),
+    Family("vaultgemma", "VaultGemmaForCausalLM", mlp=mlp(pre_norm="pre_feedforward_layernorm")),
     Family(
         "apertus",
-        ("ApertusForCausalLM",),
+        "ApertusForCausalLM",
         attention(pre_norm="attention_layernorm"),
         mlp(pre_norm="feedforward_layernorm"),
     ),
     Family(
         "internlm2",
-        ("InternLM2ForCausalLM",),
+        "InternLM2ForCausalLM",
         attention("attention", "attention_norm", "wo"),
         mlp("feed_forward", "ffn_norm", "w2"),
     ),
-    Family("llama4", ("Llama4ForCausalLM",), mlp=mlp("feed_forward", transformers_tuple=2)),
+    Family("llama4", "Llama4ForCausalLM", mlp=mlp("feed_forward", transformers_tuple=2)),
     # Multi-head latent attention, but for the first DeepSeek.
-    Family("mla", ("MiniCPM3ForCausalLM", "SarvamMLAForCausalLM")),
+    Family("mla", "MiniCPM3ForCausalLM SarvamMLAForCausalLM"),
     Family(
         "deepseek",
-        ("DeepseekForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        "DeepseekForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM Glm4MoeLiteForCausalLM",
         scales_outputs=True,
     ),
     Family(
         "axk1",
-        ("AXK1ForCausalLM",),
+        "AXK1ForCausalLM",
         mlp=mlp(post_norm="post_mlp_layernorm", optional=("post_mlp_layernorm",)),
         scales_outputs=True,
     ),
@@ -69,32 +67,29 @@ FAMILIES = (
     # Mixtures of experts; some have dense MLPs in their first layers, under the same name.
     Family(
         "moe",
-        (
-            *("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "Param2MoEForCausalLM"),
-            *("Ernie4_5_MoeForCausalLM", "Glm4MoeForCausalLM", "HYV3ForCausalLM", "LagunaForCausalLM"),
-            *("MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
-            *("HunYuanMoEV1ForCausalLM", "MellumForCausalLM", "K2HorizonForCausalLM"),
-        ),
+        """
+            Qwen2MoeForCausalLM Qwen3MoeForCausalLM OlmoeForCausalLM Param2MoEForCausalLM Ernie4_5_MoeForCausalLM
+            Glm4MoeForCausalLM HYV3ForCausalLM LagunaForCausalLM MiMoV2FlashForCausalLM MiMoV2ForCausalLM
+            ExaoneMoeForCausalLM ExaoneMoEForCausalLM HunYuanMoEV1ForCausalLM MellumForCausalLM K2HorizonForCausalLM
+        """,
     ),
     Family(
         "bailing_moe",
-        ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "SarvamMoEForCausalLM"),
+        "BailingMoeForCausalLM BailingMoeV2ForCausalLM SarvamMoEForCausalLM",
         attention("attention", output="dense"),
     ),
     # The router and all experts of a mixture, which Transformers calls `mlp`.
     Family(
         "mixtral",
-        ("MixtralForCausalLM", "MiniMaxM2ForCausalLM", "PhiMoEForCausalLM"),
+        "MixtralForCausalLM MiniMaxM2ForCausalLM PhiMoEForCausalLM",
         mlp=mlp("block_sparse_moe", "post_attention_layernorm", "w2", in_transformers="mlp"),
     ),
     Family(
-        "granitemoe",
-        ("GraniteMoeForCausalLM",),
-        mlp=mlp("block_sparse_moe", "post_attention_layernorm", "output_linear"),
+        "granitemoe", "GraniteMoeForCausalLM", mlp=mlp("block_sparse_moe", "post_attention_layernorm", "output_linear")
     ),
     Family(
         "granitemoeshared",
-        ("GraniteMoeSharedForCausalLM", "GraniteMoeSWAForCausalLM"),
+        "GraniteMoeSharedForCausalLM GraniteMoeSWAForCausalLM",
         mlp=mlp(
             "block_sparse_moe",
             "post_attention_layernorm",
@@ -106,66 +101,63 @@ FAMILIES = (
     # A mixture and its shared expert, or in other layers a dense MLP.
     Family(
         "step3",
-        ("Step3TextForCausalLM", "Step3p5ForCausalLM"),
+        "Step3TextForCausalLM Step3p5ForCausalLM",
         mlp=mlp(also=("moe", "share_expert"), optional=("mlp", "moe", "share_expert")),
     ),
-    Family("gpt_oss", ("GptOssForCausalLM",), attention(in_vllm="attn"), mlp(transformers_tuple=2)),
+    Family("gpt_oss", "GptOssForCausalLM", attention(in_vllm="attn"), mlp(transformers_tuple=2)),
     # A norm on either side of each sublayer.
     Family(
         "gemma2",
-        ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Rnj1ForCausalLM"),
+        "Gemma2ForCausalLM Gemma3ForCausalLM Rnj1ForCausalLM",
         attention(post_norm="post_attention_layernorm"),
         mlp(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
     ),
     Family(
-        "glm4",
-        ("Glm4ForCausalLM",),
-        attention(post_norm="post_self_attn_layernorm"),
-        mlp(post_norm="post_mlp_layernorm"),
+        "glm4", "Glm4ForCausalLM", attention(post_norm="post_self_attn_layernorm"), mlp(post_norm="post_mlp_layernorm")
     ),
     Family(
         "afmoe",
-        ("AfmoeForCausalLM",),
+        "AfmoeForCausalLM",
         attention(post_norm="post_attention_layernorm"),
         mlp(pre_norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
     ),
     Family(
         "hyperclovax",
-        ("HyperCLOVAXForCausalLM",),
+        "HyperCLOVAXForCausalLM",
         attention(post_norm="post_norm1", optional=("post_norm1",)),
         mlp(post_norm="post_norm2", optional=("post_norm2",)),
     ),
     Family(
         "plamo3",
-        ("Plamo3ForCausalLM",),
+        "Plamo3ForCausalLM",
         attention("mixer", "pre_mixer_norm", post_norm="post_mixer_norm"),
         mlp(pre_norm="pre_mlp_norm", post_norm="post_mlp_norm"),
     ),
     # A norm after each sublayer only.
     Family(
         "olmo2",
-        ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "FlexOlmoForCausalLM", "Exaone4ForCausalLM"),
+        "Olmo2ForCausalLM Olmo3ForCausalLM FlexOlmoForCausalLM Exaone4ForCausalLM",
         attention(pre_norm=None, post_norm="post_attention_layernorm"),
         mlp(pre_norm=None, post_norm="post_feedforward_layernorm"),
     ),
     # Attention and MLP side by side, behind one norm or two.
     Family(
         "cohere",
-        ("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
+        "CohereForCausalLM Cohere2ForCausalLM Cohere2MoeForCausalLM",
         attention(pre_norm=None),
         mlp(pre_norm=None),
         parallel=True,
     ),
     Family(
         "phi",
-        ("PhiForCausalLM",),
+        "PhiForCausalLM",
         attention(pre_norm=None, output="dense"),
         mlp(pre_norm=None, output="fc2"),
         parallel=True,
     ),
     Family(
         "gptj",
-        ("GPTJForCausalLM",),
+        "GPTJForCausalLM",
         attention("attn", None, "out_proj"),
         mlp(pre_norm=None, output="fc_out"),
         parallel=True,
@@ -176,7 +168,7 @@ FAMILIES = (
     # Falcon's sublayers return a bias beside their output in vLLM.
     Family(
         "falcon_two_norms",
-        ("FalconForCausalLM",),
+        "FalconForCausalLM",
         attention("self_attention", "ln_attn", "dense", vllm_tuple=2),
         mlp(pre_norm="ln_mlp", output="dense_4h_to_h", vllm_tuple=2),
         when={"parallel_attn": (True, None), "new_decoder_architecture": (True,), "num_ln_in_parallel_attn": (2, None)},
@@ -185,7 +177,7 @@ FAMILIES = (
     ),
     Family(
         "falcon",
-        ("FalconForCausalLM",),
+        "FalconForCausalLM",
         attention("self_attention", None, "dense", vllm_tuple=2),
         mlp(pre_norm=None, output="dense_4h_to_h", vllm_tuple=2),
         when={"parallel_attn": (True, None), "num_ln_in_parallel_attn": (1, None)},
@@ -194,7 +186,7 @@ FAMILIES = (
     ),
     Family(
         "falcon_sequential",
-        ("FalconForCausalLM",),
+        "FalconForCausalLM",
         attention("self_attention", output="dense", vllm_tuple=2),
         mlp(output="dense_4h_to_h", vllm_tuple=2),
         when={
@@ -206,7 +198,7 @@ FAMILIES = (
     ),
     Family(
         "bloom",
-        ("BloomForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
+        "BloomForCausalLM ChatGLMModel ChatGLMForConditionalGeneration",
         attention("self_attention", output="dense", transformers_adds_residual=True),
         mlp(output="dense_4h_to_h", transformers_adds_residual=True),
         when={"apply_residual_connection_post_layernorm": (False, None)},
@@ -215,25 +207,23 @@ FAMILIES = (
     # The MLP's projections stand in the layer itself: the module is the last of them.
     Family(
         "opt",
-        ("OPTForCausalLM",),
+        "OPTForCausalLM",
         attention(pre_norm="self_attn_layer_norm", output="out_proj"),
         mlp("fc2", "final_layer_norm", "weight|bias", also=("fc1",), vllm_tuple=2),
         when={"do_layer_norm_before": (True, None)},
     ),
     Family(
         "gpt2",
-        ("GPT2LMHeadModel", "GPTBigCodeForCausalLM"),
+        "GPT2LMHeadModel GPTBigCodeForCausalLM",
         attention("attn", "ln_1", "c_proj"),
         mlp(pre_norm="ln_2", output="c_proj"),
     ),
-    Family(
-        "exaone", ("ExaoneForCausalLM",), attention("attn", "ln_1", "out_proj"), mlp(pre_norm="ln_2", output="c_proj")
-    ),
+    Family("exaone", "ExaoneForCausalLM", attention("attn", "ln_1", "out_proj"), mlp(pre_norm="ln_2", output="c_proj")),
     *HYBRIDS,
 )
 
 EXPLICIT_PREFIX = "Dropped"
-_ROWS = [(name, row) for row in FAMILIES for name in row.architectures]
+_ROWS = [(name, row) for row in FAMILIES for name in row.architectures.split()]
 BY_ARCHITECTURE = MappingProxyType({name: tuple(row for its, row in _ROWS if its == name) for name, _ in _ROWS})
 
 

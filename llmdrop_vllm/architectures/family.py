@@ -113,7 +113,7 @@ class Family:
     """
 
     name: str
-    architectures: tuple[str, ...]
+    architectures: str  # separated by whitespace
     attention: Sublayer = ATTENTION
     mlp: Sublayer = MLP
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
@@ -167,9 +167,7 @@ class Family:
     def mixer(self, layer: int) -> Sublayer | None:
         """What a mask calls a layer's attention; None for a layer without one."""
         kind = self.layers[layer] if self.layers else ""
-        if kind == NO_MIXER:
-            return None
-        return self.recurrent if kind == RECURRENT else self.attention
+        return {NO_MIXER: None, RECURRENT: self.recurrent}.get(kind, self.attention)
 
     def mlp_of(self, layer: int) -> Sublayer | None:
         """A layer's MLP; None for a layer that is a mixer alone."""

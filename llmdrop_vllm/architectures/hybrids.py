@@ -12,7 +12,7 @@ HYBRIDS = (
     # Attention of two head sizes, in E-models with another layer's keys and values; beside the MLP may be a mixture.
     Family(
         "gemma4",
-        ("Gemma4ForCausalLM",),
+        "Gemma4ForCausalLM",
         attention(post_norm="post_attention_layernorm"),
         mlp(
             pre_norm="pre_feedforward_layernorm",
@@ -28,27 +28,25 @@ HYBRIDS = (
     # those of other layers in many of them.
     Family(
         "gemma3n",
-        ("Gemma3nForCausalLM",),
+        "Gemma3nForCausalLM",
         attention(pre_norm=None, post_norm="post_attention_layernorm"),
         mlp(pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
         unlike_attention=True,
         streams="AltUp",
     ),
     # Gated delta nets.
-    Family(
-        "qwen3_next", ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), recurrent=GATED_DELTA_NET
-    ),
+    Family("qwen3_next", "Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM", recurrent=GATED_DELTA_NET),
     # Lightning attention, and multi-head latent attention in every so many layers.
     Family(
         "bailing_linear",
-        ("BailingMoeV2_5ForCausalLM",),
+        "BailingMoeV2_5ForCausalLM",
         attention("attention", output="dense", in_vllm="self_attn"),
         recurrent=Sublayer("attention", "input_layernorm", "dense", in_vllm="self_attn", vllm_fills=True),
     ),
     # Short convolutions.
     Family(
         "lfm2",
-        ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"),
+        "Lfm2ForCausalLM Lfm2MoeForCausalLM",
         attention(pre_norm="operator_norm", output="out_proj"),
         mlp("feed_forward", "ffn_norm", "w2"),
         recurrent=Sublayer("conv", "operator_norm", "out_proj", in_vllm="short_conv", vllm_fills=True),
@@ -56,7 +54,7 @@ HYBRIDS = (
     # Mamba. In vLLM the attention's projections stand in the layer itself: the module is the last of them.
     Family(
         "jamba",
-        ("JambaForCausalLM",),
+        "JambaForCausalLM",
         attention(in_vllm="o_proj", vllm_parts=(("qkv_proj", 2), ("attn", 0)), vllm_tuple=2),
         mlp("feed_forward", "pre_ff_layernorm"),
         recurrent=Sublayer("mamba", "input_layernorm", "out_proj", vllm_fills=True),
@@ -64,7 +62,7 @@ HYBRIDS = (
     # Mamba 2.
     Family(
         "granitemoehybrid",
-        ("GraniteMoeHybridForCausalLM",),
+        "GraniteMoeHybridForCausalLM",
         mlp=mlp(
             "block_sparse_moe",
             "post_attention_layernorm",
@@ -76,7 +74,7 @@ HYBRIDS = (
     ),
     Family(
         "nemotron_h",
-        ("NemotronHForCausalLM", "NemotronHPuzzleForCausalLM"),
+        "NemotronHForCausalLM NemotronHPuzzleForCausalLM",
         attention("mixer", "norm"),
         mlp("mixer", "norm"),
         recurrent=Sublayer("mixer", "norm", "out_proj"),
@@ -85,7 +83,7 @@ HYBRIDS = (
     # Attention and Mamba 2 side by side in every layer.
     Family(
         "falcon_h1",
-        ("FalconH1ForCausalLM",),
+        "FalconH1ForCausalLM",
         attention(output="o_proj|out_proj", also=("mamba",), vllm_tuple=2),
         mlp("feed_forward", "pre_ff_layernorm"),
         transformers_layer_tuple=True,

@@ -4,8 +4,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.registry import ModelRegistry
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
@@ -22,10 +24,6 @@ from llmdrop_vllm.serving.drafts import check_what_it_reads, is_draft_head
 from llmdrop_vllm.serving.kv_stores import check_stores
 from llmdrop_vllm.serving.stages import plan_stages
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, VllmConfig
-
 MODELS_MODULE = "llmdrop_vllm.serving.models"
 BACKEND_MODULE = "vllm.model_executor.models.transformers"
 SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
@@ -37,7 +35,7 @@ class ConfigHook:
     def __init__(self, architecture: str, inner: Any) -> None:
         self.architecture, self.inner = architecture, inner
 
-    def verify_and_update_model_config(self, model_config: "ModelConfig") -> None:
+    def verify_and_update_model_config(self, model_config: ModelConfig) -> None:
         """For every model of an engine. What a draft is vLLM works out later, from how it is to draft."""
         if model_config.runner != "draft":
             with _clear_errors():
@@ -45,7 +43,7 @@ class ConfigHook:
         if self.inner is not None:
             self.inner.verify_and_update_model_config(model_config)
 
-    def verify_and_update_config(self, vllm_config: "VllmConfig") -> None:
+    def verify_and_update_config(self, vllm_config: VllmConfig) -> None:
         """For the engine as a whole."""
         with _clear_errors():
             decoder = checked_decoder(self.architecture, vllm_config.model_config)
@@ -76,7 +74,7 @@ def _clear_errors() -> Iterator[None]:
         raise
 
 
-def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder | None:
+def checked_decoder(architecture: str, model_config: ModelConfig) -> Decoder | None:
     """What the model will be served as; None for a config without a mask, which is none of our business.
 
     Raises MaskError for a mask that cannot be served.
@@ -109,7 +107,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     return decoder
 
 
-def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
+def _check_config_file(model_config: ModelConfig, architecture: str) -> None:
     """Refuse a mask in config.json that did not reach vLLM's config: null, or another file was read instead."""
     path = Path(model_config.model) / "config.json"
     if model_config.hf_config_path is not None or not path.is_file():
@@ -123,7 +121,7 @@ def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
         )
 
 
-def _check_place(config: "PretrainedConfig") -> None:
+def _check_place(config: PretrainedConfig) -> None:
     """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
     entries, seen = config_dict(config), said_in(config)
     for place in PLACES:
@@ -172,7 +170,7 @@ def _check_uniform(config: Any) -> None:
                 )
 
 
-def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> None:
+def _prepare_model(model_config: ModelConfig, vllm_config: VllmConfig) -> None:
     """For each model with a mask: look at its shards' headers, and keep its compiled code apart from the full model's.
 
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM

@@ -7,11 +7,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
@@ -20,13 +20,10 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.architectures.names import is_layer_list, layer_in
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.windows import keeps_a_window, windowed
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # Whether a model that drops is being built.
 is_dropping: ContextVar[bool] = ContextVar("is_dropping", default=False)
@@ -43,7 +40,7 @@ class Dropping:
     """One construction of one model: what was seen and what was replaced."""
 
     decoder: Decoder
-    vllm_config: "VllmConfig"
+    vllm_config: VllmConfig
     # Bytes on this rank: see `_stored`.
     kept: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -199,6 +196,14 @@ def dropping(hook: Dropping) -> Iterator[Dropping]:
     finally:
         handle.remove()
         is_dropping.reset(token)
+
+
+def decoder_layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its dotted name. Raises SubstitutionError where there is none of so many."""
+    for name, module in model.named_modules():
+        if is_layer_list(name) and len(module) == depth:
+            return name, module
+    raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
 
 
 def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:

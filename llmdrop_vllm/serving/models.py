@@ -5,10 +5,13 @@ every process can create the same class from the string alone.
 """
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
@@ -26,12 +29,6 @@ from llmdrop_vllm.serving.weights import (
     without_dropped,
 )
 from llmdrop_vllm.serving.windows import check_engine
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import torch
-    from vllm.config import VllmConfig
 
 # With these, vLLM's loader hands over a checkpoint in one call.
 WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
@@ -54,7 +51,7 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
     source: Source | None = None
 
-    def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         decoder = None
         if not is_dropping.get():
             decoder = Decoder.of_masked(vllm_config.model_config.hf_config, self.architecture)
@@ -75,7 +72,7 @@ class Droppable(nn.Module):
         self.hf_to_vllm_mapper = RefuseDroppedAdapters.around(self)
         _log(dropped)
 
-    def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error, and so is one under
         another mask that takes the first one's place.
         """
@@ -95,7 +92,7 @@ class Droppable(nn.Module):
         return loaded
 
 
-def _recorded(weights: "Iterable[tuple[str, torch.Tensor]]", seen: set[str]) -> "Iterable[tuple[str, torch.Tensor]]":
+def _recorded(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
         seen.add(name)
         yield name, tensor

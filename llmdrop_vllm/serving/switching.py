@@ -5,26 +5,22 @@ and taken off again. KV cache stays allocated for every layer. The engine runs e
 a compiled one, vLLM would go on with what was compiled.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.architectures.names import is_layer_list
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, standing_in
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, decoder_layers, standing_in
 
 
 class MaskSwitch:
     """vLLM mixes this into its worker, of which every rank has one (`worker_extension_cls`)."""
 
-    vllm_config: "VllmConfig"
+    vllm_config: VllmConfig
     model_runner: Any
     llmdrop_switching: "Switching | None" = None
 
@@ -59,14 +55,10 @@ class MaskSwitch:
 class Switching:
     """A model whose sublayers can go and come back."""
 
-    def __init__(self, model: nn.Module, vllm_config: "VllmConfig", dropping_class: type[Dropping]) -> None:
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, dropping_class: type[Dropping]) -> None:
         self.dropping = dropping_class(Decoder.of(vllm_config.model_config.hf_config, model.architecture), vllm_config)
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
-        depth = self.dropping.mask.num_hidden_layers
-        lists = (each for name, each in model.named_modules() if is_layer_list(name))
-        self.layers: Any = next((each for each in lists if len(each) == depth), None)
-        if self.layers is None:
-            raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
+        _, self.layers = decoder_layers(model, self.dropping.mask.num_hidden_layers)
 
     def put_on(self, attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
         """A mask that goes without what the model was built without, and perhaps more."""

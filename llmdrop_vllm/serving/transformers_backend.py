@@ -14,7 +14,7 @@ from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.serving.dropping import Dropping, Substitutes, SubstitutionError
+from llmdrop_vllm.serving.dropping import Dropping, Substitutes, decoder_layers
 from llmdrop_vllm.serving.passthrough import DroppedPostNorm, ZeroSublayer
 
 
@@ -44,19 +44,16 @@ class BackendDropping(Dropping):
         return parts | dict.fromkeys(sublayer.norms, DroppedPostNorm)
 
     def _replace_all(self, attribute: str, model: PreTrainedModel) -> None:
-        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-        found = [name for name, layers in lists.items() if len(layers) == self.mask.num_hidden_layers]
-        if not found:
-            raise SubstitutionError(f"{type(model).__name__} has no list of {self.mask.num_hidden_layers} layers")
-        self.layers_name = f"{attribute}.{found[0]}"
-        for index, layer in enumerate(lists[found[0]]):
+        name, layers = decoder_layers(model, self.mask.num_hidden_layers)
+        self.layers_name = f"{attribute}.{name}"
+        for index, layer in enumerate(layers):
             if index in self.stage_layers():  # vLLM takes the others away
                 self.layer_index[layer] = index
                 gone = [self.substitutes_of(sublayer) for sublayer, dropped in self.gone if index in dropped]
-                for name, substitute in (part for parts in gone for part in parts.items()):
-                    if getattr(layer, name, None) is not None:
-                        setattr(layer, name, substitute())
-                        self.replaced.add((index, name))
+                for part, substitute in (each for parts in gone for each in parts.items()):
+                    if getattr(layer, part, None) is not None:
+                        setattr(layer, part, substitute())
+                        self.replaced.add((index, part))
 
 
 class DroppableBackend(nn.Module):

@@ -4,10 +4,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import nn
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
@@ -20,16 +21,13 @@ from llmdrop_vllm.masks.mask import has_layer_count
 from llmdrop_vllm.serving.overrides import may_say
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
 
 
 class Source:
     """The checkpoint of a model. vLLM can load another one into it while it runs: the weights, and not the config."""
 
-    def __init__(self, model_config: "ModelConfig", architecture: str, decoder: Decoder | None) -> None:
+    def __init__(self, model_config: ModelConfig, architecture: str, decoder: Decoder | None) -> None:
         self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
         self.model = model_config.model
 
