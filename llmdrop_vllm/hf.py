@@ -64,7 +64,8 @@ def register(model: str | Path) -> type[PreTrainedModel]:
 
 def load(masked: MaskedCheckpoint, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
-    checkpoint, config = masked.checkpoint, config or transformers_config(masked)
+    checkpoint = masked.checkpoint
+    config = config or transformers_config(masked)
     if any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
@@ -186,7 +187,7 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
     layers = decoder_layers(model, mask.num_hidden_layers)
     before = [(dict(layer._modules), {*vars(layer)}) for layer in layers]
     mixers = [module for index, layer in enumerate(layers) for module in _mixers(layer, family, index)]
-    numbers = [dict(vars(module)) for module in mixers]
+    entries = [{name: getattr(module, name, None) for name in ("layer_idx", DONOR)} for module in mixers]
     handles: list[RemovableHandle] = []
     try:
         handles += drop(model, family, mask)
@@ -199,8 +200,8 @@ def dropped(model: PreTrainedModel, family: Family, mask: DropMask) -> Iterator[
             layer._modules.update(modules)
             for name in {*vars(layer)} - attributes:
                 del vars(layer)[name]  # delattr would take the module of that name, which is back
-        for module, its in zip(mixers, numbers, strict=True):
-            vars(module).update(its)
+        for module, numbers in zip(mixers, entries, strict=True):
+            vars(module).update(numbers)
 
 
 def _mixers(layer: nn.Module, family: Family, index: int) -> list[Any]:

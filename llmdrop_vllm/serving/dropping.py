@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,8 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.architectures.names import is_layer_list, layer_in
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
+from llmdrop_vllm.serving.nemotron_nas import with_all_widths
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 
@@ -103,10 +105,6 @@ class Dropping:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
-    def building(self) -> AbstractContextManager[None]:
-        """What else must hold while the model is built."""
-        return nullcontext()
-
     def stage_layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
         group = get_pp_group()
@@ -116,10 +114,8 @@ class Dropping:
         """What stands in for each part of a dropped sublayer, by its name in vLLM's decoder layer."""
         several = len(sublayer.vllm_modules) > 1
         module = ZeroSublayer if sublayer.pre_norm is None or several else DroppedSublayer
-        found: Substitutes = dict.fromkeys(
-            (sublayer.vllm_module, *sublayer.also, *dict(sublayer.inner)),
-            partial(module, sublayer.vllm_tuple, sublayer.vllm_fills),
-        )
+        stand_in = partial(module, sublayer.vllm_tuple, sublayer.vllm_fills)
+        found: Substitutes = dict.fromkeys(sublayer.vllm_modules, stand_in)
         found |= {name: partial(ZeroSublayer, tuple_length) for name, tuple_length in sublayer.vllm_parts}
         if sublayer.pre_norm is not None:
             found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or several else DroppedNorm
@@ -189,9 +185,11 @@ class Dropping:
 @contextmanager
 def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
+    is_nemotron_nas = hook.decoder.architecture == NEMOTRON_NAS
+    widths = with_all_widths(hook.vllm_config.model_config.hf_config) if is_nemotron_nas else nullcontext()
     handle, token = register_module_module_registration_hook(hook), is_dropping.set(True)
     try:
-        with hook.building(), windowed(dict(hook.mask.windows)) as hook.windowed:
+        with widths, windowed(dict(hook.mask.windows)) as hook.windowed:
             yield hook
     finally:
         handle.remove()

@@ -16,11 +16,9 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.agreement import agree
 from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping, is_dropping
-from llmdrop_vllm.serving.nemotron_nas import NemotronDropping
 from llmdrop_vllm.serving.weights import (
     RefuseDroppedAdapters,
     Source,
@@ -115,14 +113,11 @@ def _droppable(name: str) -> type[nn.Module]:
     module, _, class_name = path.rpartition(".")
     stock = getattr(importlib.import_module(module), class_name)
     bases: tuple[type, ...] = (Droppable, stock)
-    attributes: dict[str, Any] = {"architecture": architecture, "__module__": __name__}
-    if architecture == NEMOTRON_NAS:
-        attributes["dropping_class"] = NemotronDropping
     if module == BACKEND_MODULE:
         from llmdrop_vllm.serving.transformers_backend import DroppableBackend
 
         bases = (DroppableBackend, *bases)
-    return type(stock.__name__, bases, attributes)
+    return type(stock.__name__, bases, {"architecture": architecture, "__module__": __name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:
