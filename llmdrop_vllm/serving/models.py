@@ -19,13 +19,7 @@ from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.serving.agreement import agree
 from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
 from llmdrop_vllm.serving.dropping import Dropping, dropping, is_dropping
-from llmdrop_vllm.serving.weights import (
-    RefuseDroppedAdapters,
-    Source,
-    check_all_loaded,
-    forget_missing_layers,
-    without_dropped,
-)
+from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, Source, check_all_loaded, forget_missing_layers
 from llmdrop_vllm.serving.windows import check_engine
 
 # With these, vLLM's loader hands over a checkpoint in one call.
@@ -77,7 +71,7 @@ class Droppable(nn.Module):
         if self.source is not None:
             changed = self.source.has_changed(self)
             if self.dropping is not None:
-                weights = without_dropped(self, weights, self.source.depth)
+                weights = self.source.left(self, weights)
                 self.expects_whole_checkpoint |= changed
         if self.dropping is None or not self.expects_whole_checkpoint:
             return super().load_weights(weights)

@@ -31,11 +31,19 @@ class Source:
         self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
         self.model = model_config.model
 
-    @property
-    def depth(self) -> float:
-        """How many layers are loaded where an override says how many; vLLM's loaders refuse weights of others."""
+    def left(self, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights but those of dropped modules, by their names in vLLM's model, and where an override says how many
+        layers there are, of others behind these, which vLLM's loaders refuse.
+
+        Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to.
+        The one of Granite's hybrids does not, and renames none.
+        """
+        gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
         shortened = self.decoder is not None and may_say(self.model_config.hf_overrides, has_layer_count)
-        return self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
+        depth = self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
+        for name, tensor in weights:
+            if not name.startswith(gone) and (layer_in(name) or 0) < depth:
+                yield name, tensor
 
     def has_changed(self, model: nn.Module) -> bool:
         """Whether another checkpoint has taken its place since this was asked, from which the model is to be loaded.
@@ -74,18 +82,6 @@ def forget_missing_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         _model_to_pp_missing_layer_names.pop(id(module), None)
-
-
-def without_dropped(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], depth: float
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights but those of dropped modules, by their names in vLLM's model, and of layers from `depth` on.
-
-    Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to. The
-    one of Granite's hybrids does not, and renames none.
-    """
-    gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
-    return ((name, tensor) for name, tensor in weights if not name.startswith(gone) and (layer_in(name) or 0) < depth)
 
 
 def check_all_loaded(
