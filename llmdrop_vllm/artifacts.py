@@ -154,15 +154,14 @@ class Scores(Record):
             tuple(None if layer in gone else 0.0 for layer in range(depth)) for gone in checkpoint.family.absent(mask)
         )
         nothing = (None,) * depth
-        columns = dict.fromkeys(SublayerDiagnostics.model_fields, nothing)
         return cls(
             num_hidden_layers=depth,
             similarity=Similarities(attention=attention, mlp=mlp, block=(0.0,) * depth),
             block_similarity_by_gap=tuple((0.0,) * (depth - layer) for layer in range(depth)),
             gap_tokens=0,
             diagnostics=Diagnostics(
-                attention=AttentionDiagnostics(**columns, concentration=nothing, first_token=nothing),
-                mlp=SublayerDiagnostics(**columns),
+                attention=AttentionDiagnostics(**dict.fromkeys(AttentionDiagnostics.model_fields, nothing)),
+                mlp=SublayerDiagnostics(**dict.fromkeys(SublayerDiagnostics.model_fields, nothing)),
             ),
             kv_groups=tuple(map(str, checkpoint.decoder.kinds)),
             kv_values=tuple(kind.values for kind in checkpoint.decoder.kinds),
@@ -180,9 +179,7 @@ class Scores(Record):
     def _check_lengths(self) -> Self:
         num_layers = self.num_hidden_layers
         for name, values in {
-            "similarity.attention": self.similarity.attention,
-            "similarity.mlp": self.similarity.mlp,
-            "similarity.block": self.similarity.block,
+            **{f"similarity.{kind}": its for kind, its in self.similarity},
             "kv_groups": self.kv_groups,
             "kv_values": self.kv_values or self.kv_groups,
             "block_similarity_by_gap": self.block_similarity_by_gap,

@@ -62,10 +62,10 @@ def register(model: str | Path) -> type[PreTrainedModel]:
     return model_class(transformers_config(checkpoint.under(checkpoint.mask)))
 
 
-def load(masked: MaskedCheckpoint, **kwargs: Any) -> PreTrainedModel:
+def load(masked: MaskedCheckpoint, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, for a checkpoint that is open and a mask, which may be another than its own."""
     checkpoint = masked.checkpoint
-    config = kwargs.get("config") or transformers_config(masked)
+    config = config or transformers_config(masked)
     if any(path.name.startswith(f"model.{VARIANT}") for path in checkpoint.metadata):
         kwargs["variant"] = VARIANT
     kwargs |= {"config": config, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
@@ -81,9 +81,9 @@ def _opened(model: str | Path, decoder: Decoder | None, kwargs: dict[str, Any]) 
     if refused := [key for key in ("cache_dir", "revision", "subfolder", "token") if kwargs.pop(key, None) is not None]:
         raise InputError(f"{', '.join(refused)} cannot be given here: download first, and name the directory")
     checkpoint = Checkpoint.open(model)
-    if decoder is not None:
-        kwargs["config"] = dropped_config(decoder, decoder.mask)
-    return load(checkpoint.under(checkpoint.mask if decoder is None else decoder.mask), **kwargs)
+    if decoder is None:
+        return load(checkpoint.under(checkpoint.mask), **kwargs)
+    return load(checkpoint.under(decoder.mask), dropped_config(decoder, decoder.mask), **kwargs)
 
 
 def transformers_config(masked: MaskedCheckpoint) -> PretrainedConfig:

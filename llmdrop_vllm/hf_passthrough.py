@@ -80,8 +80,8 @@ def drop_sublayer(layer: nn.Module, sublayer: Sublayer, index: int) -> None:
     for part in parts:
         adds_residual = part == name and sublayer.transformers_adds_residual
         substitute = DroppedSublayer(values[part], adds_residual=adds_residual)
-        for table, values in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
-            substitute.register_buffer(table, values, persistent=False)
+        for table, its in getattr(layer, part).named_buffers(recurse=False):  # Falcon-H1's model fills them
+            substitute.register_buffer(table, its, persistent=False)
         setattr(layer, part, substitute)
     for norm in sublayer.norms:
         if getattr(layer, norm, None) is not None:

@@ -1,14 +1,11 @@
 """What one row of the family table says: how a decoder layer names its sublayers and adds their outputs."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from llmdrop_vllm.masks.layer_types import NO_MIXER, RECURRENT, layer_types
-from llmdrop_vllm.masks.mask import config_dict
-
-if TYPE_CHECKING:
-    from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.mask import DropMask
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,15 @@ def attention(
     return Sublayer(module, pre_norm, output, transformers_tuple=2, **names)
 
 
-ATTENTION = attention()
-MLP = Sublayer("mlp", "post_attention_layernorm", "down_proj")
+def mlp(
+    module: str = "mlp", pre_norm: str | None = "post_attention_layernorm", output: str = "down_proj", **names: Any
+) -> Sublayer:
+    """An MLP sublayer, by default Llama's."""
+    return Sublayer(module, pre_norm, output, **names)
+
+
+ATTENTION, MLP = attention(), mlp()
+Having = tuple[Sublayer, tuple[int, ...]]  # a kind of sublayer, and layers
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Family:
     """
 
     name: str
-    architectures: tuple[str, ...]
+    architectures: str  # separated by whitespace
     attention: Sublayer = ATTENTION
     mlp: Sublayer = MLP
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
@@ -123,24 +127,21 @@ class Family:
     alone: bool = False
     layers: tuple[str, ...] = ()
 
-    def of(self, config: object) -> Self:
-        """The row for layers as this config.json dict or config object has them."""
+    def of(self, config: Mapping[str, Any]) -> Self:
+        """The row for layers as these entries of a config have them."""
         if self.recurrent is None and not self.unlike_attention:
             return self
-        entries = config_dict(config)
-        types = layer_types(entries, depth := entries.get("num_hidden_layers")) or ()
-        if shared := entries.get("num_kv_shared_layers"):  # these have no keys and values
+        types = layer_types(config, depth := config.get("num_hidden_layers")) or ()
+        if shared := config.get("num_kv_shared_layers"):  # these have no keys and values
             types = (*types[: depth - shared], *(f"{each}, shared" for each in types[depth - shared :]))
         return replace(self, layers=types)
 
-    def sublayers(self, mask: "DropMask") -> Iterator[tuple[Sublayer, tuple[int, ...]]]:
+    def sublayers(self, mask: DropMask) -> Iterator[Having]:
         """Each kind of sublayer with the layers that go without it."""
-        for sublayer, layers in self.mixers(mask.num_hidden_layers):
-            yield sublayer, tuple(layer for layer in mask.attention if layer in layers)
-        for sublayer, layers in self.mlps(mask.num_hidden_layers):
-            yield sublayer, tuple(layer for layer in mask.mlp if layer in layers)
+        yield from self.mixers(mask.attention)
+        yield from self.mlps(mask.mlp)
 
-    def absent(self, mask: "DropMask") -> tuple[set[int], set[int]]:
+    def absent(self, mask: DropMask) -> tuple[set[int], set[int]]:
         """Layers that go without attention and without an MLP under a mask, those that never had one among them."""
         layers = range(mask.num_hidden_layers)
         return (
@@ -148,44 +149,33 @@ class Family:
             {*mask.mlp} | {layer for layer in layers if self.mlp_of(layer) is None},
         )
 
-    def mixers(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
-        """Each kind of what a mask calls attention, with the layers that have it."""
-        return self._having(self.mixer, self.attention, num_layers)
+    def mixers(self, layers: Iterable[int]) -> Iterator[Having]:
+        """Each kind of what a mask calls attention, with those of the layers that have it."""
+        for kind in filter(None, (self.attention, self.recurrent)):
+            yield kind, tuple(layer for layer in layers if self.mixer(layer) is kind)
 
-    def alike(self, layers: Collection[int]) -> Iterator[set[int]]:
+    def mlps(self, layers: Iterable[int]) -> Iterator[Having]:
+        """The MLP, with those of the layers that have it."""
+        yield self.mlp, tuple(layer for layer in layers if self.mlp_of(layer) is not None)
+
+    def alike(self, layers: Iterable[int]) -> list[set[int]]:
         """Layers put together whose attention has the same parts."""
-        types = self.layers or ("",) * (max(layers, default=0) + 1)
-        return iter([{layer for layer in layers if types[layer] == each} for each in dict.fromkeys(types)])
-
-    def mlps(self, num_layers: int) -> Iterator[tuple[Sublayer, Collection[int]]]:
-        """The MLP, with the layers that have it."""
-        return self._having(self.mlp_of, self.mlp, num_layers)
-
-    def _having(
-        self, sublayer_of: Callable[[int], Sublayer | None], usual: Sublayer, num_layers: int
-    ) -> Iterator[tuple[Sublayer, Collection[int]]]:
         if not self.layers:
-            return iter([(usual, range(num_layers))])
-        found: dict[Sublayer, set[int]] = {}
-        for layer in range(num_layers):
-            if (sublayer := sublayer_of(layer)) is not None:
-                found.setdefault(sublayer, set()).add(layer)
-        return iter(found.items())
+            return [{*layers}]
+        return [{layer for layer in layers if self.layers[layer] == each} for each in dict.fromkeys(self.layers)]
 
     def mixer(self, layer: int) -> Sublayer | None:
         """What a mask calls a layer's attention; None for a layer without one."""
         kind = self.layers[layer] if self.layers else ""
-        if kind == NO_MIXER:
-            return None
-        return self.recurrent if kind == RECURRENT else self.attention
+        return {NO_MIXER: None, RECURRENT: self.recurrent}.get(kind, self.attention)
 
     def mlp_of(self, layer: int) -> Sublayer | None:
         """A layer's MLP; None for a layer that is a mixer alone."""
         return None if self.alone and self.layers and self.layers[layer] != NO_MIXER else self.mlp
 
-    def fits(self, config: object) -> bool:
-        """Whether layers built from this config.json dict or config object have the layout."""
-        return all(_entry(config, key) in values for key, values in self.when.items())
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether layers built from these entries of a config have the layout."""
+        return all(config.get(key) in values for key, values in self.when.items())
 
     def describe_when(self) -> str:
         """For people: `parallel_attn true or unset`; empty where every config fits."""
@@ -193,7 +183,3 @@ class Family:
             f"{key} {' or '.join('unset' if value is None else str(value).lower() for value in values)}"
             for key, values in self.when.items()
         )
-
-
-def _entry(config: object, key: str) -> Any:
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)

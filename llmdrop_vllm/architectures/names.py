@@ -5,24 +5,21 @@ import re
 # What may stand before the number of a decoder layer. A name that leads through anything else, such as `visual`,
 # `audio_tower`, `talker` or `mtp`, is of another part of the model, whose blocks have `self_attn` and `mlp` as well.
 PARTS = (
-    *("model", "transformer", "decoder", "gpt_neox", "backbone", "layers"),
-    "draft_model",
-    # towers of wrappers
-    *("language_model", "text_model", "language", "text", "llm", "thinker", "openpangu"),
-    r"transformer\.encoder",  # ChatGLM
+    "model|transformer|decoder|gpt_neox|backbone|layers|draft_model"
+    "|language_model|text_model|language|text|llm|thinker|openpangu"  # towers of wrappers
+    r"|transformer\.encoder"  # ChatGLM
 )
-LISTS = ("layers", "h", "blocks")
+LEADING = rf"(?:(?:{PARTS})\.)*"
 # A regular expression of everything before the number.
-BEFORE_LAYER = rf"(?:(?:{'|'.join(PARTS)})\.)*(?:{'|'.join(LISTS)})\."
+BEFORE_LAYER = rf"{LEADING}(?:layers|h|blocks)\."
 IN_LAYER = re.compile(rf"{BEFORE_LAYER}(\d+)(?:\.|$)")
-LEADING_PARTS = re.compile(rf"(?:(?:{'|'.join(PARTS)})\.)*")
 
 
 def within_decoder(name: str) -> str:
     """What is left of a dotted name behind the parts that lead to the decoder, which checkpoints of one wrapper may
     spell in several ways: `language_model.model.norm.weight` and `model.language_model.norm.weight` are one.
     """
-    return LEADING_PARTS.sub("", name, count=1)
+    return re.sub(LEADING, "", name, count=1)
 
 
 def layer_in(name: str) -> int | None:

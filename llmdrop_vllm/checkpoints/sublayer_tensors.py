@@ -24,10 +24,10 @@ def missing_weights(names: Iterable[str], family: Family, mask: DropMask) -> set
     names, depth = set(names), mask.num_hidden_layers
     missing = [
         _missing_modules(names, each, alike, mask.attention)
-        for each, having in family.mixers(depth)
+        for each, having in family.mixers(range(depth))
         for alike in family.alike(having)
     ]
-    missing += [_missing_modules(names, each, {*having}, mask.mlp) for each, having in family.mlps(depth)]
+    missing += [_missing_modules(names, each, {*having}, mask.mlp) for each, having in family.mlps(range(depth))]
     return set().union(*missing)
 
 

@@ -6,14 +6,16 @@ from typing import Any, TypeGuard
 
 from llmdrop_vllm.errors import MaskError
 
-NEMOTRON_NO_OP = (("attention", "attention"), ("ffn", "mlp"))  # key in a block config, sublayer it stands for
+# The keys of each kind of sublayer: in LLM-Drop's config, in a block config of Nemotron-NAS.
+LLM_DROP = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}
+NEMOTRON_NO_OP = {"attention": "attention", "mlp": "ffn"}
 # Where the rank order is kept in dialects that have no place for it.
 RANK_ORDER = "llmdrop_rank_order"
 # Beside any dialect: the last so many tokens that a layer attends to, by layer. None of the dialects can say that.
 WINDOWS = "llmdrop_windows"
 
 Entries = Mapping[str, Any]
-Indices = tuple[tuple[int, ...], tuple[int, ...]]  # attention layers, MLP layers
+Gone = Mapping[str, Sequence[int]]  # layers by kind of sublayer, `attention` and `mlp`
 Windows = tuple[tuple[int, int], ...]  # layer and tokens, ascending
 
 
@@ -36,11 +38,15 @@ def check_indices(key: str, indices: Iterable[object], num_layers: int) -> None:
         seen.add(index)
 
 
-def _read_llm_drop(config: Entries, num_layers: int) -> Indices:
-    attention, mlp = (
-        _read_index_or_boolean_list(key, config.get(key, []), num_layers) for key in ("drop_attn_list", "drop_mlp_list")
-    )
-    return attention, mlp
+def _layer(where: str, key: Any) -> int:
+    """The layer that a key stands for, which JSON has as a string. Raises MaskError for any other."""
+    if not (is_int(key) or (isinstance(key, str) and key.isdecimal())):
+        raise MaskError(f"{where} has the key {key!r}; expected layer indices")
+    return int(key)
+
+
+def _read_llm_drop(config: Entries, num_layers: int) -> Gone:
+    return {kind: _read_index_or_boolean_list(key, config.get(key, []), num_layers) for kind, key in LLM_DROP.items()}
 
 
 def _read_index_or_boolean_list(key: str, value: object, num_layers: int) -> tuple[int, ...]:
@@ -58,15 +64,13 @@ def _read_index_or_boolean_list(key: str, value: object, num_layers: int) -> tup
     return tuple(layer for layer, gone in enumerate(booleans) if gone)
 
 
-def _read_transformers(config: Entries, num_layers: int) -> Indices:
+def _read_transformers(config: Entries, num_layers: int) -> Gone:
     layers = config["per_layer_config"]
     if not isinstance(layers, Mapping):
         raise MaskError(f"per_layer_config is {layers!r}; expected an object keyed by layer index")
     skipped: dict[str, list[int]] = {"attention": [], "mlp": []}
     for key, overrides in layers.items():
-        where = f"per_layer_config[{key!r}]"
-        if not (is_int(key) or (isinstance(key, str) and key.isdecimal())):
-            raise MaskError(f"per_layer_config has the key {key!r}; expected layer indices")
+        layer, where = _layer("per_layer_config", key), f"per_layer_config[{key!r}]"
         if not isinstance(overrides, Mapping):
             raise MaskError(f"{where} is {overrides!r}; expected an object")
         if extra := sorted(set(overrides) - {"skip"}):
@@ -77,13 +81,13 @@ def _read_transformers(config: Entries, num_layers: int) -> Indices:
         for name in names:
             if name not in skipped:
                 raise MaskError(f"{where}.skip holds {name!r}; expected 'attention' or 'mlp'")
-            skipped[name].append(int(key))
+            skipped[name].append(layer)
     for name, indices in skipped.items():
         check_indices(f"per_layer_config (skip {name})", indices, num_layers)
-    return tuple(sorted(skipped["attention"])), tuple(sorted(skipped["mlp"]))
+    return {name: sorted(indices) for name, indices in skipped.items()}
 
 
-def _read_nemotron(config: Entries, num_layers: int) -> Indices:
+def _read_nemotron(config: Entries, num_layers: int) -> Gone:
     blocks = config["block_configs"]
     if not isinstance(blocks, Sequence) or isinstance(blocks, str):
         raise MaskError(f"block_configs is {blocks!r}; expected a list of one object per layer")
@@ -91,7 +95,7 @@ def _read_nemotron(config: Entries, num_layers: int) -> Indices:
         raise MaskError(f"block_configs describes {len(blocks)} layers; the model has {num_layers}")
     gone: dict[str, list[int]] = {"attention": [], "mlp": []}
     for layer, block in enumerate(blocks):
-        for key, sublayer in NEMOTRON_NO_OP:
+        for kind, key in NEMOTRON_NO_OP.items():
             where = f"block_configs[{layer}].{key}"
             settings = block_entry(block, key)
             if settings is None:
@@ -102,16 +106,13 @@ def _read_nemotron(config: Entries, num_layers: int) -> Indices:
             if not isinstance(no_op, bool | None):
                 raise MaskError(f"{where}.no_op is {no_op!r}; expected true or false")
             if no_op:
-                gone[sublayer].append(layer)
-    return tuple(gone["attention"]), tuple(gone["mlp"])
+                gone[kind].append(layer)
+    return gone
 
 
 def _is_of_widths(config: Entries) -> bool:
     """Whether per_layer_config tells head sizes and the like, and skips nothing: then it says no mask."""
-    layers = config.get("per_layer_config")
-    overrides = layers.values() if isinstance(layers, Mapping) else ()
-    told = [each for each in overrides if isinstance(each, Mapping)]
-    return any({*each} - {"skip"} for each in told) and not any(each.get("skip") for each in told)
+    return any({*each} - {"skip"} for each in _overrides(config)) and not _asks_transformers(config)
 
 
 def _is_of_block_types(config: Entries) -> bool:
@@ -121,7 +122,7 @@ def _is_of_block_types(config: Entries) -> bool:
         isinstance(blocks, Sequence)
         and bool(blocks)
         and all(block_entry(block, "block_type") is not None for block in blocks)
-        and not any(block_entry(block, key) for block in blocks for key, _ in NEMOTRON_NO_OP)
+        and not any(block_entry(block, key) for block in blocks for key in NEMOTRON_NO_OP.values())
     )
 
 
@@ -131,38 +132,40 @@ def block_entry(block: object, key: str) -> Any:
 
 
 def _asks_llm_drop(config: Entries) -> bool:
-    values = (config.get(key) for key in ("drop_attn_list", "drop_mlp_list"))
+    values = map(config.get, LLM_DROP.values())
     return any(any(entry is not False for entry in value) if isinstance(value, list) else value for value in values)
 
 
-def _asks_transformers(config: Entries) -> bool:
+def _overrides(config: Entries) -> list[Entries]:
     layers = config.get("per_layer_config")
-    overrides = layers.values() if isinstance(layers, Mapping) else ()
-    return any(isinstance(entry, Mapping) and bool(entry.get("skip")) for entry in overrides)
+    return [each for each in layers.values() if isinstance(each, Mapping)] if isinstance(layers, Mapping) else []
+
+
+def _asks_transformers(config: Entries) -> bool:
+    return any(each.get("skip") for each in _overrides(config))
 
 
 def _asks_nemotron(config: Entries) -> bool:
-    blocks = config.get("block_configs")
-    settings = (block_entry(block, key) for block in blocks or () for key, _ in NEMOTRON_NO_OP)
+    blocks = config.get("block_configs") or ()
+    settings = (block_entry(block, key) for block in blocks for key in NEMOTRON_NO_OP.values())
     return any(block_entry(each, "no_op") is True for each in settings)
 
 
-def rank_order(config: Entries, indices: Indices, num_layers: int) -> Indices:
+def rank_order(config: Entries, gone: Gone, num_layers: int) -> Gone:
     """The same layers in the order that the config keeps beside its mask, if any. Raises MaskError for other layers."""
     if RANK_ORDER not in config:
-        return indices
+        return gone
     order = config[RANK_ORDER]
     if not isinstance(order, Mapping) or set(order) != {"attention", "mlp"}:
         raise MaskError(f"{RANK_ORDER} is {order!r}; expected an object with 'attention' and 'mlp'")
-    attention, mlp = (
-        _read_index_or_boolean_list(f"{RANK_ORDER}.{key}", order[key], num_layers) for key in ("attention", "mlp")
-    )
-    if (set(attention), set(mlp)) != (set(indices[0]), set(indices[1])):
+    ranked = {kind: _read_index_or_boolean_list(f"{RANK_ORDER}.{kind}", order[kind], num_layers) for kind in gone}
+    (attention, mlp), (own_attention, own_mlp) = (map(sorted, its.values()) for its in (ranked, gone))
+    if (attention, mlp) != (own_attention, own_mlp):
         raise MaskError(
-            f"{RANK_ORDER} names other layers than the mask: attention {sorted(attention)} and MLP {sorted(mlp)}, "
-            f"the mask drops {sorted(indices[0])} and {sorted(indices[1])}; remove {RANK_ORDER}"
+            f"{RANK_ORDER} names other layers than the mask: attention {attention} and MLP {mlp}, "
+            f"the mask drops {own_attention} and {own_mlp}; remove {RANK_ORDER}"
         )
-    return attention, mlp
+    return ranked
 
 
 def windows_of(layers: Iterable[int], tokens: int | None) -> Windows:
@@ -179,10 +182,7 @@ def read_windows(config: Entries) -> Windows:
     found = config.get(WINDOWS, {})
     if not isinstance(found, Mapping):
         raise MaskError(f'{WINDOWS} is {found!r}; expected an object like {{"3": 1024}}, of tokens by layer')
-    for key in found:
-        if not (is_int(key) or (isinstance(key, str) and key.isdecimal())):
-            raise MaskError(f"{WINDOWS} has the key {key!r}; expected layer indices")
-    return tuple(sorted((int(key), tokens) for key, tokens in found.items()))
+    return tuple(sorted((_layer(WINDOWS, key), tokens) for key, tokens in found.items()))
 
 
 def check_windows(windows: Windows, num_layers: int) -> None:
@@ -194,37 +194,34 @@ def check_windows(windows: Windows, num_layers: int) -> None:
             raise MaskError(f"the window of layer {layer} is {tokens!r} tokens; expected 1 or more{hint}")
 
 
-def _with_rank_order(entries: dict[str, Any], attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
-    if all(list(indices) == sorted(indices) for indices in (attention, mlp)):
-        return entries
-    return entries | {RANK_ORDER: {"attention": list(attention), "mlp": list(mlp)}}
+def _write_llm_drop(gone: Gone, num_layers: int) -> dict[str, Any]:
+    return {key: list(gone[kind]) for kind, key in LLM_DROP.items()}
 
 
-def _write_llm_drop(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
-    return {"drop_attn_list": list(attention), "drop_mlp_list": list(mlp)}
+def _write_llm_drop_booleans(gone: Gone, num_layers: int) -> dict[str, Any]:
+    return {key: [layer in gone[kind] for layer in range(num_layers)] for kind, key in LLM_DROP.items()}
 
 
-def _write_llm_drop_booleans(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
+def _write_transformers(gone: Gone, num_layers: int) -> dict[str, Any]:
+    layers = sorted({*gone["attention"], *gone["mlp"]})
+    skipped = {str(layer): {"skip": [kind for kind in gone if layer in gone[kind]]} for layer in layers}
+    return {"per_layer_config": skipped}
+
+
+def _write_nemotron(gone: Gone, num_layers: int) -> dict[str, Any]:
     layers = range(num_layers)
-    entries = {
-        "drop_attn_list": [layer in attention for layer in layers],
-        "drop_mlp_list": [layer in mlp for layer in layers],
-    }
-    return _with_rank_order(entries, attention, mlp)
+    blocks = [{key: {"no_op": layer in gone[kind]} for kind, key in NEMOTRON_NO_OP.items()} for layer in layers]
+    return {"block_configs": blocks}
 
 
-def _write_transformers(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
-    layers = {}
-    for layer in sorted({*attention, *mlp}):
-        skip = [name for name, dropped in (("attention", attention), ("mlp", mlp)) if layer in dropped]
-        layers[str(layer)] = {"skip": skip}
-    return _with_rank_order({"per_layer_config": layers}, attention, mlp)
-
-
-def _write_nemotron(num_layers: int, attention: tuple[int, ...], mlp: tuple[int, ...]) -> dict[str, Any]:
-    dropped = {"attention": attention, "ffn": mlp}
-    blocks = [{key: {"no_op": layer in gone} for key, gone in dropped.items()} for layer in range(num_layers)]
-    return _with_rank_order({"block_configs": blocks}, attention, mlp)
+def written(dialect: str, gone: Gone, num_layers: int) -> dict[str, Any]:
+    """The entries that say what is gone, and its rank order beside them where the dialect has no place for one."""
+    if (write := WRITERS.get(dialect)) is None:
+        raise MaskError(f"unknown mask dialect {dialect!r}; known: {', '.join(WRITERS)}")
+    entries = write(gone, num_layers)
+    if write is _write_llm_drop or all(list(its) == sorted(its) for its in gone.values()):
+        return entries
+    return entries | {RANK_ORDER: {kind: list(its) for kind, its in gone.items()}}
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ class Dialect:
     """
 
     keys: tuple[str, ...]
-    read: Callable[[Entries, int], Indices]
+    read: Callable[[Entries, int], Gone]
     asks: Callable[[Entries], bool]
     foreign: Callable[[Entries], bool] = lambda _config: False
 
@@ -248,11 +245,11 @@ class Dialect:
 # The first that is present decides the rank order, so the only dialect that has one comes first. "runtime" is read as
 # LLM-Drop: vLLM merges --hf-overrides into the config before anyone sees it.
 DIALECTS = {
-    "llm-drop": Dialect(("drop_attn_list", "drop_mlp_list"), _read_llm_drop, _asks_llm_drop),
+    "llm-drop": Dialect(tuple(LLM_DROP.values()), _read_llm_drop, _asks_llm_drop),
     "transformers": Dialect(("per_layer_config",), _read_transformers, _asks_transformers, _is_of_widths),
     "nemotron-nas": Dialect(("block_configs",), _read_nemotron, _asks_nemotron, _is_of_block_types),
 }
-WRITERS: dict[str, Callable[[int, tuple[int, ...], tuple[int, ...]], dict[str, Any]]] = {
+WRITERS: dict[str, Callable[[Gone, int], dict[str, Any]]] = {
     "llm-drop": _write_llm_drop,
     "llm-drop-booleans": _write_llm_drop_booleans,
     "transformers": _write_transformers,
@@ -264,6 +261,6 @@ ON_DISK = tuple(name for name in WRITERS if name != "runtime")
 
 def without_mask(config: Entries) -> dict[str, Any]:
     """The config's entries without any that say a mask, in whatever dialect."""
-    keys = {key for dialect in DIALECTS.values() for key in dialect.keys} | {RANK_ORDER, WINDOWS}
-    keys -= {key for dialect in DIALECTS.values() if dialect.foreign(config) for key in dialect.keys}
+    ours = [dialect.keys for dialect in DIALECTS.values() if not dialect.foreign(config)]
+    keys = {RANK_ORDER, WINDOWS}.union(*ours)
     return {key: value for key, value in config.items() if key not in keys}

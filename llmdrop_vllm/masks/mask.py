@@ -8,13 +8,13 @@ from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.dialects import (
     DIALECTS,
     WINDOWS,
-    WRITERS,
     Windows,
     check_indices,
     check_windows,
     is_int,
     rank_order,
     read_windows,
+    written,
 )
 from llmdrop_vllm.masks.layer_types import layer_types
 
@@ -56,11 +56,11 @@ class DropMask:
         dialects that disagree; where they agree, the one that keeps a rank order is returned.
         """
         entries = config_dict(config)
-        num_layers, windows = layer_count(config), read_windows(entries)
-        masks = {
-            name: cls(num_layers, *rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers))
-            for name in cls.dialects(entries)
-        }
+        num_layers, windows = layer_count(entries), read_windows(entries)
+        masks = {}
+        for name in cls.dialects(entries):
+            gone = rank_order(entries, DIALECTS[name].read(entries, num_layers), num_layers)
+            masks[name] = cls(num_layers, tuple(gone["attention"]), tuple(gone["mlp"]))
         if not masks:
             return cls(num_layers).seeing(windows)
         (first, mask), *others = masks.items()
@@ -134,9 +134,7 @@ class DropMask:
         takes, as JSON; it says everything, for it goes over whatever the config says. For "nemotron-nas" only the no-op
         flags are written: head counts and FFN widths of the kept sublayers are the checkpoint's to add.
         """
-        if dialect not in WRITERS:
-            raise MaskError(f"unknown mask dialect {dialect!r}; known: {', '.join(WRITERS)}")
-        entries = WRITERS[dialect](self.num_hidden_layers, self.attention, self.mlp)
+        entries = written(dialect, {"attention": self.attention, "mlp": self.mlp}, self.num_hidden_layers)
         says_windows = self.windows or dialect == "runtime"
         return entries | ({WINDOWS: {str(layer): tokens for layer, tokens in self.windows}} if says_windows else {})
 
@@ -165,14 +163,13 @@ def has_layer_count(entries: Mapping[str, Any]) -> bool:
     return any(entries.get(key) is not None for key in LAYER_COUNT_KEYS)
 
 
-def layer_count(config: object) -> int:
+def layer_count(config: Mapping[str, Any]) -> int:
     """Number of decoder layers, under whichever of the usual keys the config has it."""
     for key in LAYER_COUNT_KEYS:
-        value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-        if value is not None:
+        if (value := config.get(key)) is not None:
             _check_count(key, value)
             return int(value)
-    if (types := layer_types(config_dict(config), None)) is not None:
+    if (types := layer_types(config, None)) is not None:
         return len(types)
     raise MaskError(f"the config has no layer count; expected one of {', '.join(LAYER_COUNT_KEYS)}")
 

@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+from vllm.config import VllmConfig
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.serving.peers import DOOR, go_in, open_door
 from llmdrop_vllm.serving.stages import PARTITION, planned, set_stages, stage_memory_bytes, users_stages
 from llmdrop_vllm.versions import __version__
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # Ranks build their models as soon as they have met, so what takes longer than this is not slow but missing.
 PATIENCE_S = 120
@@ -42,7 +39,7 @@ class Statement:
     memory_bytes: float
 
 
-def agree(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
+def agree(decoder: Decoder | None, vllm_config: VllmConfig) -> None:
     """Decide the pipeline stages with all other ranks of the engine; raises MaskError where they differ or are silent.
 
     A rank without a mask says so and goes on, for it need not be one of ours that builds the full model beside it. What

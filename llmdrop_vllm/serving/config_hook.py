@@ -4,15 +4,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
-from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, no_row
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.registry import ModelRegistry
+
+from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX, family_of, no_row
 from llmdrop_vllm.architectures.wrappers import PLACES, at
 from llmdrop_vllm.checkpoints.checkpoint import check_complete
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.directory import read_config
 from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
-from llmdrop_vllm.checkpoints.tower import row_of, said_in, tower_of
+from llmdrop_vllm.checkpoints.tower import said_in, tower_of
 from llmdrop_vllm.errors import InputError, MaskError, in_one_line
 from llmdrop_vllm.masks.dialects import block_entry
 from llmdrop_vllm.masks.mask import DropMask, config_dict
@@ -20,28 +24,18 @@ from llmdrop_vllm.serving.drafts import check_what_it_reads, is_draft_head
 from llmdrop_vllm.serving.kv_stores import check_stores
 from llmdrop_vllm.serving.stages import plan_stages
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, VllmConfig
-
 MODELS_MODULE = "llmdrop_vllm.serving.models"
 BACKEND_MODULE = "vllm.model_executor.models.transformers"
 SAFETENSORS_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"})
 
 
-class _VerifyAndUpdateConfig(Protocol):
-    def verify_and_update_config(self, vllm_config: "VllmConfig") -> None: ...
-    def verify_and_update_model_config(self, model_config: "ModelConfig") -> None: ...
-
-
 class ConfigHook:
     """Stands before the hook that vLLM has for an architecture, if any, in its MODELS_CONFIG_MAP."""
 
-    def __init__(self, architecture: str, inner: "_VerifyAndUpdateConfig | None") -> None:
-        self.architecture = architecture
-        self.inner = inner
+    def __init__(self, architecture: str, inner: Any) -> None:
+        self.architecture, self.inner = architecture, inner
 
-    def verify_and_update_model_config(self, model_config: "ModelConfig") -> None:
+    def verify_and_update_model_config(self, model_config: ModelConfig) -> None:
         """For every model of an engine. What a draft is vLLM works out later, from how it is to draft."""
         if model_config.runner != "draft":
             with _clear_errors():
@@ -49,7 +43,7 @@ class ConfigHook:
         if self.inner is not None:
             self.inner.verify_and_update_model_config(model_config)
 
-    def verify_and_update_config(self, vllm_config: "VllmConfig") -> None:
+    def verify_and_update_config(self, vllm_config: VllmConfig) -> None:
         """For the engine as a whole."""
         with _clear_errors():
             decoder = checked_decoder(self.architecture, vllm_config.model_config)
@@ -80,29 +74,32 @@ def _clear_errors() -> Iterator[None]:
         raise
 
 
-def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder | None:
+def checked_decoder(architecture: str, model_config: ModelConfig) -> Decoder | None:
     """What the model will be served as; None for a config without a mask, which is none of our business.
 
     Raises MaskError for a mask that cannot be served.
     """
     config = model_config.hf_config
     plain = architecture.removeprefix(EXPLICIT_PREFIX)
-    said = said_in(config)
-    if row_of(config, plain) is None:
+    tower, entries = tower_of(config, plain)
+    if family_of(tower, entries) is None:
         for each in (config, model_config.hf_text_config):
-            _refuse_unsupported(tower_of(config, plain)[0] or plain, each)
+            if dialects := DropMask.dialects_that_drop(each):
+                raise MaskError(
+                    f"the config has a drop mask ({', '.join(dialects)}), and the model would be served undropped: "
+                    f"{no_row(tower or plain)}"
+                )
         if plain == architecture:
             return None
     _check_config_file(model_config, plain)
     _check_place(config)
-    if not said:
+    if not (said := said_in(config)):
         if plain != architecture:
             raise MaskError(f"{architecture} promises a drop mask, and the config has none in any dialect")
         return None
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
-        _check_registered(architecture)
-        _check_tower(plain, tower_of(config, plain)[0])
+        _check_registered(architecture, tower)
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(model_config.hf_text_config)
     decoder.check_attention_is_left(decoder.mask)
@@ -110,16 +107,7 @@ def checked_decoder(architecture: str, model_config: "ModelConfig") -> Decoder |
     return decoder
 
 
-def _refuse_unsupported(architecture: str, config: object) -> None:
-    dialects = DropMask.dialects_that_drop(config)
-    if dialects:
-        raise MaskError(
-            f"the config has a drop mask ({', '.join(dialects)}), and the model would be served undropped: "
-            f"{no_row(architecture)}"
-        )
-
-
-def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
+def _check_config_file(model_config: ModelConfig, architecture: str) -> None:
     """Refuse a mask in config.json that did not reach vLLM's config: null, or another file was read instead."""
     path = Path(model_config.model) / "config.json"
     if model_config.hf_config_path is not None or not path.is_file():
@@ -133,7 +121,7 @@ def _check_config_file(model_config: "ModelConfig", architecture: str) -> None:
         )
 
 
-def _check_place(config: "PretrainedConfig") -> None:
+def _check_place(config: PretrainedConfig) -> None:
     """Refuse a mask that was put beside a wrapper's tower under a name that the config's class does not read."""
     entries, seen = config_dict(config), said_in(config)
     for place in PLACES:
@@ -143,39 +131,35 @@ def _check_place(config: "PretrainedConfig") -> None:
             raise MaskError(f"{'.'.join(place)} has a drop mask that {kind} does not read; put it on top of the config")
 
 
-def _check_registered(architecture: str) -> None:
-    """Refuse to go on where another plugin or an option has taken the architecture: its class knows no masks."""
-    from vllm.model_executor.models.registry import ModelRegistry
+def _check_registered(architecture: str, tower: str) -> None:
+    """Refuse to go on where another plugin or an option has taken the architecture: its class knows no masks.
 
+    And where Transformers builds a wrapper's tower: in vLLM's backend for it, layers are replaced after they were made,
+    by the class that is served.
+    """
+    plain = architecture.removeprefix(EXPLICIT_PREFIX)
     entry = ModelRegistry.models[architecture]
     if getattr(entry, "module_name", None) != MODELS_MODULE:
         raise MaskError(
             f"the config has a drop mask, but {architecture} is registered as {entry}, which would ignore it"
         )
 
-
-def _check_tower(architecture: str, tower: str) -> None:
-    """Refuse a wrapper whose tower Transformers builds: in vLLM's backend for it, layers are replaced after they were
-    made, by the class that is served.
-    """
-    from vllm.model_executor.models.registry import ModelRegistry
-
     built_by = getattr(ModelRegistry.models.get(tower), "class_name", "")
-    if tower != architecture and f"@{BACKEND_MODULE}." in built_by:
+    if tower != plain and f"@{BACKEND_MODULE}." in built_by:
         raise MaskError(
-            f"the config has a drop mask, but {architecture} has vLLM's Transformers backend build its {tower}, from "
+            f"the config has a drop mask, but {plain} has vLLM's Transformers backend build its {tower}, from "
             "which nothing can be dropped there"
         )
 
 
-def _check_uniform(config: object) -> None:
+def _check_uniform(config: Any) -> None:
     """Refuse block configs whose kept sublayers differ from the config's own widths: this architecture has but one."""
     kv_heads = getattr(config, "num_key_value_heads", None)
     expected = {
         ("attention", "n_heads_in_group"): kv_heads and getattr(config, "num_attention_heads", 0) // kv_heads,
         ("ffn", "intermediate_size"): getattr(config, "intermediate_size", None),
     }
-    for layer, block in enumerate(config.block_configs):  # type: ignore[attr-defined]
+    for layer, block in enumerate(config.block_configs):
         for (part, key), value in expected.items():
             settings = block_entry(block, part)
             found = block_entry(settings, key)
@@ -186,7 +170,7 @@ def _check_uniform(config: object) -> None:
                 )
 
 
-def _prepare_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> None:
+def _prepare_model(model_config: ModelConfig, vllm_config: VllmConfig) -> None:
     """For each model with a mask: look at its shards' headers, and keep its compiled code apart from the full model's.
 
     A damaged shard or a missing weight costs seconds here and minutes in a worker. Without our mark, code that vLLM

@@ -1,18 +1,16 @@
 """Drafts of a model with a mask: what stands in its own checkpoint, as MTP layers do, and heads made for it."""
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.model_executor.models.registry import _SPECULATIVE_DECODING_MODELS
 
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import MaskError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-    from vllm.config import ModelConfig
 
 # Their attention reads the keys and values of the last layer of its kind in the model that they draft for.
 READS_THE_TARGET = frozenset({"Gemma4MTPModel"})
@@ -26,7 +24,7 @@ def is_draft_head(architecture: str) -> bool:
     return architecture in _SPECULATIVE_DECODING_MODELS
 
 
-def check_what_it_reads(draft: "ModelConfig", decoder: Decoder) -> None:
+def check_what_it_reads(draft: ModelConfig, decoder: Decoder) -> None:
     """Raise MaskError for a draft that would read keys and values that the mask of the model drops, or cuts short."""
     if draft.architecture not in READS_THE_TARGET:
         return
@@ -40,8 +38,8 @@ def check_what_it_reads(draft: "ModelConfig", decoder: Decoder) -> None:
 
 
 def draft_config(
-    config: "PretrainedConfig", transformers_mtp_overrides: dict[str, Any] | None = None
-) -> "PretrainedConfig":
+    config: PretrainedConfig, transformers_mtp_overrides: dict[str, Any] | None = None
+) -> PretrainedConfig:
     """What vLLM's own makes of a draft's config: MTP layers are drafts of their own, which it finds by the name of the
     architecture. Under our name it must find them too; without them, such a checkpoint drafts as a whole.
 

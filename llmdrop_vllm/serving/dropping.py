@@ -1,15 +1,17 @@
 """Dropping by substitution: while vLLM builds its own model, dropped sublayers are replaced as they are assigned."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
@@ -18,14 +20,15 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.architectures.names import layer_in
+from llmdrop_vllm.architectures.names import is_layer_list, layer_in
 from llmdrop_vllm.checkpoints.decoder import Decoder
+from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
+from llmdrop_vllm.serving.nemotron_nas import with_all_widths
 from llmdrop_vllm.serving.passthrough import AddingNorm, DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.windows import keeps_a_window, windowed
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
+# Whether a model that drops is being built.
+is_dropping: ContextVar[bool] = ContextVar("is_dropping", default=False)
 # By attribute name in a decoder layer: what makes the module that stands in for a dropped one.
 Substitutes = dict[str, Callable[[], nn.Module]]
 
@@ -34,26 +37,15 @@ class SubstitutionError(RuntimeError):
     """vLLM built the model otherwise than the family table says; serving it would drop the wrong thing or nothing."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Bytes that layers keep: keys and values of each token, and states, one for each request."""
-
-    per_token: int = 0
-    per_request: int = 0
-
-    def __add__(self, other: "Stored") -> "Stored":
-        return Stored(self.per_token + other.per_token, self.per_request + other.per_request)
-
-
 @dataclass
 class Dropping:
     """One construction of one model: what was seen and what was replaced."""
 
     decoder: Decoder
-    vllm_config: "VllmConfig"
-    # On this rank, by vLLM's own specs.
-    kept: Stored = Stored()
-    dropped: Stored = Stored()
+    vllm_config: VllmConfig
+    # Bytes on this rank: see `_stored`.
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     # Decoder layers under construction: their index, and which attribute names are to be replaced by what.
     layer_index: dict[nn.Module, int] = field(default_factory=dict)
     substitutes: dict[nn.Module, Substitutes] = field(default_factory=dict)
@@ -64,12 +56,13 @@ class Dropping:
     def __post_init__(self) -> None:
         assert self.decoder.family is not None, f"{self.decoder.architecture} has a mask and no row that fits"
         self.mask, self.family = self.decoder.mask, self.decoder.family
+        self.gone = [*self.family.sublayers(self.mask)]
 
     def __call__(self, parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         """The module-registration hook: `parent.name = module` is under way; what is returned is assigned instead."""
         if module is None or isinstance(module, PPMissingLayer):
             return None
-        for sublayer, dropped in self.family.sublayers(self.mask):
+        for sublayer, dropped in self.gone:
             if name not in sublayer.vllm_modules:
                 continue
             index = self.layer_index.get(parent, _layer_index(module))
@@ -112,10 +105,6 @@ class Dropping:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
-    def building(self) -> AbstractContextManager[None]:
-        """What else must hold while the model is built."""
-        return nullcontext()
-
     def stage_layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
         group = get_pp_group()
@@ -125,10 +114,8 @@ class Dropping:
         """What stands in for each part of a dropped sublayer, by its name in vLLM's decoder layer."""
         several = len(sublayer.vllm_modules) > 1
         module = ZeroSublayer if sublayer.pre_norm is None or several else DroppedSublayer
-        found: Substitutes = dict.fromkeys(
-            (sublayer.vllm_module, *sublayer.also, *dict(sublayer.inner)),
-            partial(module, sublayer.vllm_tuple, sublayer.vllm_fills),
-        )
+        stand_in = partial(module, sublayer.vllm_tuple, sublayer.vllm_fills)
+        found: Substitutes = dict.fromkeys(sublayer.vllm_modules, stand_in)
         found |= {name: partial(ZeroSublayer, tuple_length) for name, tuple_length in sublayer.vllm_parts}
         if sublayer.pre_norm is not None:
             found[sublayer.pre_norm] = AddingNorm if self.family.scales_outputs or several else DroppedNorm
@@ -146,7 +133,7 @@ class Dropping:
         built = set(self.layer_index.values())
         expected = {
             (layer, name)
-            for sublayer, dropped in self.family.sublayers(self.mask)
+            for sublayer, dropped in self.gone
             for layer in dropped
             if layer in stage
             for name in self.substitutes_of(sublayer)
@@ -168,42 +155,53 @@ class Dropping:
                 found = "no attention that takes one" if attention is None else type(attention).__name__
                 raise SubstitutionError(f"layer {layer} was to have a window of {tokens} tokens; built was {found}")
         self.kept = self._stored(model.modules())
-        if self.family.recurrent is not None and not self.kept.per_request:
+        if self.family.recurrent is not None and not self.kept["request"]:
             # vLLM would look for the states that this asks it to keep for prefixes. Stages have a config each.
             self.vllm_config.cache_config.mamba_cache_mode = "none"
 
     def kv_summary(self) -> str:
         """For people: `KV cache 98,304 bytes/token, 75% of the full model`, and the same of states, if any."""
-        sizes = {"KV cache": ("token", self.kept.per_token, self.dropped.per_token)}
-        if self.kept.per_request or self.dropped.per_request:
-            sizes["recurrent state"] = ("request", self.kept.per_request, self.dropped.per_request)
-        return ", ".join(
-            f"{what} {kept:,} bytes/{unit}, {kept / (kept + dropped) if kept + dropped else 1:.0%} of the full model"
-            for what, (unit, kept, dropped) in sizes.items()
-        )
+        said = []
+        for what, unit in (("KV cache", "token"), ("recurrent state", "request")):
+            kept, full = self.kept[unit], self.kept[unit] + self.dropped[unit]
+            if full or unit == "token":
+                said.append(f"{what} {kept:,} bytes/{unit}, {kept / full if full else 1:.0%} of the full model")
+        return ", ".join(said)
 
-    def _stored(self, modules: Iterable[nn.Module]) -> Stored:
-        stored = Stored()
+    def _stored(self, modules: Iterable[nn.Module]) -> Counter[str]:
+        """Bytes that they keep for each `token`, keys and values, and `request`, states, by vLLM's own specs."""
+        stored: Counter[str] = Counter()
         for module in modules:
-            if getattr(module, "kv_sharing_target_layer_name", None) is not None:  # it stores nothing
-                continue
-            if isinstance(module, AttentionLayerBase) and (spec := module.get_kv_cache_spec(self.vllm_config)):
+            reads_another = getattr(module, "kv_sharing_target_layer_name", None) is not None  # and stores nothing
+            if isinstance(module, AttentionLayerBase) and not reads_another:
+                spec = module.get_kv_cache_spec(self.vllm_config)
                 if isinstance(spec, MambaSpec):
-                    stored += Stored(per_request=spec.state_content_size_bytes)
-                else:
-                    stored += Stored(per_token=spec.page_size_bytes // spec.block_size)
+                    stored["request"] += spec.state_content_size_bytes
+                elif spec:
+                    stored["token"] += spec.page_size_bytes // spec.block_size
         return stored
 
 
 @contextmanager
 def dropping(hook: Dropping) -> Iterator[Dropping]:
     """Within this context, a model of the family is built without the sublayers that the mask drops."""
-    handle = register_module_module_registration_hook(hook)
+    is_nemotron_nas = hook.decoder.architecture == NEMOTRON_NAS
+    widths = with_all_widths(hook.vllm_config.model_config.hf_config) if is_nemotron_nas else nullcontext()
+    handle, token = register_module_module_registration_hook(hook), is_dropping.set(True)
     try:
-        with hook.building(), windowed(dict(hook.mask.windows)) as hook.windowed:
+        with widths, windowed(dict(hook.mask.windows)) as hook.windowed:
             yield hook
     finally:
         handle.remove()
+        is_dropping.reset(token)
+
+
+def decoder_layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its dotted name. Raises SubstitutionError where there is none of so many."""
+    for name, module in model.named_modules():
+        if is_layer_list(name) and len(module) == depth:
+            return name, module
+    raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
 
 
 def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:

@@ -5,21 +5,20 @@ A full model's keys and values, read under a mask, give wrong text without an er
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from vllm.config import VllmConfig
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.serving.overrides import may_say
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 OWN_STORE = "llmdrop_own_store"  # in kv_connector_extra_config: nothing but this model under this mask uses it
 WITHIN_THE_ENGINE = frozenset({"SimpleCPUOffloadConnector", "DecodeBenchConnector"})
 BY_TOKENS_ALONE = frozenset({"ExampleConnector"})
 
 
-def check_stores(vllm_config: "VllmConfig") -> None:
+def check_stores(vllm_config: VllmConfig) -> None:
     """Raise MaskError for a model with a mask whose KV connector could give it what another mask has computed."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:

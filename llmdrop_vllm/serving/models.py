@@ -5,35 +5,22 @@ every process can create the same class from the string alone.
 """
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
-from llmdrop_vllm.checkpoints.nemotron import ARCHITECTURE as NEMOTRON_NAS
 from llmdrop_vllm.serving.agreement import agree
 from llmdrop_vllm.serving.config_hook import BACKEND_MODULE, SAFETENSORS_FORMATS
-from llmdrop_vllm.serving.dropping import Dropping, dropping
-from llmdrop_vllm.serving.weights import (
-    RefuseDroppedAdapters,
-    Source,
-    check_all_loaded,
-    forget_missing_layers,
-    without_dropped,
-)
+from llmdrop_vllm.serving.dropping import Dropping, dropping, is_dropping
+from llmdrop_vllm.serving.weights import RefuseDroppedAdapters, Source, check_all_loaded, forget_missing_layers
 from llmdrop_vllm.serving.windows import check_engine
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import torch
-    from vllm.config import VllmConfig
 
 # With these, vLLM's loader hands over a checkpoint in one call.
 WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
@@ -41,10 +28,6 @@ WHOLE_CHECKPOINT_FORMATS = SAFETENSORS_FORMATS | {"pt", "mistral", "npcache"}
 # Under vLLM's logger, so that the line looks like the others; at WARNING, because without vLLM's logging set-up
 # anything lower is hidden by default.
 logger = init_logger("vllm.llmdrop")
-
-
-# Whether a model that drops is being built.
-_building: ContextVar[bool] = ContextVar("_building", default=False)
 
 
 class Droppable(nn.Module):
@@ -60,10 +43,10 @@ class Droppable(nn.Module):
     expects_whole_checkpoint = False
     source: Source | None = None
 
-    def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "", **kwargs: Any) -> None:
-        config = vllm_config.model_config.hf_config
-        decoder = None if _building.get() else Decoder.of_masked(config, self.architecture)
-        if not _building.get():
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        decoder = None
+        if not is_dropping.get():
+            decoder = Decoder.of_masked(vllm_config.model_config.hf_config, self.architecture)
             self.source = Source(vllm_config.model_config, self.architecture, decoder)
             agree(decoder, vllm_config)
         if decoder is None:
@@ -73,44 +56,35 @@ class Droppable(nn.Module):
         if decoder.mask.windows:
             check_engine(vllm_config)
         self.dropping = self.dropping_class(decoder, vllm_config)
-        with dropping(self.dropping) as dropped, _outermost():
+        with dropping(self.dropping) as dropped:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         dropped.finish(self)
         forget_missing_layers(self)
-        self.quantized = vllm_config.quant_config is not None
         self.expects_whole_checkpoint = vllm_config.load_config.load_format in WHOLE_CHECKPOINT_FORMATS
         self.hf_to_vllm_mapper = RefuseDroppedAdapters.around(self)
         _log(dropped)
 
-    def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As the stock class, but a checkpoint that lacks weights of a kept sublayer is an error, and so is one under
         another mask that takes the first one's place.
         """
         if self.source is not None:
             changed = self.source.has_changed(self)
             if self.dropping is not None:
-                weights = without_dropped(self, weights, self.source.depth)
+                weights = self.source.left(self, weights)
                 self.expects_whole_checkpoint |= changed
-        if not self.expects_whole_checkpoint:
+        if self.dropping is None or not self.expects_whole_checkpoint:
             return super().load_weights(weights)
         self.expects_whole_checkpoint = False  # later calls update some weights of a running model, as RL trainers do
         seen: set[str] = set()
         loaded: set[str] = super().load_weights(_recorded(weights, seen))
-        without_values = self.dropping.decoder.keys_are_values if self.dropping is not None else ()
-        check_all_loaded(self, loaded, seen, quantized=self.quantized, without_values=without_values)
+        quantized = self.dropping.vllm_config.quant_config is not None
+        without_values = self.dropping.decoder.keys_are_values
+        check_all_loaded(self, loaded, seen, quantized=quantized, without_values=without_values)
         return loaded
 
 
-@contextmanager
-def _outermost() -> Iterator[None]:
-    token = _building.set(True)
-    try:
-        yield
-    finally:
-        _building.reset(token)
-
-
-def _recorded(weights: "Iterable[tuple[str, torch.Tensor]]", seen: set[str]) -> "Iterable[tuple[str, torch.Tensor]]":
+def _recorded(weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
         seen.add(name)
         yield name, tensor
@@ -132,17 +106,12 @@ def _droppable(name: str) -> type[nn.Module]:
     architecture, _, path = name.partition("@")
     module, _, class_name = path.rpartition(".")
     stock = getattr(importlib.import_module(module), class_name)
-    attributes: dict[str, Any] = {"architecture": architecture, "__module__": __name__}
-    if architecture == NEMOTRON_NAS:
-        from llmdrop_vllm.serving.nemotron_nas import NemotronDropping
+    bases: tuple[type, ...] = (Droppable, stock)
+    if module == BACKEND_MODULE:
+        from llmdrop_vllm.serving.transformers_backend import DroppableBackend
 
-        attributes["dropping_class"] = NemotronDropping
-    if module != BACKEND_MODULE:
-        return type(stock.__name__, (Droppable, stock), attributes)
-    from llmdrop_vllm.serving.transformers_backend import BackendDropping, DroppableBackend
-
-    attributes["dropping_class"] = BackendDropping
-    return type(stock.__name__, (Droppable, DroppableBackend, stock), attributes)
+        bases = (DroppableBackend, *bases)
+    return type(stock.__name__, bases, {"architecture": architecture, "__module__": __name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:

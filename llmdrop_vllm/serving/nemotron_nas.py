@@ -13,7 +13,9 @@ from transformers import AutoConfig
 
 from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.masks.dialects import NEMOTRON_NO_OP, block_entry
-from llmdrop_vllm.serving.dropping import Dropping
+
+# Where all are gone, any width will do: the module is dropped as soon as it is built.
+ANY_WIDTH = SimpleNamespace(no_op=False, n_heads_in_group=1, intermediate_size=1)
 
 
 def register_config() -> None:
@@ -21,32 +23,21 @@ def register_config() -> None:
     AutoConfig.register(NemotronNasConfig.model_type, NemotronNasConfig, exist_ok=True)
 
 
-class NemotronDropping(Dropping):
-    """As `Dropping`, for block configs in which a dropped sublayer has no widths."""
-
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        """Within this context, the config describes a dropped sublayer like the first one of its kind that is kept."""
-        config: Any = self.vllm_config.model_config.hf_config
-        blocks = config.block_configs
-        parts = [key for key, _ in NEMOTRON_NO_OP]
-        kept = {part: _first_kept([block_entry(block, part) for block in blocks]) for part in parts}
-        config.block_configs = [
-            SimpleNamespace(**{part: _filled(block_entry(block, part), kept[part]) for part in parts})
-            for block in blocks
-        ]
-        try:
-            yield
-        finally:
-            config.block_configs = blocks
-
-
-def _first_kept(settings: list[Any]) -> Any:
-    return next((each for each in settings if not block_entry(each, "no_op")), None)
-
-
-def _filled(settings: Any, kept: Any) -> Any:
-    if not block_entry(settings, "no_op"):
-        return settings
-    # Where all are gone, any width will do: the module is dropped as soon as it is built.
-    return kept if kept is not None else SimpleNamespace(no_op=False, n_heads_in_group=1, intermediate_size=1)
+@contextmanager
+def with_all_widths(config: Any) -> Iterator[None]:
+    """Within this context, the config describes a dropped sublayer, which has no widths, like the first one of its kind
+    that is kept.
+    """
+    blocks = config.block_configs
+    parts = {}
+    for part in NEMOTRON_NO_OP.values():
+        settings = [block_entry(block, part) for block in blocks]
+        kept = next((each for each in settings if not block_entry(each, "no_op")), ANY_WIDTH)
+        parts[part] = [kept if block_entry(each, "no_op") else each for each in settings]
+    config.block_configs = [
+        SimpleNamespace(**dict(zip(parts, block, strict=True))) for block in zip(*parts.values(), strict=True)
+    ]
+    try:
+        yield
+    finally:
+        config.block_configs = blocks

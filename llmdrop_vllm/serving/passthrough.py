@@ -21,7 +21,10 @@ class DroppedSublayer(PPMissingLayer):
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """What stands in for the output, [tokens, hidden]: the hidden states among the arguments."""
-        floating = _floating(*args, *kwargs.values())
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        floating = [each for each in tensors if each.is_floating_point()]  # positions and the like are integers
+        if not floating:
+            raise TypeError("a dropped sublayer was called without hidden states")
         output = self.output(floating[0])
         if self.fills:
             floating[-1].copy_(output)
@@ -70,11 +73,3 @@ class AddingNorm(DroppedNorm):
 
 class DroppedPostNorm(PPMissingLayer):
     """In place of a norm after a dropped sublayer: a layer norm would make its bias of the zeros that it is given."""
-
-
-def _floating(*values: object) -> list[torch.Tensor]:
-    """Hidden states and what is of their kind; positions and the like are integers."""
-    found = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if not found:
-        raise TypeError("a dropped sublayer was called without hidden states")
-    return found

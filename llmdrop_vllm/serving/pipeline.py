@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.kv_cache.kinds import LayerKind
@@ -32,50 +33,43 @@ def partition(mask: DropMask, num_stages: int, cost: LayerCost, memory_bytes: fl
     Every stage keeps at least one attention sublayer, for vLLM cannot run one without; recurrent mixers do not count.
     Raises MaskError where there are fewer attention sublayers than stages.
     """
-    layers = range(mask.num_hidden_layers)
-    kinds = cost.kinds or (LayerKind("full"),) * len(layers)
-    attention = [layer for layer in mask.kept_attention if kinds[layer].values]
+    num_layers = mask.num_hidden_layers
+    kinds = cost.kinds or (LayerKind("full"),) * num_layers
+    attention = {layer for layer in mask.kept_attention if kinds[layer].values}
     if len(attention) < num_stages:
         raise MaskError(
             f"{len(attention)} attention sublayers remain for {num_stages} pipeline stages; every stage "
             f"needs one: drop less or use --pipeline-parallel-size {len(attention)} or less"
         )
-    no_attention, no_mlp = mask.dropped
-    with_keys = [*accumulate((layer in attention for layer in layers), initial=0)]
-    kept_attention = [*accumulate((layer not in no_attention for layer in layers), initial=0)]
-    kept_mlp = [*accumulate((layer not in no_mlp for layer in layers), initial=0)]
     layout = kv_layout([kinds[layer] for layer in mask.kept_attention])
-    stored_in = stage_values(layout, mask.kept_attention, len(layers))
+    stored_in = stage_values(layout, mask.kept_attention, num_layers)
 
-    def attention_in(start: int, end: int) -> int:
-        return kept_attention[end] - kept_attention[start]
-
+    @cache
     def weights_in(start: int, end: int) -> float:
-        return attention_in(start, end) * cost.attention_bytes + (kept_mlp[end] - kept_mlp[start]) * cost.mlp_bytes
+        kept_attention, kept_mlp = (len({*range(start, end)} - gone) for gone in mask.dropped)
+        return kept_attention * cost.attention_bytes + kept_mlp * cost.mlp_bytes
 
+    @cache
     def kv_cost(start: int, end: int) -> float:
         """Lower is better: the negative of the memory for each number that the stage stores per token."""
-        stored = stored_in(start, end)
-        if with_keys[end] == with_keys[start]:
+        if attention.isdisjoint(range(start, end)):
             return math.inf
+        stored = stored_in(start, end)
         return stored if memory_bytes == math.inf else -(memory_bytes - weights_in(start, end)) / stored
 
-    best_kv = max(kv_cost(start, end) for start, end in _best_split(len(layers), num_stages, kv_cost))
+    best_kv = max(kv_cost(start, end) for start, end in _best_split(num_layers, num_stages, kv_cost))
 
     def compute_cost(start: int, end: int) -> float:
         return weights_in(start, end) if kv_cost(start, end) <= best_kv else math.inf
 
-    return [end - start for start, end in _best_split(len(layers), num_stages, compute_cost)]
+    return [end - start for start, end in _best_split(num_layers, num_stages, compute_cost)]
 
 
 def stage_attention(mask: DropMask, layers_per_stage: list[int], kinds: Sequence[LayerKind] = ()) -> list[int]:
     """How many attention sublayers each stage of a partition has; `kinds` tell which mixers are recurrent, if any."""
-    counts, start = [], 0
-    for size in layers_per_stage:
-        in_stage = (layer for layer in mask.kept_attention if start <= layer < start + size)
-        counts.append(sum(not kinds or kinds[layer].values > 0 for layer in in_stage))
-        start += size
-    return counts
+    attention = [layer for layer in mask.kept_attention if not kinds or kinds[layer].values]
+    stages = pairwise(accumulate(layers_per_stage, initial=0))
+    return [sum(start <= layer < end for layer in attention) for start, end in stages]
 
 
 def _best_split(num_layers: int, num_stages: int, cost: StageCost) -> list[tuple[int, int]]:

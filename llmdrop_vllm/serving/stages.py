@@ -2,15 +2,14 @@
 
 import math
 import os
-from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.masks.mask import ranges
 from llmdrop_vllm.serving.pipeline import LayerCost, partition, stage_attention
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # vLLM's way to set the stages, and our note of what we put there: a partition of ours must not outlive its engine.
 PARTITION, OUR_PARTITION = "VLLM_PP_LAYER_PARTITION", "LLMDROP_PP_LAYER_PARTITION"
@@ -27,14 +26,14 @@ def set_stages(stages: str) -> None:
     os.environ[PARTITION] = os.environ[OUR_PARTITION] = stages
 
 
-def planned(decoder: Decoder, vllm_config: "VllmConfig", memory_bytes: float) -> str:
+def planned(decoder: Decoder, vllm_config: VllmConfig, memory_bytes: float) -> str:
     """The partition for a mask, as `10,22`; raises MaskError where there is none."""
     num_stages = vllm_config.parallel_config.pipeline_parallel_size
     sizes = partition(decoder.mask, num_stages, _layer_cost(decoder, vllm_config), memory_bytes)
     return ",".join(map(str, sizes))
 
 
-def plan_stages(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
+def plan_stages(decoder: Decoder | None, vllm_config: VllmConfig) -> None:
     """Set the pipeline stages for a mask by this node's memory, or check those that the user has set.
 
     Ranks on several nodes decide again when they have met: `agreement.py`.
@@ -61,16 +60,14 @@ def plan_stages(decoder: Decoder | None, vllm_config: "VllmConfig") -> None:
         )
 
 
-def stage_memory_bytes(vllm_config: "VllmConfig") -> float:
+def stage_memory_bytes(vllm_config: VllmConfig) -> float:
     """What a stage has for weights and KV cache together; infinite where the KV cache's size was set by itself."""
-    from vllm.platforms import current_platform
-
     if current_platform.is_cpu() or vllm_config.cache_config.kv_cache_memory_bytes is not None:
         return math.inf
     return current_platform.get_device_total_memory() * vllm_config.cache_config.gpu_memory_utilization
 
 
-def _layer_cost(decoder: Decoder, vllm_config: "VllmConfig") -> LayerCost:
+def _layer_cost(decoder: Decoder, vllm_config: VllmConfig) -> LayerCost:
     """From the config's widths; a quantized weight is taken as one byte."""
     model = vllm_config.model_config
     config = model.hf_text_config

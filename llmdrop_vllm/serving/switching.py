@@ -5,26 +5,22 @@ and taken off again. KV cache stays allocated for every layer. The engine runs e
 a compiled one, vLLM would go on with what was compiled.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.distributed.parallel_state import get_pp_group
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.architectures.names import is_layer_list
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, standing_in
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+from llmdrop_vllm.serving.dropping import Dropping, SubstitutionError, decoder_layers, standing_in
 
 
 class MaskSwitch:
     """vLLM mixes this into its worker, of which every rank has one (`worker_extension_cls`)."""
 
-    vllm_config: "VllmConfig"
+    vllm_config: VllmConfig
     model_runner: Any
     llmdrop_switching: "Switching | None" = None
 
@@ -59,30 +55,21 @@ class MaskSwitch:
 class Switching:
     """A model whose sublayers can go and come back."""
 
-    def __init__(self, model: nn.Module, vllm_config: "VllmConfig", dropping_class: type[Dropping]) -> None:
-        self.own = Decoder.of(vllm_config.model_config.hf_config, model.architecture)
-        self.dropping = dropping_class(self.own, vllm_config)
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, dropping_class: type[Dropping]) -> None:
+        self.dropping = dropping_class(Decoder.of(vllm_config.model_config.hf_config, model.architecture), vllm_config)
         self.before: list[tuple[nn.Module, str, nn.Module]] = []
-        depth = self.own.mask.num_hidden_layers
-        lists = (each for name, each in model.named_modules() if is_layer_list(name))
-        layers = next((each for each in lists if len(each) == depth), None)
-        if layers is None:
-            raise SubstitutionError(f"{type(model).__name__} has no list of {depth} decoder layers")
-        self.layers = layers
+        _, self.layers = decoder_layers(model, self.dropping.mask.num_hidden_layers)
 
     def put_on(self, attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
         """A mask that goes without what the model was built without, and perhaps more."""
         for layer, name, module in self.before:
             setattr(layer, name, module)
         self.before = []
-        stage, own = self.dropping.stage_layers(), self._gone(self.own.mask)
-        for sublayer, dropped in self._gone(DropMask(self.own.mask.num_hidden_layers, attention, mlp)).items():
-            for index in dropped - own[sublayer]:
-                if index in stage:
-                    self._substitute(index, sublayer)
-
-    def _gone(self, mask: DropMask) -> dict[Sublayer, set[int]]:
-        return {sublayer: {*dropped} for sublayer, dropped in self.dropping.family.sublayers(mask)}
+        stage, own = self.dropping.stage_layers(), dict(self.dropping.gone)
+        mask = DropMask(self.dropping.mask.num_hidden_layers, attention, mlp)
+        for sublayer, dropped in self.dropping.family.sublayers(mask):
+            for index in {*dropped}.intersection(stage).difference(own[sublayer]):
+                self._substitute(index, sublayer)
 
     def _substitute(self, index: int, sublayer: Sublayer) -> None:
         layer = self.layers[index]

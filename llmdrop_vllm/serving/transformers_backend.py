@@ -14,7 +14,7 @@ from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.serving.dropping import Dropping, Substitutes, SubstitutionError
+from llmdrop_vllm.serving.dropping import Dropping, Substitutes, decoder_layers
 from llmdrop_vllm.serving.passthrough import DroppedPostNorm, ZeroSublayer
 
 
@@ -43,38 +43,30 @@ class BackendDropping(Dropping):
         parts: Substitutes = dict.fromkeys(names, partial(module, sublayer.transformers_tuple))
         return parts | dict.fromkeys(sublayer.norms, DroppedPostNorm)
 
-    def attention_name(self, layer: int) -> str:
-        """The dotted name of a layer's attention module."""
-        return f"{self.layers_name}.{layer}.{self.family.attention.transformers_module}"
-
     def _replace_all(self, attribute: str, model: PreTrainedModel) -> None:
-        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-        found = [name for name, layers in lists.items() if len(layers) == self.mask.num_hidden_layers]
-        if not found:
-            raise SubstitutionError(f"{type(model).__name__} has no list of {self.mask.num_hidden_layers} layers")
-        self.layers_name = f"{attribute}.{found[0]}"
-        for index, layer in enumerate(lists[found[0]]):
+        name, layers = decoder_layers(model, self.mask.num_hidden_layers)
+        self.layers_name = f"{attribute}.{name}"
+        for index, layer in enumerate(layers):
             if index in self.stage_layers():  # vLLM takes the others away
                 self.layer_index[layer] = index
-                for sublayer, dropped in self.family.sublayers(self.mask):
-                    if index in dropped:
-                        self._replace(layer, index, sublayer)
-
-    def _replace(self, layer: nn.Module, index: int, sublayer: Sublayer) -> None:
-        for name, substitute in self.substitutes_of(sublayer).items():
-            if getattr(layer, name, None) is not None:
-                setattr(layer, name, substitute())
-                self.replaced.add((index, name))
+                gone = [self.substitutes_of(sublayer) for sublayer, dropped in self.gone if index in dropped]
+                for part, substitute in (each for parts in gone for each in parts.items()):
+                    if getattr(layer, part, None) is not None:
+                        setattr(layer, part, substitute())
+                        self.replaced.add((index, part))
 
 
 class DroppableBackend(nn.Module):
-    """Mixed in before a model class of the Transformers backend."""
+    """Mixed in before `Droppable` and a model class of the Transformers backend."""
 
+    dropping_class = BackendDropping
     dropping: BackendDropping | None
 
     def recursive_replace(self, *args: Any, **kwargs: Any) -> None:
         """As the stock class; then says where the attention of the dropped layers would be."""
         super().recursive_replace(*args, **kwargs)
         if (dropping := self.dropping) is not None:
+            attention = dropping.family.attention.transformers_module
             for layer in set(dropping.mask.attention) & set(dropping.stage_layers()):
-                self.attention_fusers[layer] = dropping.attention_name(layer), AttentionFuser("a dropped sublayer")
+                name = f"{dropping.layers_name}.{layer}.{attention}"
+                self.attention_fusers[layer] = name, AttentionFuser("a dropped sublayer")

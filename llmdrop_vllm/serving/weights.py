@@ -4,10 +4,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import nn
+from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.models.utils import WeightsMapper, _model_to_pp_missing_layer_names
 
@@ -20,24 +21,29 @@ from llmdrop_vllm.masks.mask import has_layer_count
 from llmdrop_vllm.serving.overrides import may_say
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
 DROPPED = (DroppedSublayer, DroppedNorm, DroppedPostNorm)
 
 
 class Source:
     """The checkpoint of a model. vLLM can load another one into it while it runs: the weights, and not the config."""
 
-    def __init__(self, model_config: "ModelConfig", architecture: str, decoder: Decoder | None) -> None:
+    def __init__(self, model_config: ModelConfig, architecture: str, decoder: Decoder | None) -> None:
         self.model_config, self.architecture, self.decoder = model_config, architecture, decoder
         self.model = model_config.model
 
-    @property
-    def depth(self) -> float:
-        """How many layers are loaded where an override says how many; vLLM's loaders refuse weights of others."""
+    def left(self, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights but those of dropped modules, by their names in vLLM's model, and where an override says how many
+        layers there are, of others behind these, which vLLM's loaders refuse.
+
+        Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to.
+        The one of Granite's hybrids does not, and renames none.
+        """
+        gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
         shortened = self.decoder is not None and may_say(self.model_config.hf_overrides, has_layer_count)
-        return self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
+        depth = self.decoder.mask.num_hidden_layers if self.decoder and shortened else math.inf
+        for name, tensor in weights:
+            if not name.startswith(gone) and (layer_in(name) or 0) < depth:
+                yield name, tensor
 
     def has_changed(self, model: nn.Module) -> bool:
         """Whether another checkpoint has taken its place since this was asked, from which the model is to be loaded.
@@ -76,18 +82,6 @@ def forget_missing_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         _model_to_pp_missing_layer_names.pop(id(module), None)
-
-
-def without_dropped(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], depth: float
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights but those of dropped modules, by their names in vLLM's model, and of layers from `depth` on.
-
-    Nearly all of vLLM's loaders skip what a stage of a pipeline lacks, by the names that they rename weights to. The
-    one of Granite's hybrids does not, and renames none.
-    """
-    gone = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DROPPED))
-    return ((name, tensor) for name, tensor in weights if not name.startswith(gone) and (layer_in(name) or 0) < depth)
 
 
 def check_all_loaded(

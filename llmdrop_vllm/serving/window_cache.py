@@ -36,8 +36,7 @@ class WindowSpec(SlidingWindowSpec):
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """As of a sliding window, and the first stretch."""
-        blocks: int = super().max_admission_blocks_per_request(max_in_flight_tokens + STRETCH, max_model_len)
-        return blocks
+        return super().max_admission_blocks_per_request(max_in_flight_tokens + STRETCH, max_model_len)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether all are windows of this length."""
@@ -74,7 +73,6 @@ class WindowManager(SlidingWindowManager):
     ) -> tuple[tuple[list[Any], ...], int]:
         """As of a sliding window; without the first stretch nothing is found."""
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size)
-        hit: tuple[list[Any], ...]
         hit, length = super().find_longest_cache_hit(
             hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **kwargs
         )

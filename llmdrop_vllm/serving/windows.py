@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
@@ -13,9 +14,6 @@ from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.errors import MaskError
 from llmdrop_vllm.serving.window_backend import window_backend
 from llmdrop_vllm.serving.window_cache import WindowSpec
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 
 @contextmanager
@@ -57,7 +55,7 @@ def _look_back(attention: Attention, window: int) -> None:
     attention.attn_backend = window_backend(attention.attn_backend, window)
     own = attention.get_kv_cache_spec
 
-    def spec(vllm_config: "VllmConfig") -> KVCacheSpec | None:
+    def spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
         full = own(vllm_config)
         if type(full) is not FullAttentionSpec:
             return full
@@ -66,7 +64,7 @@ def _look_back(attention: Attention, window: int) -> None:
     attention.get_kv_cache_spec = spec
 
 
-def check_engine(vllm_config: "VllmConfig") -> None:
+def check_engine(vllm_config: VllmConfig) -> None:
     """Raise MaskError for an engine whose KV cache would lose a text's first stretch, or keep everything in silence."""
     if (transfer := vllm_config.kv_transfer_config) is not None and transfer.kv_connector is not None:
         raise MaskError(f"the KV connector {transfer.kv_connector} knows no windows that keep a text's first tokens")
@@ -76,7 +74,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         raise MaskError("windows are not split over --decode-context-parallel-size; use --tensor-parallel-size")
 
 
-def keeps_a_window(attention: Attention, tokens: int, vllm_config: "VllmConfig") -> bool:
+def keeps_a_window(attention: Attention, tokens: int, vllm_config: VllmConfig) -> bool:
     """Whether vLLM will keep keys and values of its own for a window of so many tokens, and no others."""
     spec = attention.get_kv_cache_spec(vllm_config)
     if isinstance(spec, WindowSpec):

@@ -15,7 +15,7 @@ from llmdrop_vllm.serving import dropping as module
 from llmdrop_vllm.serving.passthrough import DroppedNorm, DroppedPostNorm, DroppedSublayer, ZeroSublayer
 from llmdrop_vllm.serving.weights import check_all_loaded
 
-FAMILY = Family("toy", ("ToyForCausalLM",), Sublayer("attn", "ln_1", "c_proj"), Sublayer("ffn", "ln_2", "c_proj"))
+FAMILY = Family("toy", "ToyForCausalLM", Sublayer("attn", "ln_1", "c_proj"), Sublayer("ffn", "ln_2", "c_proj"))
 CONFIG = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}, static_all_moe_layers=[]))
 
 
@@ -72,7 +72,7 @@ def test_a_renamed_sublayer_is_an_error():
 
 def test_post_norms_go_too_and_a_shared_norm_stays():
     family = Family(
-        "toy", (), Sublayer("attn", None, "c_proj"), Sublayer("ffn", None, "c_proj", post_norm="ln_2"), parallel=True
+        "toy", "", Sublayer("attn", None, "c_proj"), Sublayer("ffn", None, "c_proj", post_norm="ln_2"), parallel=True
     )
     (layer,) = build(DropMask(1, attention=(0,), mlp=(0,)), num_layers=1, family=family)
     assert [type(part) for part in (layer.ln_1, layer.attn)] == [nn.LayerNorm, ZeroSublayer]
@@ -81,7 +81,7 @@ def test_post_norms_go_too_and_a_shared_norm_stays():
 
 def test_a_row_may_name_parts_that_not_every_config_has():
     def family(*optional):
-        return Family("toy", (), FAMILY.attention, replace(FAMILY.mlp, post_norm="ln_3", optional=optional))
+        return Family("toy", "", FAMILY.attention, replace(FAMILY.mlp, post_norm="ln_3", optional=optional))
 
     mask = DropMask(2, mlp=(1,))
     assert type(build(mask, family=family("ln_3"))[1].ffn) is DroppedSublayer
