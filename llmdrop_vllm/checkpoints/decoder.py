@@ -138,9 +138,8 @@ class Decoder:
     @property
     def keys_are_values(self) -> set[int]:
         """Layers whose attention has one projection for both; of Gemma 4."""
-        if not self.config.get("attention_k_eq_v"):
-            return set()
-        return {layer for layer, kind in enumerate(self._own_kinds) if kind.name == "full"}
+        kinds = self._own_kinds if self.config.get("attention_k_eq_v") else ()
+        return {layer for layer, kind in enumerate(kinds) if kind.name == "full"}
 
     def readers(self, mask: DropMask) -> dict[int, list[int]]:
         """By layer whose keys and values others read, those that do under a mask."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
@@ -26,13 +25,11 @@ class Scheme:
     calibrated: bool = True
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        "w8a8": Scheme("W8A8", "8-bit integers, activations too"),
-        "w4a16": Scheme("W4A16", "4-bit weights", grouped=True),
-        "fp8": Scheme("FP8_DYNAMIC", "8-bit floats, activations too", calibrated=False),
-    }
-)
+SCHEMES: Mapping[str, Scheme] = {
+    "w8a8": Scheme("W8A8", "8-bit integers, activations too"),
+    "w4a16": Scheme("W4A16", "4-bit weights", grouped=True),
+    "fp8": Scheme("FP8_DYNAMIC", "8-bit floats, activations too", calibrated=False),
+}
 
 
 def group_size_of(scheme: Scheme, checkpoint: Checkpoint, asked: int | None) -> int | None:

@@ -28,9 +28,8 @@ def strip_adapter(masked: MaskedCheckpoint, adapter: Path, out: Path) -> tuple[i
         if not (adapter / name).is_file():
             raise CheckpointError(f"{adapter} has no {name}; expected what PEFT's save_pretrained writes")
     sublayers = masked.checkpoint.family.sublayers(masked.mask)
-    gone = re.compile(
-        "|".join(names_pattern(sublayer, dropped) for sublayer, dropped in sublayers if dropped) or "(?!)"
-    )
+    patterns = [names_pattern(sublayer, dropped) for sublayer, dropped in sublayers if dropped]
+    gone = re.compile("|".join(patterns) or "(?!)")
     tensors = tuple(stored_tensors(adapter / WEIGHTS))
     kept = tuple(each for each in tensors if not gone.match(each.name.removeprefix(BEFORE_MODEL)))
     if not kept:

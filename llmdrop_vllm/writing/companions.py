@@ -21,12 +21,8 @@ def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[tupl
 
     Names are relative to the checkpoint; a directory that is left out as a whole ends in a slash.
     """
-    known = {
-        *without,
-        COMPARISON_FILE,
-        EVALUATION_FILE,
-        *(path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory))),
-    }
+    weights = {path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory))}
+    known = weights | without | {COMPARISON_FILE, EVALUATION_FILE}
     names = [name for name in _names(checkpoint.directory) if name not in known]
     left_out = [name for name in names if _is_left_out(checkpoint.directory, name)]
     return tuple(name for name in names if name not in left_out), tuple(left_out)

@@ -34,20 +34,18 @@ class SurgeryPlan:
     """Everything that will be in the new checkpoint.
 
     `dropped` are the tensors that the checkpoint has and the new one will not have; `zeroed` names tensors whose values
-    become zeros; `links` are files to link to in place of `shards` and `index`; `copies` and `left_out` are names in
-    the checkpoint's directory; `code` are files of ours that come along; `others` are JSON files by name, in place of
-    the checkpoint's and of records, None for what is not to be there; `warnings` are for the user to read.
+    become zeros; `links` are files to link to in place of `shards` and `index`; `copies` are other files by the names
+    that they get; `left_out` are names in the checkpoint's directory; `others` are JSON files by name, in place of the
+    checkpoint's and of records, None for what is not to be there; `warnings` are for the user to read.
     """
 
     masked: MaskedCheckpoint
     config: Mapping[str, Any]
     shards: tuple[OutputShard, ...]
-    index: str | None
     dropped: tuple[StoredTensor, ...]
     zeroed: frozenset[str]
     links: tuple[Path, ...]
-    copies: tuple[str, ...]
-    code: tuple[Path, ...]
+    copies: Mapping[str, Path]
     others: Mapping[str, Any]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -65,18 +63,24 @@ class SurgeryPlan:
     @property
     def num_bytes(self) -> int:
         """Size of all files to write, without the few that are made from this plan."""
-        sizes = ((self.masked.checkpoint.directory / name).stat().st_size for name in self.copies)
-        return self.weight_bytes + sum(sizes)
+        return self.weight_bytes + sum(path.stat().st_size for path in self.copies.values())
+
+    @property
+    def index(self) -> str | None:
+        """Name of the file that says which shard holds what; None where there is one shard, or none."""
+        if len(self.shards) < 2:
+            return None
+        return VARIANT_INDEX_FILE if self.shards[0].name.startswith(f"model.{VARIANT}") else INDEX_FILE
 
     def healed(self, tensors: Mapping[str, StoredTensor]) -> Self:
         """The same with other values for some of the tensors, of the same types and shapes."""
         shards = []
         for shard in self.shards:
-            for tensor in shard.tensors:
-                other = tensors.get(tensor.name, tensor)
+            others = tuple(tensors.get(tensor.name, tensor) for tensor in shard.tensors)
+            for tensor, other in zip(shard.tensors, others, strict=True):
                 if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
                     raise CheckpointError(f"{tensor.name} is {tensor.dtype} {tensor.shape}, healed {other}")
-            shards.append(replace(shard, tensors=tuple(tensors.get(each.name, each) for each in shard.tensors)))
+            shards.append(replace(shard, tensors=others))
         return replace(self, shards=tuple(shards))
 
 
@@ -115,17 +119,16 @@ def plan_surgery(
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     has_plain_name = plain_files and whole and checkpoint.config["architectures"] == [checkpoint.architecture]
     explicit = bool(masked.mask) and not (portable or (keep_dropped and has_plain_name))
-    copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
+    names, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
+    copies = {name: checkpoint.directory / name for name in names}
     return SurgeryPlan(
         masked=masked,
         config=_config(masked, dialect, reference, explicit=explicit, plain=renumber and not masked.mask),
         shards=shards,
-        index=_index_name(shards),
         dropped=() if config_only else _not_in(shards, source),
         zeroed=output_projections(masked) if portable else frozenset(),
         links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
-        copies=copies,
-        code=(NEMOTRON_CODE,) if for_nemotron else (),
+        copies=copies | ({NEMOTRON_CODE.name: NEMOTRON_CODE} if for_nemotron else {}),
         others=others,
         left_out=left_out,
         warnings=(*source.remarks, *_warnings(masked, dialect, reference)),
@@ -174,12 +177,6 @@ def _not_in(shards: Collection[OutputShard], source: Checkpoint) -> tuple[Stored
     return tuple(each for each in source.tensors.values() if each.num_bytes and (each.path, each.start) not in written)
 
 
-def _index_name(shards: Collection[OutputShard]) -> str | None:
-    if len(shards) < 2:
-        return None
-    return VARIANT_INDEX_FILE if all(shard.name.startswith(f"model.{VARIANT}") for shard in shards) else INDEX_FILE
-
-
 def _config(
     masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool, plain: bool
 ) -> Mapping[str, Any]:
@@ -197,13 +194,10 @@ def _config(
 
 
 def _warnings(masked: MaskedCheckpoint, dialect: str, reference: Any) -> list[str]:
-    found = []
-    if reference is None:
-        model_type = masked.checkpoint.decoder.whole_config.get("model_type")
-        found.append(
-            f"Transformers does not know model_type {model_type!r}: "
-            "names and shapes of the tensors were not compared with the architecture"
-        )
-    if dialect == "nemotron-nas":
-        found += nemotron.warnings(masked.mask, reference)
-    return found
+    if reference is not None:
+        return nemotron.warnings(masked.mask, reference) if dialect == "nemotron-nas" else []
+    model_type = masked.checkpoint.decoder.whole_config.get("model_type")
+    return [
+        f"Transformers does not know model_type {model_type!r}: "
+        "names and shapes of the tensors were not compared with the architecture"
+    ]

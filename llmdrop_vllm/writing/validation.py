@@ -12,13 +12,11 @@ def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
     """Raise MaskError for a mask that cannot be applied to this model, CheckpointError where a weight that it keeps is
     gone already.
     """
-    mask, checkpoint = masked.mask, masked.checkpoint
-    own = checkpoint.mask
-    checkpoint.decoder.check_attention_is_left(mask)
-    if not mask and not may_be_empty:
-        raise MaskError(
-            f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
-        )
+    checkpoint = masked.checkpoint
+    checkpoint.decoder.check_attention_is_left(masked.mask)
+    if not masked.mask and not may_be_empty:
+        where, own = f"{checkpoint.directory}/config.json", checkpoint.mask.summary()
+        raise MaskError(f"nothing to drop: the mask is empty, and {where} says: {own}")
     masked.check_complete()
 
 
@@ -30,22 +28,16 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
+    from llmdrop_vllm import hf
     from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     checkpoint = masked.checkpoint
     if checkpoint.decoder.whole_config.get("model_type") not in CONFIG_MAPPING:
         return None
-    model = built(masked)
+    model = hf.on_meta(hf.transformers_config(masked))
     if not checkpoint.is_quantized:
         find_tensors(checkpoint, model)
     return model.config
-
-
-def built(masked: MaskedCheckpoint) -> Any:
-    """The Transformers model that the config describes under a mask, without memory for any weights."""
-    from llmdrop_vllm import hf
-
-    return hf.on_meta(hf.transformers_config(masked))
 
 
 def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:
