@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, read_tensor
+from llmdrop_vllm.checkpoints.hf_weights import READABLE_DTYPES, TORCH_DTYPES, read_tensor
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 
 METHOD = "compressed-tensors"
-PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 LINEAR = nn.Linear(1, 1, device="meta")  # a mixture's experts are such in the checkpoint's names
 # Whose tensors the library's two compressors below unpack; a name for all of a model's is none of a module's.
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -36,7 +35,7 @@ class DequantizedTensor(StoredTensor):
 
     def read_into(self, buffer: bytearray) -> None:
         """Fill a buffer of `num_bytes` with the weight, little endian."""
-        weight = self.unpack({name: _read(part) for name, part in self.parts.items()})["weight"]
+        weight = self.unpack({name: read_tensor(part) for name, part in self.parts.items()})["weight"]
         torch.frombuffer(buffer, dtype=TORCH_DTYPES[self.dtype]).view(self.shape).copy_(weight)
 
     def read_ahead(self) -> None:
@@ -97,19 +96,15 @@ def _plain(checkpoint: Checkpoint, config: Any, module: str, stored: StoredTenso
     parts = {}
     for name in compressor.compression_param_names(scheme):
         part = checkpoint.tensors.get(f"{module}.{name}")
-        if part is None or part.dtype not in PACKED_DTYPES | TORCH_DTYPES:
+        if part is None or part.dtype not in READABLE_DTYPES:
             found = "nothing" if part is None else part.dtype
             raise CheckpointError(f"{stored.path}: {module}.{name} is {found}; its quantized weight needs it")
         parts[name] = part
     dtype = next(name for name, each in TORCH_DTYPES.items() if each == getattr(torch, checkpoint.dtype))
-    shape = tuple(_read(parts["weight_shape"]).tolist()) if is_packed else stored.shape
+    shape = tuple(read_tensor(parts["weight_shape"]).tolist()) if is_packed else stored.shape
     place = stored.path, stored.start, stored.stop
     unpack = partial(compressor.decompress, scheme=scheme)
     return DequantizedTensor(f"{module}.weight", dtype, shape, *place, parts, unpack)
-
-
-def _read(stored: StoredTensor) -> torch.Tensor:
-    return read_tensor(stored, PACKED_DTYPES | TORCH_DTYPES)
 
 
 def _refused(checkpoint: Checkpoint, how: str) -> CheckpointError:

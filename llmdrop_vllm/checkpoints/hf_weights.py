@@ -23,14 +23,15 @@ from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, StoredTensor, s
 from llmdrop_vllm.errors import CheckpointError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# And what quantizers store numbers in.
+PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
+READABLE_DTYPES = TORCH_DTYPES | PACKED_DTYPES
 
 
-def read_tensor(
-    stored: StoredTensor, dtypes: Mapping[str, torch.dtype] = MappingProxyType(TORCH_DTYPES)
-) -> torch.Tensor:
-    """A stored tensor, in memory of its own; `dtypes` are those that it may have, by safetensors' names."""
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor of one of the types above, in memory of its own."""
     stored.read_into(content := bytearray(stored.num_bytes))
-    return torch.frombuffer(content, dtype=dtypes[stored.dtype]).view(stored.shape)
+    return torch.frombuffer(content, dtype=READABLE_DTYPES[stored.dtype]).view(stored.shape)
 
 
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:

