@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.checkpoints.hf_weights import READABLE_DTYPES, TORCH_DTYPES, read_tensor
+from llmdrop_vllm.checkpoints.hf_weights import READABLE, TORCH_DTYPES, read_tensor
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 
@@ -56,8 +56,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     method = checkpoint.quantization.get("quant_method", "a tool that the config does not name")
     if method != METHOD:
         raise _refused(checkpoint, f"by {method}")
-    config = _config_of(checkpoint)
-    tensors = dict(checkpoint.tensors)
+    config, tensors = _config_of(checkpoint), dict(checkpoint.tensors)
     for name, stored in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
         if part == "weight_packed" or (part == "weight" and stored.dtype not in TORCH_DTYPES):
@@ -96,14 +95,13 @@ def _plain(checkpoint: Checkpoint, config: Any, module: str, stored: StoredTenso
     parts = {}
     for name in compressor.compression_param_names(scheme):
         part = checkpoint.tensors.get(f"{module}.{name}")
-        if part is None or part.dtype not in READABLE_DTYPES:
+        if part is None or part.dtype not in READABLE:
             found = "nothing" if part is None else part.dtype
             raise CheckpointError(f"{stored.path}: {module}.{name} is {found}; its quantized weight needs it")
         parts[name] = part
     dtype = next(name for name, each in TORCH_DTYPES.items() if each == getattr(torch, checkpoint.dtype))
     shape = tuple(read_tensor(parts["weight_shape"]).tolist()) if is_packed else stored.shape
-    place = stored.path, stored.start, stored.stop
-    unpack = partial(compressor.decompress, scheme=scheme)
+    place, unpack = (stored.path, stored.start, stored.stop), partial(compressor.decompress, scheme=scheme)
     return DequantizedTensor(f"{module}.weight", dtype, shape, *place, parts, unpack)
 
 

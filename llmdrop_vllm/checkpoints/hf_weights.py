@@ -24,14 +24,13 @@ from llmdrop_vllm.errors import CheckpointError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # And what quantizers store numbers in.
-PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
-READABLE_DTYPES = TORCH_DTYPES | PACKED_DTYPES
+READABLE = TORCH_DTYPES | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor of one of the types above, in memory of its own."""
     stored.read_into(content := bytearray(stored.num_bytes))
-    return torch.frombuffer(content, dtype=READABLE_DTYPES[stored.dtype]).view(stored.shape)
+    return torch.frombuffer(content, dtype=READABLE[stored.dtype]).view(stored.shape)
 
 
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
@@ -151,11 +150,8 @@ def _find_tower(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Sto
 
 
 def _check_tensor(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    where = f"{stored.name} in {stored.path}"
     if stored.shape != expected:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has shape {list(stored.shape)}; the config says {list(expected)}"
-        )
+        raise CheckpointError(f"{where} has shape {list(stored.shape)}; the config says {list(expected)}")
     if stored.dtype not in TORCH_DTYPES:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}"
-        )
+        raise CheckpointError(f"{where} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}")

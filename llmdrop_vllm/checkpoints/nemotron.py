@@ -47,8 +47,7 @@ def plain(entries: Mapping[str, Any]) -> dict[str, Any]:
     """
     if entries.get("model_type") != MODEL_TYPE:
         return dict(entries)
-    source = entries.get(SOURCE)
-    if source is None:
+    if (source := entries.get(SOURCE)) is None:
         source = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | _widths(entries)
     elif not (isinstance(source, Mapping) and {"architectures", "model_type"} <= set(source) <= set(RENAMED_KEYS)):
         raise CheckpointError(f"{SOURCE} is {source!r}; expected an object with {', '.join(RENAMED_KEYS)}")
@@ -100,12 +99,8 @@ def _check_expressible(model_type: object, config: Any) -> None:
 def _block_configs(mask: DropMask, config: Any) -> dict[str, Any]:
     """The mask's entries, with the widths of what is kept."""
     width, group = config.intermediate_size, config.num_attention_heads // config.num_key_value_heads
-    # As the engines compute it: see _intermediate_size.
-    times = {"ffn_mult": 3 * width / (2 * config.hidden_size)}
-    kept = {
-        "attention": {"n_heads_in_group": group},
-        "ffn": {"intermediate_size": width} if width % FFN_MULTIPLE else times,
-    }
+    ffn = {"intermediate_size": width} if width % FFN_MULTIPLE else {"ffn_mult": 3 * width / (2 * config.hidden_size)}
+    kept = {"attention": {"n_heads_in_group": group}, "ffn": ffn}
     gone = {"attention": {"n_heads_in_group": None}, "ffn": {"ffn_mult": None}}
     entries = mask.to_config("nemotron-nas")
     for block in entries["block_configs"]:

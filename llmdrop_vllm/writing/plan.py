@@ -16,6 +16,7 @@ from llmdrop_vllm.writing.companions import companions
 from llmdrop_vllm.writing.renumbering import renumbered
 from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
 
+DROPPED = f"model.{VARIANT}"  # how names of files begin that no other loader takes for the whole model's
 NEMOTRON_CODE = Path(nemotron.__file__).with_name("configuration_nemotron_nas.py")
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
@@ -70,7 +71,7 @@ class SurgeryPlan:
         """Name of the file that says which shard holds what; None where there is one shard, or none."""
         if len(self.shards) < 2:
             return None
-        return VARIANT_INDEX_FILE if self.shards[0].name.startswith(f"model.{VARIANT}") else INDEX_FILE
+        return VARIANT_INDEX_FILE if self.shards[0].name.startswith(DROPPED) else INDEX_FILE
 
     def healed(self, tensors: Mapping[str, StoredTensor]) -> Self:
         """The same with other values for some of the tensors, of the same types and shapes."""
@@ -115,15 +116,15 @@ def plan_surgery(
     whole = keeps_all and checkpoint.is_whole
     reference = checked_config(checkpoint.under(checkpoint.decoder.whole) if whole else masked)
     plain_files = for_nemotron or (whole and not masked.mask.windows)
-    shards = () if config_only else _shards(masked, keeps_all, None if plain_files else VARIANT)
+    shards = () if config_only else _shards(masked, keeps_all, "model" if plain_files else DROPPED)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     has_plain_name = plain_files and whole and checkpoint.config["architectures"] == [checkpoint.architecture]
-    explicit = bool(masked.mask) and not (portable or (keep_dropped and has_plain_name))
-    names, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
-    copies = {name: checkpoint.directory / name for name in names}
+    explicit = bool(masked.mask) and not (portable or for_nemotron or (keep_dropped and has_plain_name))
+    silent = for_nemotron or (renumber and not masked.mask)
+    copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
     return SurgeryPlan(
         masked=masked,
-        config=_config(masked, dialect, reference, explicit=explicit, plain=renumber and not masked.mask),
+        config=_config(masked, dialect, reference, explicit, silent),
         shards=shards,
         dropped=() if config_only else _not_in(shards, source),
         zeroed=output_projections(masked) if portable else frozenset(),
@@ -158,13 +159,13 @@ def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool, c
         )
 
 
-def _shards(masked: MaskedCheckpoint, keeps_all: bool, variant: str | None) -> tuple[OutputShard, ...]:
+def _shards(masked: MaskedCheckpoint, keeps_all: bool, prefix: str) -> tuple[OutputShard, ...]:
     """One for each weight file that keeps anything, numbered as Transformers does."""
     checkpoint = masked.checkpoint
     sources: dict[Path, list[StoredTensor]] = {}
     for tensor in (checkpoint.tensors if keeps_all else masked.kept).values():
         sources.setdefault(tensor.path, []).append(tensor)
-    prefix, shards = f"model.{variant}" if variant else "model", []
+    shards = []
     for number, (path, tensors) in enumerate(sources.items(), start=1):
         numbers = f"-{number:05}-of-{len(sources):05}" if len(sources) > 1 else ""
         shards.append(OutputShard(f"{prefix}{numbers}.safetensors", tuple(tensors), checkpoint.metadata[path]))
@@ -177,19 +178,14 @@ def _not_in(shards: Collection[OutputShard], source: Checkpoint) -> tuple[Stored
     return tuple(each for each in source.tensors.values() if each.num_bytes and (each.path, each.start) not in written)
 
 
-def _config(
-    masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool, plain: bool
-) -> Mapping[str, Any]:
-    """config.json of the new checkpoint, its keys in the order of the old one's; `plain` ones do not speak of masks."""
-    checkpoint, mask = masked.checkpoint, masked.mask
-    if dialect == "nemotron-nas":
-        # The architecture without our prefix is what the model is called when it gets its name back.
-        entries = checkpoint.decoder.config_with({}) | {"architectures": [checkpoint.architecture]}
-        entries = nemotron.renamed(entries, mask, reference, NEMOTRON_CLASS)
-    else:
-        # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
-        name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
-        entries = checkpoint.decoder.config_with({} if plain else mask.to_config(dialect)) | {"architectures": [name]}
+def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, explicit: bool, silent: bool) -> Mapping[str, Any]:
+    """config.json of the new checkpoint, its keys in the order of the old one's; `silent`: it speaks of no mask."""
+    checkpoint, said = masked.checkpoint, {} if silent else masked.mask.to_config(dialect)
+    # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
+    name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
+    entries = checkpoint.decoder.config_with(said) | {"architectures": [name]}
+    if dialect == "nemotron-nas":  # what the model is called above is what it is called when it gets its name back
+        entries = nemotron.renamed(entries, masked.mask, reference, NEMOTRON_CLASS)
     return {key: entries[key] for key in checkpoint.config if key in entries} | entries
 
 

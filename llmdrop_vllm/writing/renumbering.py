@@ -105,10 +105,9 @@ class Renumbering:
 
     def mask(self, mask: DropMask) -> DropMask:
         """What is left of a mask for the layers that stay."""
-        attention, mlp = (
-            tuple(self.numbers[layer] for layer in gone if layer in self.numbers) for gone in (mask.attention, mask.mlp)
-        )
-        windows = tuple((self.numbers[layer], tokens) for layer, tokens in mask.windows if layer in self.numbers)
+        new = self.numbers
+        attention, mlp = (tuple(new[layer] for layer in gone if layer in new) for gone in (mask.attention, mask.mlp))
+        windows = tuple((new[layer], tokens) for layer, tokens in mask.windows if layer in new)
         return DropMask(len(self.kept), attention, mlp, windows)
 
     def config(self, decoder: Decoder) -> dict[str, Any]:

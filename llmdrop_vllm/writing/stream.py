@@ -19,15 +19,10 @@ from llmdrop_vllm.writing.plan import OutputShard
 # Small enough to stay in a processor's cache between reading, looking and writing; enough of them that neither the
 # reader nor the writer waits for the other when the system lets one of them pause.
 BUFFER_BYTES, NUM_BUFFERS = 1 << 19, 8  # a multiple of every type's size: no part ends inside a number
-# Bits of infinity and its type as a signed integer: what is above it is NaN. With the sign bit, the same as unsigned.
-INFINITY = {
-    "F64": (np.int64, 0x7FF0_0000_0000_0000),
-    "F32": (np.int32, 0x7F80_0000),
-    "F16": (np.int16, 0x7C00),
-    "BF16": (np.int16, 0x7F80),
-    "F8_E5M2": (np.int8, 0x7C),
-    "F8_E4M3": (np.int8, 0x7E),  # it has no infinity; this is its largest number
-}
+# Bits of infinity, or of the largest number where there is none: what is above it as a signed integer is NaN. With the
+# sign bit, the same as unsigned.
+INFINITY = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+INFINITY |= {"F8_E5M2": 0x7C, "F8_E4M3": 0x7E}
 
 Progress = Callable[[int], None]
 
@@ -65,11 +60,10 @@ def holds_nan(dtype: str, view: memoryview) -> bool:
     """Whether there is a NaN among little-endian values of a safetensors dtype; False for dtypes without NaN."""
     if dtype not in INFINITY:
         return False
-    signed, infinity = INFINITY[dtype]
-    values = np.frombuffer(view, dtype=signed)
-    sign_bit = 1 << (8 * values.itemsize - 1)
+    bits, infinity = dtype_bits(dtype), INFINITY[dtype]
     # Two maxima of integers: no temporary array, and faster than the memory.
-    return bool(values.max() > infinity or values.view(f"u{values.itemsize}").max() > sign_bit + infinity)
+    signed, unsigned = (np.frombuffer(view, f"{kind}{bits // 8}").max() for kind in "iu")
+    return bool(signed > infinity or unsigned > (1 << (bits - 1)) + infinity)
 
 
 def _contents(

@@ -44,21 +44,16 @@ def write_checkpoint(
 
 def check_destination(plan: SurgeryPlan, out: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless the planned checkpoint can be written there, as far as can be told beforehand."""
-    out = out.absolute()
-    _check_place(plan, out)
-    check_free(out, overwrite=overwrite)
-    if not partial_of(out).exists():  # what a killed run left there goes before anything is written
-        _check_space(plan, next(parent for parent in out.parents if parent.exists()), out)
-
-
-def _check_place(plan: SurgeryPlan, out: Path) -> None:
-    checkpoint = plan.masked.checkpoint
+    out, checkpoint = out.absolute(), plan.masked.checkpoint
     target, model = out.resolve(), checkpoint.directory.resolve()
     if target == model or model in target.parents or target in model.parents:
         raise OutputError(f"{out} is, contains or lies inside the model {checkpoint.directory}; choose another")
     for path in checkpoint.metadata:
         if target in path.resolve().parents:
             raise OutputError(f"{path} is a link into {out}, which must not be overwritten while it is read")
+    check_free(out, overwrite=overwrite)
+    if not partial_of(out).exists():  # what a killed run left there goes before anything is written
+        _check_space(plan, next(parent for parent in out.parents if parent.exists()), out)
 
 
 def _check_space(plan: SurgeryPlan, where: Path, out: Path) -> None:
@@ -76,11 +71,8 @@ def _write_others(plan: SurgeryPlan, directory: Path, records: Mapping[str, Reco
             write_record(record, directory / name)
     files = {**plan.others, "config.json": plan.config}
     if plan.index:
-        weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
-        files[plan.index] = {
-            "metadata": {"total_size": plan.weight_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+        weight_map = dict(sorted((tensor.name, shard.name) for shard in plan.shards for tensor in shard.tensors))
+        files[plan.index] = {"metadata": {"total_size": plan.weight_bytes}, "weight_map": weight_map}
     for name, value in files.items():
         if value is not None:
             text = json.dumps(value, indent=2, ensure_ascii=False)
