@@ -23,7 +23,10 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 
 @dataclass(frozen=True)
 class DequantizedTensor(StoredTensor):
-    """A plain weight whose bytes are in no file; `parts` are by their names in the module, `shape` is unpacked."""
+    """A plain weight whose bytes are in no file; `parts` are by their names in the module, `shape` is unpacked.
+
+    `path`, `start` and `stop` are of the quantized numbers.
+    """
 
     parts: Mapping[str, StoredTensor]
     unpack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -37,11 +40,6 @@ class DequantizedTensor(StoredTensor):
         """Fill a buffer of `num_bytes` with the weight, little endian."""
         weight = self.unpack({name: read_tensor(part) for name, part in self.parts.items()})["weight"]
         torch.frombuffer(buffer, dtype=TORCH_DTYPES[self.dtype]).view(self.shape).copy_(weight)
-
-    def read_ahead(self) -> None:
-        """Ask the system to have the parts at hand soon."""
-        for part in self.parts.values():
-            part.read_ahead()
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:

@@ -64,11 +64,10 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     Shards that an index does not list are left over from another time, and no engine reads them.
     """
     index_file, index = read_index(directory)
-    if listed := sorted(set(index.values())):
-        for file in listed:
-            if not (directory / file).is_file():
-                raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        return [directory / file for file in listed], index
+    if listed := sorted({directory / file for file in index.values()}):
+        if missing := [path for path in listed if not path.is_file()]:
+            raise CheckpointError(f"{missing[0]} is missing; {index_file} lists it")
+        return listed, index
     if numbered := sorted(directory.glob("model*-of-*.safetensors")):
         counts = {path.stem.rpartition("-of-")[2] for path in numbered}
         if counts == {f"{len(numbered):05}"}:  # all of them, which vLLM reads as they are

@@ -9,12 +9,12 @@ from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints import nemotron
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
-from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
 from llmdrop_vllm.writing.renumbering import renumbered
-from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
+from llmdrop_vllm.writing.validation import check_surgery, checked_config, output_projections
 
 DROPPED = f"model.{VARIANT}"  # how names of files begin that no other loader takes for the whole model's
 NEMOTRON_CODE = Path(nemotron.__file__).with_name("configuration_nemotron_nas.py")
@@ -104,12 +104,10 @@ def plan_surgery(
     """
     source = checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     dialect = dialect or next(iter(DropMask.dialects(checkpoint.config)), ON_DISK[0])
-    _check_options(dialect, portable, config_only, keep_dropped, renumber)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
-    check_mask(masked, may_be_empty=keep_dropped)
+    check_surgery(masked, dialect, portable, config_only, keep_dropped, renumber)
     masked, others = renumbered(masked) if renumber else (masked, {})
     checkpoint = masked.checkpoint
-    _check_can_be_said(masked, dialect, portable, config_only)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
     for_nemotron = dialect == "nemotron-nas"
     keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or masked.loses_nothing
@@ -134,29 +132,6 @@ def plan_surgery(
         left_out=left_out,
         warnings=(*source.remarks, *_warnings(masked, dialect, reference)),
     )
-
-
-def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool, renumber: bool) -> None:
-    if dialect not in ON_DISK:
-        raise MaskError(f"{dialect!r} is not a dialect for checkpoints; expected one of {', '.join(ON_DISK)}")
-    if portable + config_only + keep_dropped > 1:
-        raise InputError("portable, config_only and keep_dropped exclude each other")
-    if config_only and renumber:
-        raise InputError("renumbered layers have tensors of other names; config_only links to those that there are")
-    if portable and dialect == "nemotron-nas":
-        raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
-
-
-def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool, config_only: bool) -> None:
-    if dialect in DIALECTS and DIALECTS[dialect].foreign(masked.checkpoint.config):
-        keys = ", ".join(DIALECTS[dialect].keys)
-        raise MaskError(f"the config's {keys} tells how wide layers are; say the mask in the dialect llm-drop")
-    if masked.mask.windows and (portable or dialect == "nemotron-nas"):
-        raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
-    if config_only and dialect == "nemotron-nas" and not masked.loses_nothing:
-        raise InputError(
-            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
-        )
 
 
 def _shards(masked: MaskedCheckpoint, keeps_all: bool, prefix: str) -> tuple[OutputShard, ...]:
