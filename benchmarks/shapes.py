@@ -14,7 +14,7 @@ from llmdrop_vllm.architectures.families import family_of
 from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.fetching.fetch import fetch
-from llmdrop_vllm.fetching.models import MODELS
+from llmdrop_vllm.fetching.wheels import MODELS
 from llmdrop_vllm.kv_cache.kinds import layer_kinds
 from llmdrop_vllm.kv_cache.layout import KVLayout, kv_layout
 

@@ -35,27 +35,30 @@ def as_base(entries: Mapping[str, Any]) -> Mapping[str, Any]:
     renamed = {key: value for key, value in entries.items() if key != BASE} | {"architectures": [base]}
     if (blocks := entries.get("block_configs")) is None:
         return renamed
-    subblocks = [[*_subblocks(block, f"block_configs[{layer}]")] for layer, block in enumerate(blocks)]
+    masked: list[dict[str, Any]] = []
     first: dict[str, tuple[str, dict[str, Any]]] = {}
-    for where, settings in (each for block in subblocks for each in block):
-        if not settings.get("no_op"):
+    for layer, block in enumerate(blocks):
+        gone = set()
+        for where, settings in _subblocks(block, f"block_configs[{layer}]"):
+            if settings.get("no_op"):
+                gone.add(PARTS[settings["kind"]])
+                continue
             _check_width(where, settings, entries)
             kept_where, kept = first.setdefault(settings["kind"], (where, settings))
-            if differing := sorted(key for key in settings if settings[key] != kept.get(key)):
-                key = differing[0]
+            if key := min((key for key in settings if settings[key] != kept.get(key)), default=None):
                 raise CheckpointError(
                     f"{where}.{key} is {settings[key]!r}, {kept_where}.{key} is {kept.get(key)!r}; "
                     f"layers that differ are not built by vLLM as {base}"
                 )
-    return renamed | {"block_configs": [_masked(settings for _, settings in block) for block in subblocks]}
+        masked.append({part: {"no_op": part in gone} for part in ("attention", "ffn")})
+    return renamed | {"block_configs": masked}
 
 
 def _subblocks(block: Any, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
     """Each with its place, in both forms that exports have had."""
     if not isinstance(block, Mapping):
         raise CheckpointError(f"{where} is {block!r}; expected an object")
-    listed = block.get("subblock_configs")
-    if listed is None:
+    if (listed := block.get("subblock_configs")) is None:
         listed = [{"kind": part, **(block.get(part) or {})} for part in ("attention", "ffn")]
     for number, settings in enumerate(listed):
         kind = settings.get("kind") if isinstance(settings, Mapping) else settings
@@ -69,9 +72,3 @@ def _check_width(where: str, settings: Mapping[str, Any], entries: Mapping[str, 
         said = next((entries[name] for name in names if entries.get(name) is not None), None)
         if None not in (found := settings.get(key), said) and found != said:
             raise CheckpointError(f"{where}.{key} is {found!r}, the config's is {said!r}; vLLM builds one width only")
-
-
-def _masked(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """A block that only says what is gone."""
-    gone = {PARTS[each["kind"]] for each in settings if each.get("no_op")}
-    return {part: {"no_op": part in gone} for part in ("attention", "ffn")}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,14 +35,13 @@ QUANTIZED_KEYS, QUANTIZED_FILE = ("quantization_config", "compression_config"), 
 class Checkpoint:
     """A directory with config.json and safetensors whose index, shards and headers agree.
 
-    `config` is config.json as it is; `decoder` and `family` are what it says of the layers. `remarks` are for the user
-    to read: what is odd about the files, and does no harm.
+    `config` is config.json as it is; `decoder` is what it says of the layers. `remarks` are for the user to read: what
+    is odd about the files, and does no harm.
     """
 
     directory: Path
     config: Mapping[str, Any]
     decoder: Decoder
-    family: Family
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[Path, Mapping[str, str]]
     remarks: tuple[str, ...] = ()
@@ -58,7 +57,9 @@ class Checkpoint:
         config = read_config(directory)
         paths, index = weight_files(directory)
         tensors, metadata = _read(paths)
-        remarks = _unlisted(tensors, index)
+        remarks = []
+        if index and (unlisted := sorted({*tensors} - {*index})):  # engines load whatever a file that is listed holds
+            remarks.append(f"the index does not list {unlisted[0]} ({len(unlisted)} such tensors); they come along")
         for path in sorted({*directory.glob(DRAFT_HEADS)} - {*paths}):
             head, its_metadata = _read([path])
             if not head.keys() & tensors.keys():
@@ -72,11 +73,16 @@ class Checkpoint:
         decoder = Decoder.of(MappingProxyType(entries), names[0])
         if decoder.family is None:
             raise CheckpointError(f"{directory}: {no_row(tower_of(entries, names[0])[0] or names[0])}")
-        _check_layers(directory, tensors, decoder.family, decoder.mask)
-        whole, found = MappingProxyType(config), MappingProxyType(tensors)
-        checkpoint = cls(directory, whole, decoder, decoder.family, found, metadata, tuple(remarks))
-        checkpoint._check_index(index)
-        return checkpoint
+        found = cls(directory, MappingProxyType(config), decoder, MappingProxyType(tensors), metadata, tuple(remarks))
+        found._check_layers()
+        found._check_index(index)
+        return found
+
+    @property
+    def family(self) -> Family:
+        """How the layers name their sublayers."""
+        assert self.decoder.family is not None, "without a row there is no checkpoint"
+        return self.decoder.family
 
     @property
     def architecture(self) -> str:
@@ -102,8 +108,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Of the weights, as the config names it; bfloat16 where it names none that a KV cache can have."""
-        said = (config.get(key) for config in (self.config, self.decoder.config) for key in ("dtype", "torch_dtype"))
-        name = str(next(filter(None, said), "bfloat16"))
+        name = str(next(self._said("dtype", "torch_dtype"), "bfloat16"))
         return name if name in DTYPE_BYTES else "bfloat16"
 
     @property
@@ -115,8 +120,7 @@ class Checkpoint:
     @property
     def quantization(self) -> Mapping[str, Any]:
         """What the config says of how the weights are stored; empty where it says nothing."""
-        said = (entries.get(key) for entries in (self.config, self.decoder.config) for key in QUANTIZED_KEYS)
-        return next((each for each in said if isinstance(each, Mapping) and each), {})
+        return next((each for each in self._said(*QUANTIZED_KEYS) if isinstance(each, Mapping)), {})
 
     @property
     def is_quantized(self) -> bool:
@@ -134,16 +138,14 @@ class Checkpoint:
         layers = tuple(range(self.mask.num_hidden_layers))
         # Where all sublayers of a kind are gone, no other layer shows what is missing.
         kinds = (DropMask(len(layers), attention=layers), DropMask(len(layers), mlp=layers))
-        return not any(MaskedCheckpoint(self, each).loses_nothing for each in kinds) and not (
-            self.under(self.decoder.whole).missing
-        )
+        lacks_a_kind = any(MaskedCheckpoint(self, each).loses_nothing for each in kinds)
+        return not lacks_a_kind and not self.under(self.decoder.whole).missing
 
     @cached_property
     def fingerprint(self) -> str:
         """Which weights these are: a hash of every tensor's name, dtype, shape and first 4 KiB."""
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name]
+        for name, tensor in sorted(self.tensors.items()):
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             digest.update(tensor.head())
         return digest.hexdigest()[:16]
@@ -153,15 +155,41 @@ class Checkpoint:
         self.decoder.check(mask)
         return MaskedCheckpoint(self, mask)
 
+    def _said(self, *keys: str) -> Iterator[Any]:
+        """What the config says under these keys, on top and then beside its decoder's layers."""
+        return (entries[key] for entries in (self.config, self.decoder.config) for key in keys if entries.get(key))
+
+    def _check_layers(self) -> None:
+        """Raise CheckpointError where there is nothing of a layer that the config and its mask keep."""
+        found = {layer for name in self.tensors if (layer := layer_in(name)) is not None}
+        if not found:
+            name = min(self.tensors, default="none")
+            hint = f"; it holds {ADAPTER}" if name.startswith("base_model.") else ""
+            raise CheckpointError(f"{self.directory} has no decoder layers, only tensors like {name}{hint}")
+        depth, number = self.mask.num_hidden_layers, max(found) + 1
+        without_mixer, without_mlp = self.family.absent(self.mask)
+        if not (lacking := {*range(depth)} - found - (without_mixer & without_mlp)):
+            return
+        said = f"{self.directory} has weights of layers {ranges(found)}, and config.json says {depth} layers: "
+        if min(lacking) >= number:
+            raise CheckpointError(f"{said}{ranges(lacking)} are missing; set the number to {number}, or find them")
+        # Whoever cut layers out and left the numbers has a model with a mask.
+        gone = sorted({*range(number)} - found)
+        entries = ", ".join(f'"{key}": {gone}' for key in ("drop_attn_list", "drop_mlp_list"))
+        raise CheckpointError(
+            f"{said}{ranges(gone)} were cut out, and the others kept their numbers. Say so in config.json: set the "
+            f"number to {number} and add {entries}; then `llmdrop convert {self.directory} OUT --renumber` makes an "
+            f"ordinary model of {len(found)} layers"
+        )
+
     def _check_index(self, index: Mapping[str, str]) -> None:
         for name, file in index.items():
-            tensor = self.tensors.get(name)
-            if tensor is None:
-                # A stripped checkpoint whose index still lists what is gone says nothing wrong about what is there.
-                if not in_dropped_sublayer(name, self.family, self.mask):
-                    raise CheckpointError(f"{self.directory}: the index puts {name} in {file}, which does not hold it")
-            elif tensor.path.name != file:
-                raise CheckpointError(f"{name} is in {tensor.path}; the index puts it in {file}")
+            if (tensor := self.tensors.get(name)) is not None:
+                if tensor.path.name != file:
+                    raise CheckpointError(f"{name} is in {tensor.path}; the index puts it in {file}")
+            # A stripped checkpoint whose index still lists what is gone says nothing wrong about what is there.
+            elif not in_dropped_sublayer(name, self.family, self.mask):
+                raise CheckpointError(f"{self.directory}: the index puts {name} in {file}, which does not hold it")
 
 
 @dataclass(frozen=True)
@@ -175,9 +203,8 @@ class MaskedCheckpoint:
     def kept(self) -> Mapping[str, StoredTensor]:
         """The checkpoint's tensors but those of dropped sublayers."""
         tensors, family = self.checkpoint.tensors.items(), self.checkpoint.family
-        return MappingProxyType(
-            {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
-        )
+        kept = {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
+        return MappingProxyType(kept)
 
     @property
     def weight_bytes(self) -> int:
@@ -190,18 +217,15 @@ class MaskedCheckpoint:
         return len(self.kept) == len(self.checkpoint.tensors)
 
     @cached_property
-    def missing(self) -> tuple[str, ...]:
+    def missing(self) -> set[str]:
         """Weights of kept sublayers that the checkpoint lacks."""
-        return tuple(sorted(missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)))
+        return missing_weights(self.checkpoint.tensors, self.checkpoint.family, self.mask)
 
     def check_complete(self) -> None:
         """Raise CheckpointError where weights of kept sublayers are not there."""
         if self.missing:
-            directory, own = self.checkpoint.directory, self.checkpoint.mask
-            raise CheckpointError(
-                f"{directory} lacks weights of sublayers that the mask keeps: {listed(self.missing)}; "
-                f"its config says: {own.summary()}"
-            )
+            own = self.checkpoint.mask.summary()
+            raise CheckpointError(f"{_lacking(self.checkpoint.directory, self.missing)}; its config says: {own}")
 
     @cached_property
     def layout(self) -> KVLayout:
@@ -222,37 +246,6 @@ def _read(paths: Iterable[Path]) -> tuple[dict[str, StoredTensor], dict[Path, Ma
     return tensors, metadata
 
 
-def _unlisted(tensors: Iterable[str], index: Mapping[str, str]) -> list[str]:
-    """Engines load whatever a file that is listed holds."""
-    names = sorted({*tensors} - {*index}) if index else []
-    return [f"the index does not list {names[0]} ({len(names)} such tensors); they come along"] if names else []
-
-
-def _check_layers(directory: Path, names: Iterable[str], family: Family, mask: DropMask) -> None:
-    """Raise CheckpointError where there is nothing of a layer that the config and its mask keep."""
-    names = {*names}
-    found = {layer for name in names if (layer := layer_in(name)) is not None}
-    if not found:
-        name = min(names, default="none")
-        hint = f"; it holds {ADAPTER}" if name.startswith("base_model.") else ""
-        raise CheckpointError(f"{directory} has no decoder layers, only tensors like {name}{hint}")
-    depth = mask.num_hidden_layers
-    without_mixer, without_mlp = family.absent(mask)
-    if not (lacking := {*range(depth)} - found - (without_mixer & without_mlp)):
-        return
-    said = f"{directory} has weights of layers {ranges(found)}, and config.json says {depth} layers: "
-    if min(lacking) > max(found):
-        raise CheckpointError(f"{said}{ranges(lacking)} are missing; set the number to {max(found) + 1}, or find them")
-    # Whoever cut layers out and left the numbers has a model with a mask.
-    gone = sorted({*range(max(found) + 1)} - found)
-    entries = ", ".join(f'"{key}": {gone}' for key in ("drop_attn_list", "drop_mlp_list"))
-    raise CheckpointError(
-        f"{said}{ranges(gone)} were cut out, and the others kept their numbers. Say so in config.json: set the number "
-        f"to {max(found) + 1} and add {entries}; then `llmdrop convert {directory} OUT --renumber` makes an ordinary "
-        f"model of {len(found)} layers"
-    )
-
-
 def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
     """Raise CheckpointError for a damaged shard and for weights that the mask keeps and no shard holds.
 
@@ -263,10 +256,11 @@ def check_complete(directory: Path, family: Family, mask: DropMask) -> None:
     for name, file in needed.items():
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory / file} is missing; {index_file} says that it holds {name}")
-    files = sorted(set(index.values())) or sorted(path.name for path in directory.glob("*.safetensors"))
-    found = {
-        name for file in files if (directory / file).is_file() for name in open_shard(directory / file).offset_keys()
-    }
-    missing = ({*needed} - found) | missing_weights(found, family, mask)
-    if missing:
-        raise CheckpointError(f"{directory} lacks weights of sublayers that the mask keeps: {listed(missing)}")
+    files = sorted({directory / file for file in index.values()} or directory.glob("*.safetensors"))
+    found = {name for file in files if file.is_file() for name in open_shard(file).offset_keys()}
+    if missing := ({*needed} - found) | missing_weights(found, family, mask):
+        raise CheckpointError(_lacking(directory, missing))
+
+
+def _lacking(directory: Path, missing: Iterable[str]) -> str:
+    return f"{directory} lacks weights of sublayers that the mask keeps: {listed(missing)}"

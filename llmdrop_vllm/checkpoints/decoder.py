@@ -138,9 +138,8 @@ class Decoder:
     @property
     def keys_are_values(self) -> set[int]:
         """Layers whose attention has one projection for both; of Gemma 4."""
-        if not self.config.get("attention_k_eq_v"):
-            return set()
-        return {layer for layer, kind in enumerate(self._own_kinds) if kind.name == "full"}
+        kinds = self._own_kinds if self.config.get("attention_k_eq_v") else ()
+        return {layer for layer, kind in enumerate(kinds) if kind.name == "full"}
 
     def readers(self, mask: DropMask) -> dict[int, list[int]]:
         """By layer whose keys and values others read, those that do under a mask."""
@@ -171,19 +170,16 @@ class Decoder:
             )
         if mask.windows and (self.config.get("model_type") in WITH_ALIBI or self.config.get("alibi")):
             raise MaskError("the model's ALiBi weighs keys by where they stand, which windows do not keep")
+        read_by = self.readers(mask) if mask.windows else {}
         for layer, tokens in mask.windows:
             kind = found[layer]
-            if layer in (others := self.readers(mask)):
-                raise MaskError(
-                    f"layer {layer} takes no window: layers {ranges(others[layer])} read its keys and values"
-                )
+            if its := read_by.get(layer):
+                raise MaskError(f"layer {layer} takes no window: layers {ranges(its)} read its keys and values")
             if kind.name not in ("full", "sliding"):
                 raise MaskError(f"layer {layer} has {kind} attention, which takes no window; full or sliding ones do")
             found[layer] = replace(kind, name="window" if kind.span is None else kind.name, span=tokens)
-            seen = found[layer].seen_in_full
+            window, seen = f"a window of {tokens} tokens in layer {layer}", found[layer].seen_in_full
             for said, needed in {"it sees": kind.span, "the model's context is": context}.items():
                 if needed is not None and seen is not None and needed <= seen:
-                    raise MaskError(
-                        f"a window of {tokens} tokens in layer {layer} changes nothing: {said} {needed} tokens"
-                    )
+                    raise MaskError(f"{window} changes nothing: {said} {needed} tokens")
         return tuple(found)

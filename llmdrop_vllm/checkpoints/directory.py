@@ -47,18 +47,15 @@ def check_model_name(model: str | Path) -> None:
 
 def local_directory(model: str | Path) -> Path:
     check_model_name(model)
-    directory = Path(model)
-    if directory.is_dir():
-        return directory
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(model, ignore_patterns=[*OTHER_WEIGHTS, "original/*"])
+        return Path(snapshot_download(model, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model} is neither a directory nor a hub repository that can be read: {error}"
-        ) from None
-    return Path(found)
+        message = f"{model} is neither a directory nor a hub repository that can be read: {error}"
+        raise CheckpointError(message) from None
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
@@ -67,11 +64,10 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     Shards that an index does not list are left over from another time, and no engine reads them.
     """
     index_file, index = read_index(directory)
-    if listed := sorted(set(index.values())):
-        for file in listed:
-            if not (directory / file).is_file():
-                raise CheckpointError(f"{directory / file} is missing; {index_file} lists it")
-        return [directory / file for file in listed], index
+    if listed := sorted({directory / file for file in index.values()}):
+        if missing := [path for path in listed if not path.is_file()]:
+            raise CheckpointError(f"{missing[0]} is missing; {index_file} lists it")
+        return listed, index
     if numbered := sorted(directory.glob("model*-of-*.safetensors")):
         counts = {path.stem.rpartition("-of-")[2] for path in numbered}
         if counts == {f"{len(numbered):05}"}:  # all of them, which vLLM reads as they are
@@ -82,8 +78,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             return [directory / name], {}
     if gguf := sorted(directory.glob("*.gguf")):
         raise CheckpointError(f"{directory} has its weights as GGUF; convert them: {command('fetch', gguf[0], 'DIR')}")
-    others = [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]
-    if others:
+    if others := [path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)]:
         here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
         convert = f'M.from_pretrained({here}, dtype="auto").save_pretrained({there})'
         raise CheckpointError(

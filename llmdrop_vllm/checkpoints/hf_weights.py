@@ -5,8 +5,7 @@ Transformers 5 merges, for one, a mixture's experts into one parameter; its own 
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,23 +23,20 @@ from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, StoredTensor, s
 from llmdrop_vllm.errors import CheckpointError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# And what quantizers store numbers in.
+READABLE = TORCH_DTYPES | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 
 
-def read_tensor(
-    stored: StoredTensor, dtypes: Mapping[str, torch.dtype] = MappingProxyType(TORCH_DTYPES)
-) -> torch.Tensor:
-    """A stored tensor, in memory of its own; `dtypes` are those that it may have, by safetensors' names."""
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor of one of the types above, in memory of its own."""
     stored.read_into(content := bytearray(stored.num_bytes))
-    return torch.frombuffer(content, dtype=dtypes[stored.dtype]).view(stored.shape)
+    return torch.frombuffer(content, dtype=READABLE[stored.dtype]).view(stored.shape)
 
 
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
     """The model's parameters, all or those named, under the names and in the shapes that its checkpoints have."""
     state = model.state_dict()
-    if names is not None:
-        state = {name: state[name] for name in names}
-    reverted: Mapping[str, torch.Tensor] = revert_weight_conversion(model, state)
-    return reverted
+    return revert_weight_conversion(model, state if names is None else {name: state[name] for name in names})
 
 
 def is_converted(model: PreTrainedModel, tensors: Mapping[str, StoredTensor] = MappingProxyType({})) -> bool:
@@ -49,8 +45,9 @@ def is_converted(model: PreTrainedModel, tensors: Mapping[str, StoredTensor] = M
     """
     state = model.state_dict()
     reverted = revert_weight_conversion(model, state)
-    shapes = ((tuple(each.shape), tensors[name].shape) for name, each in reverted.items() if name in tensors)
-    return any(reverted.get(name) is not each for name, each in state.items()) or any(a != b for a, b in shapes)
+    return any(reverted.get(name) is not each for name, each in state.items()) or any(
+        tensors[name].shape != tuple(each.shape) for name, each in reverted.items() if name in tensors
+    )
 
 
 def declare_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -70,8 +67,13 @@ def load_converted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
     They get the dtype that the model says they have.
     """
     options = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model), device_map={"": device})
-    with _without_progress_bars():  # there would be one for every layer
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there would be one for every layer
+    try:
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     # What Transformers notes here would be taken for all conversions that the model has.
     del model._weight_conversions
     if wrong := {**info.conversion_errors, **dict.fromkeys(info.unexpected_keys, "not a parameter of the model")}:
@@ -148,22 +150,8 @@ def _find_tower(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Sto
 
 
 def _check_tensor(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    where = f"{stored.name} in {stored.path}"
     if stored.shape != expected:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has shape {list(stored.shape)}; the config says {list(expected)}"
-        )
+        raise CheckpointError(f"{where} has shape {list(stored.shape)}; the config says {list(expected)}")
     if stored.dtype not in TORCH_DTYPES:
-        raise CheckpointError(
-            f"{stored.name} in {stored.path} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}"
-        )
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        raise CheckpointError(f"{where} has dtype {stored.dtype}; expected one of {', '.join(TORCH_DTYPES)}")

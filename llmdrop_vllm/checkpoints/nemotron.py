@@ -4,7 +4,7 @@ vLLM, SGLang, TensorRT-LLM and llama.cpp read them without any plugin. A Llama o
 of them under another name; here it gets that name, and its own name back.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmdrop_vllm.errors import CheckpointError, MaskError
@@ -17,15 +17,8 @@ SOURCE = "llmdrop_source"
 RENAMED_KEYS = ("architectures", "model_type", "auto_map")
 # The engines build these checkpoints with Llama's defaults, so entries that the config leaves out must be said.
 EXPLICIT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
+    *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
 )
 MODEL_TYPES = ("llama", "mistral")
 LLAMA_3_VOCABULARY = 128_256
@@ -54,8 +47,7 @@ def plain(entries: Mapping[str, Any]) -> dict[str, Any]:
     """
     if entries.get("model_type") != MODEL_TYPE:
         return dict(entries)
-    source = entries.get(SOURCE)
-    if source is None:
+    if (source := entries.get(SOURCE)) is None:
         source = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | _widths(entries)
     elif not (isinstance(source, Mapping) and {"architectures", "model_type"} <= set(source) <= set(RENAMED_KEYS)):
         raise CheckpointError(f"{SOURCE} is {source!r}; expected an object with {', '.join(RENAMED_KEYS)}")
@@ -91,8 +83,8 @@ def _check_expressible(model_type: object, config: Any) -> None:
     reasons = []
     if model_type not in MODEL_TYPES:
         reasons.append(f"model_type is {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
-    if getattr(config, "hidden_act", None) != "silu":
-        reasons.append(f"hidden_act is {getattr(config, 'hidden_act', None)!r}; expected 'silu'")
+    if (activation := getattr(config, "hidden_act", None)) != "silu":
+        reasons.append(f"hidden_act is {activation!r}; expected 'silu'")
     if window := getattr(config, "sliding_window", None):
         reasons.append(
             f"sliding_window is {window}, and not every engine would heed it; for contexts of up to {window} tokens, "
@@ -106,10 +98,9 @@ def _check_expressible(model_type: object, config: Any) -> None:
 
 def _block_configs(mask: DropMask, config: Any) -> dict[str, Any]:
     """The mask's entries, with the widths of what is kept."""
-    kept = {
-        "attention": {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads},
-        "ffn": _ffn_width(config.hidden_size, config.intermediate_size),
-    }
+    width, group = config.intermediate_size, config.num_attention_heads // config.num_key_value_heads
+    ffn = {"intermediate_size": width} if width % FFN_MULTIPLE else {"ffn_mult": 3 * width / (2 * config.hidden_size)}
+    kept = {"attention": {"n_heads_in_group": group}, "ffn": ffn}
     gone = {"attention": {"n_heads_in_group": None}, "ffn": {"ffn_mult": None}}
     entries = mask.to_config("nemotron-nas")
     for block in entries["block_configs"]:
@@ -118,23 +109,16 @@ def _block_configs(mask: DropMask, config: Any) -> dict[str, Any]:
     return entries
 
 
-def _ffn_width(hidden: int, intermediate: int) -> dict[str, float | int]:
-    """The engines compute int(2 * ffn_mult * hidden / 3), rounded up to a multiple of 256."""
-    if intermediate % FFN_MULTIPLE:
-        return {"intermediate_size": intermediate}
-    return {"ffn_mult": 3 * intermediate / (2 * hidden)}
-
-
 def _widths(entries: Mapping[str, Any]) -> dict[str, int]:
     """num_key_value_heads and intermediate_size of a config that says them layer by layer."""
     try:
         hidden, heads, blocks = entries["hidden_size"], entries["num_attention_heads"], entries["block_configs"]
-        kept = [
+        attention, ffn = (
             [settings for block in blocks if not block_entry(settings := block_entry(block, part), "no_op")]
             for part in ("attention", "ffn")
-        ]
-        kv_heads = {heads // block_entry(settings, "n_heads_in_group") for settings in kept[0]}
-        widths = {_intermediate_size(settings, hidden) for settings in kept[1]}
+        )
+        kv_heads = {heads // block_entry(settings, "n_heads_in_group") for settings in attention}
+        widths = {_intermediate_size(settings, hidden) for settings in ffn}
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"block_configs or the widths it refers to are incomplete: {error!r}") from None
     return {
@@ -144,13 +128,14 @@ def _widths(entries: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _intermediate_size(settings: Any, hidden: int) -> int:
+    """The engines compute int(2 * ffn_mult * hidden / 3), rounded up to a multiple of 256."""
     if (ffn_mult := block_entry(settings, "ffn_mult")) is None:
         return int(block_entry(settings, "intermediate_size"))
     return -(-int(2 * ffn_mult * hidden / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
 
-def _only(what: str, values: Iterable[int], default: int) -> int:
-    found = sorted(set(values)) or [default]
-    if len(found) > 1:
-        raise CheckpointError(f"block_configs has {what} {', '.join(map(str, found))}; a Llama has one for all layers")
-    return found[0]
+def _only(what: str, values: set[int], default: int) -> int:
+    if len(values) > 1:
+        found = ", ".join(map(str, sorted(values)))
+        raise CheckpointError(f"block_configs has {what} {found}; a Llama has one for all layers")
+    return next(iter(values), default)

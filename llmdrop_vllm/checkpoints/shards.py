@@ -59,7 +59,7 @@ class StoredTensor:
         """Ask the system to have the bytes at hand soon; a hint that costs this process no memory."""
         if hasattr(os, "posix_fadvise"):
             with self.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), self.start, self.num_bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), self.start, self.stop - self.start, os.POSIX_FADV_WILLNEED)
 
 
 def read_exactly(file: BufferedReader, offset: int, buffer: memoryview) -> None:

@@ -22,13 +22,11 @@ def in_dropped_sublayer(name: str, family: Family, mask: DropMask) -> bool:
 def missing_weights(names: Iterable[str], family: Family, mask: DropMask) -> set[str]:
     """Weights of kept sublayers that are not among these tensor names, judged by what the other layers have."""
     names, depth = set(names), mask.num_hidden_layers
-    missing = [
-        _missing_modules(names, each, alike, mask.attention)
-        for each, having in family.mixers(range(depth))
-        for alike in family.alike(having)
+    mixers = [
+        (each, alike, mask.attention) for each, having in family.mixers(range(depth)) for alike in family.alike(having)
     ]
-    missing += [_missing_modules(names, each, {*having}, mask.mlp) for each, having in family.mlps(range(depth))]
-    return set().union(*missing)
+    mlps = [(each, {*having}, mask.mlp) for each, having in family.mlps(range(depth))]
+    return set().union(*(_missing_modules(names, *each) for each in mixers + mlps))
 
 
 def _in_sublayer(sublayer: Sublayer) -> re.Pattern[str]:

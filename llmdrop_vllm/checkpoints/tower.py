@@ -31,8 +31,7 @@ def tower_of(config: object, architecture: str) -> tuple[str, Mapping[str, Any]]
 
 def row_of(config: object, architecture: str) -> Family | None:
     """The row of the family table for the decoder that a config describes; None where there is none."""
-    named, entries = tower_of(config, architecture)
-    return family_of(named, entries)
+    return family_of(*tower_of(config, architecture))
 
 
 def said_in(config: object) -> tuple[str, ...]:
@@ -96,16 +95,14 @@ def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _own_entries(config: object) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
-        found: Mapping[str, Any] = at(config, place_of(config))
-        return found
+        return at(config, place_of(config))
     get_text_config = getattr(config, "get_text_config", None)
     return config_dict(config if get_text_config is None else get_text_config())
 
 
 def _named(entries: Mapping[str, Any]) -> str:
     """The architecture that a tower's entries name, as vLLM finds it: by its name, else by the type of the model."""
-    names = entries.get("architectures") or ()
-    if names:
+    if names := entries.get("architectures"):
         return str(names[0])
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as by_type

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmdrop_vllm.cli import options, values
 from llmdrop_vllm.cli.options import flag, option, take
-from llmdrop_vllm.fetching.models import MODELS as FETCHABLE
+from llmdrop_vllm.fetching.wheels import MODELS as FETCHABLE
 from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.quantizing.schemes import SCHEMES
 from llmdrop_vllm.versions import __version__

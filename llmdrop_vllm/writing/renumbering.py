@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
-from llmdrop_vllm.architectures.names import BEFORE_LAYER, layer_in
+from llmdrop_vllm.architectures.names import IN_LAYER, layer_in
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
 from llmdrop_vllm.artifacts import HEAL_FILE, MASK_FILE, SCORES_FILE, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
@@ -22,7 +22,6 @@ from llmdrop_vllm.checkpoints.tower import completed
 from llmdrop_vllm.errors import CheckpointError, MaskError
 from llmdrop_vllm.masks.dialects import without_mask
 from llmdrop_vllm.masks.mask import LAYER_COUNT_KEYS, DropMask
-from llmdrop_vllm.writing.validation import built
 
 # Entries that list layers by their numbers, and those that count the layers before a change.
 LISTED = ("mlp_only_layers", "moe_layers", "moe_layers_enum", "rope_scaling_layers", "use_rope_layers")
@@ -54,8 +53,22 @@ def renumbered(masked: MaskedCheckpoint) -> tuple[MaskedCheckpoint, dict[str, An
 
     Raises MaskError and CheckpointError for what cannot be renumbered.
     """
-    renumbering = Renumbering.of(masked)
-    return renumbering.applied(masked), renumbering.others(masked.checkpoint)
+    source = masked.checkpoint
+    without_mixer, without_mlp = source.family.absent(masked.mask)
+    gone = without_mixer & without_mlp
+    _check_can_go(masked, gone)
+    depth = masked.mask.num_hidden_layers
+    layers = Renumbering(depth, tuple(layer for layer in range(depth) if layer not in gone))
+    config = MappingProxyType(layers.config(source.decoder))
+    tensors = {
+        name: replace(tensor, name=name)
+        for old, tensor in source.tensors.items()
+        if (name := layers.moved(old, IN_LAYER.match(old))) is not None
+    }
+    decoder = Decoder.of(config, source.architecture)
+    new = replace(source, config=config, decoder=decoder, tensors=MappingProxyType(tensors))
+    _check_layers(source, new, layers.numbers)
+    return new.under(layers.mask(masked.mask)), layers.others(source)
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,6 @@ class Renumbering:
 
     depth: int
     kept: tuple[int, ...]
-
-    @classmethod
-    def of(cls, masked: MaskedCheckpoint) -> Self:
-        """Without the layers that a mask leaves nothing of. Raises MaskError where there are none, or one cannot go."""
-        without_mixer, without_mlp = masked.checkpoint.family.absent(masked.mask)
-        gone = without_mixer & without_mlp
-        _check_can_go(masked, gone)
-        depth = masked.mask.num_hidden_layers
-        return cls(depth, tuple(layer for layer in range(depth) if layer not in gone))
 
     @cached_property
     def numbers(self) -> Mapping[int, int]:
@@ -84,22 +88,12 @@ class Renumbering:
         # Layers of draft heads stand behind the decoder's, and move up with them.
         return self.numbers.get(layer) if layer < self.depth else layer - self.depth + len(self.kept)
 
-    def applied(self, masked: MaskedCheckpoint) -> MaskedCheckpoint:
-        """The checkpoint under new names, and what is left of the mask.
-
-        Raises CheckpointError for a config that tells layers apart in a way that would not follow them.
-        """
-        checkpoint = masked.checkpoint
-        config = MappingProxyType(self.config(checkpoint.decoder))
-        decoder = Decoder.of(config, checkpoint.architecture)
-        renamed = ((self.tensor_name(name), tensor) for name, tensor in checkpoint.tensors.items())
-        tensors = {name: replace(tensor, name=name) for name, tensor in renamed if name is not None}
-        assert decoder.family is not None, "the architecture has a row, as before"
-        new = replace(
-            checkpoint, config=config, decoder=decoder, family=decoder.family, tensors=MappingProxyType(tensors)
-        )
-        _check_layers(checkpoint, new, self.numbers)
-        return new.under(self.mask(masked.mask))
+    def moved(self, text: str, found: re.Match[str] | None) -> str | None:
+        """A text with the new number of the layer that is found in it, if any; None where that is gone."""
+        if found is None:
+            return text
+        number = self.number(int(found[1]))
+        return None if number is None else f"{text[: found.start(1)]}{number}{text[found.end(1) :]}"
 
     def others(self, source: Checkpoint) -> dict[str, Any]:
         """Files to write in place of the source's, by name; None for those that only speak of the old numbers."""
@@ -111,19 +105,10 @@ class Renumbering:
 
     def mask(self, mask: DropMask) -> DropMask:
         """What is left of a mask for the layers that stay."""
-        attention, mlp = (
-            tuple(self.numbers[layer] for layer in gone if layer in self.numbers) for gone in (mask.attention, mask.mlp)
-        )
-        windows = tuple((self.numbers[layer], tokens) for layer, tokens in mask.windows if layer in self.numbers)
+        new = self.numbers
+        attention, mlp = (tuple(new[layer] for layer in gone if layer in new) for gone in (mask.attention, mask.mlp))
+        windows = tuple((new[layer], tokens) for layer, tokens in mask.windows if layer in new)
         return DropMask(len(self.kept), attention, mlp, windows)
-
-    def tensor_name(self, name: str) -> str | None:
-        """A tensor's new name; None where its layer is gone."""
-        found = re.match(rf"({BEFORE_LAYER})(\d+)", name)
-        if found is None:
-            return name
-        number = self.number(int(found[2]))
-        return None if number is None else f"{found[1]}{number}{name[found.end() :]}"
 
     def config(self, decoder: Decoder) -> dict[str, Any]:
         """The model's entries for the layers that stay, without any mask."""
@@ -183,12 +168,9 @@ class Renumbering:
     def _text(self, text: str) -> str | None:
         """A module's name, or a pattern of such; None where its layer is gone."""
         found = IN_NAMES.search(text)
-        if found is None:
-            if UNCLEAR.search(text):
-                raise CheckpointError(f"the quantization's {text!r} names layers in a way that cannot be renumbered")
-            return text
-        number = self.number(int(found[1]))
-        return None if number is None else f"{text[: found.start(1)]}{number}{text[found.end(1) :]}"
+        if found is None and UNCLEAR.search(text):
+            raise CheckpointError(f"the quantization's {text!r} names layers in a way that cannot be renumbered")
+        return self.moved(text, found)
 
 
 def _check_can_go(masked: MaskedCheckpoint, gone: Collection[int]) -> None:
@@ -210,10 +192,11 @@ def _is_by_layer(key: str, value: Any, depth: int, drafts: int) -> bool:
 
 def _check_layers(before: Checkpoint, after: Checkpoint, numbers: Mapping[int, int]) -> None:
     """Raise CheckpointError unless Transformers builds each kept layer as it was."""
-    from llmdrop_vllm.hf import decoder_layers
+    from llmdrop_vllm import hf
 
     old, new = (
-        decoder_layers(built(each.under(each.decoder.whole)), each.mask.num_hidden_layers) for each in (before, after)
+        hf.decoder_layers(hf.on_meta(hf.transformers_config(whole)), whole.mask.num_hidden_layers)
+        for whole in (each.under(each.decoder.whole) for each in (before, after))
     )
     for layer, number in numbers.items():
         was, would_be = _traits(old[layer]), _traits(new[number])

@@ -9,9 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import hold
-from llmdrop_vllm.errors import OutputError
+from llmdrop_vllm.errors import OutputError, refusing
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+WRITING = "writing the same checkpoint"
 
 
 @contextmanager
@@ -19,9 +20,11 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty directory next to `out`; when the context ends it becomes `out`, and if it fails it is gone.
 
     Only one process at a time makes an `out`; what a killed one left behind is removed first. With `overwrite`, `out`
-    is replaced in one step, and its content removed after that. Raises OutputError for a place that cannot be used.
+    is replaced in one step, and its content removed after that. Raises OutputError for a place that cannot be used, and
+    for whatever the system refuses meanwhile.
     """
-    with _parents(out), _locked(partial_of(out)) as partial:
+    out = out.absolute()
+    with refusing(f"{out} cannot be written"), _parents(out), held(partial_of(out), WRITING) as partial:
         replaced = out.with_name(f".{out.name}.llmdrop-replaced")
         try:
             _recover(out, replaced)
@@ -72,22 +75,23 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[Path]:
-    """Make the directory and hold it until the context ends. Raises OutputError while another process holds it."""
-    descriptor = None
-    while descriptor is None:
-        partial.mkdir(exist_ok=True)
-        descriptor = _lock(partial)
+def held(directory: Path, use: str, *, wait: bool = False) -> Iterator[Path]:
+    """Make the directory and hold it until the context ends. While another process holds it, it is waited for, or
+    OutputError says what that one does.
+    """
+    directory.mkdir(exist_ok=True)
+    while (descriptor := _lock(directory, use, wait)) is None:
+        directory.mkdir(exist_ok=True)
     try:
-        yield partial
+        yield directory
     finally:
         os.close(descriptor)
 
 
-def _lock(directory: Path) -> int | None:
+def _lock(directory: Path, use: str = WRITING, wait: bool = False) -> int | None:
     """A descriptor that holds the directory while it is open; None if it has just been renamed or removed."""
     try:
-        descriptor = hold(directory, "writing the same checkpoint")
+        descriptor = hold(directory, use, wait=wait)
     except FileNotFoundError:
         return None
     with suppress(FileNotFoundError):
@@ -109,8 +113,7 @@ def _recover(out: Path, replaced: Path) -> None:
 def _put_in_place(partial: Path, out: Path, replaced: Path) -> None:
     """Give the new directory its name; what had it is then called `partial` or `replaced`, or has been removed."""
     # What is now `out` is `partial` in a moment: nobody may take it for a place to write to before it is removed.
-    descriptor = _lock(out)
-    if descriptor is None:
+    if (descriptor := _lock(out)) is None:
         partial.rename(out)
         return
     try:
@@ -130,8 +133,7 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
         return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):  # this file system or kernel has no such thing
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS):  # this file system or kernel has no such thing
         return False
     raise OSError(code, os.strerror(code), str(second))
 

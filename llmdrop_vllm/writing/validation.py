@@ -5,20 +5,38 @@ from typing import Any
 
 from llmdrop_vllm.architectures.names import BEFORE_LAYER
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
-from llmdrop_vllm.errors import CheckpointError, MaskError
+from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
+from llmdrop_vllm.masks.dialects import DIALECTS, ON_DISK
 
 
-def check_mask(masked: MaskedCheckpoint, *, may_be_empty: bool) -> None:
-    """Raise MaskError for a mask that cannot be applied to this model, CheckpointError where a weight that it keeps is
-    gone already.
+def check_surgery(
+    masked: MaskedCheckpoint, dialect: str, portable: bool, config_only: bool, keep_dropped: bool, renumber: bool
+) -> None:
+    """Raise InputError for options that contradict each other or the model, MaskError for a mask that cannot be applied
+    to it or said in the dialect, CheckpointError where a weight that it keeps is gone already.
     """
-    mask, checkpoint = masked.mask, masked.checkpoint
-    own = checkpoint.mask
-    checkpoint.decoder.check_attention_is_left(mask)
-    if not mask and not may_be_empty:
-        raise MaskError(
-            f"nothing to drop: the mask is empty, and {checkpoint.directory}/config.json says: {own.summary()}"
+    checkpoint = masked.checkpoint
+    if dialect not in ON_DISK:
+        raise MaskError(f"{dialect!r} is not a dialect for checkpoints; expected one of {', '.join(ON_DISK)}")
+    if portable + config_only + keep_dropped > 1:
+        raise InputError("portable, config_only and keep_dropped exclude each other")
+    if config_only and renumber:
+        raise InputError("renumbered layers have tensors of other names; config_only links to those that there are")
+    if portable and dialect == "nemotron-nas":
+        raise InputError("portable is for engines that know no masks; those that read nemotron-nas need no zeros")
+    if dialect in DIALECTS and DIALECTS[dialect].foreign(checkpoint.config):
+        keys = ", ".join(DIALECTS[dialect].keys)
+        raise MaskError(f"the config's {keys} tells how wide layers are; say the mask in the dialect llm-drop")
+    if masked.mask.windows and (portable or dialect == "nemotron-nas"):
+        raise InputError("the mask has windows, which engines for portable and nemotron-nas checkpoints ignore")
+    if config_only and dialect == "nemotron-nas" and not masked.loses_nothing:
+        raise InputError(
+            "loaders of nemotron-nas checkpoints refuse weights of dropped sublayers; config_only has them"
         )
+    checkpoint.decoder.check_attention_is_left(masked.mask)
+    if not masked.mask and not keep_dropped:
+        where, own = f"{checkpoint.directory}/config.json", checkpoint.mask.summary()
+        raise MaskError(f"nothing to drop: the mask is empty, and {where} says: {own}")
     masked.check_complete()
 
 
@@ -30,22 +48,16 @@ def checked_config(masked: MaskedCheckpoint) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
+    from llmdrop_vllm import hf
     from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 
     checkpoint = masked.checkpoint
     if checkpoint.decoder.whole_config.get("model_type") not in CONFIG_MAPPING:
         return None
-    model = built(masked)
+    model = hf.on_meta(hf.transformers_config(masked))
     if not checkpoint.is_quantized:
         find_tensors(checkpoint, model)
     return model.config
-
-
-def built(masked: MaskedCheckpoint) -> Any:
-    """The Transformers model that the config describes under a mask, without memory for any weights."""
-    from llmdrop_vllm import hf
-
-    return hf.on_meta(hf.transformers_config(masked))
 
 
 def output_projections(masked: MaskedCheckpoint) -> frozenset[str]:

