@@ -14,6 +14,7 @@ EXTRAS = {
     "peft": ("train",),
     "tensorboard": ("train",),
     "gguf": ("fetch",),
+    "jinja2": ("eval",),
     "lm_eval": ("eval",),
     "matplotlib": ("eval",),
     "vllm": ("cuda", "cpu"),

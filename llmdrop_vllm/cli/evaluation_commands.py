@@ -34,6 +34,7 @@ from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.report import write_report
+from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.search.trials import Searched
 
 
@@ -171,7 +172,7 @@ def report(args: Namespace) -> None:
     evaluations = [read_record(Evaluation, path) for path in args.healed]
     searched = None if args.search is None else Searched.read(args.search)
     compared = None if args.compared is None else read_record(Comparison, args.compared)
-    written = write_report(found, scores, directory, evaluations, searched, compared)
+    written = write_report(Findings(found, scores, evaluations, searched, compared), directory)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 

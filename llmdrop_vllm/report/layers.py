@@ -21,6 +21,7 @@ from llmdrop_vllm.report.style import (
     panels,
     scale,
 )
+from llmdrop_vllm.selection.candidates import Kind
 
 Values = Sequence[float | None]
 
@@ -33,14 +34,11 @@ def importance(findings: Findings) -> tuple[Figure, str]:
     present: list[float] = []
     kinds = {"attention": "attention", "mlp": "MLP", "block": "block (both)"}
     for each, (kind, title) in zip(axes, kinds.items(), strict=True):
-        lines = {
-            name: [None if value is None else 1 - value for value in getattr(scores.similarity, kind)]
-            for name, scores in findings.calibrations.items()
-        }
-        for place, (name, values) in enumerate(lines.items()):
+        for place, (name, scores) in enumerate(findings.calibrations.items()):
+            values = [None if value is None else 1 - value for value in getattr(scores.similarity, kind)]
             _line(each, values, _short(name), look(place))
+            present += [value for value in values if value is not None]
         each.set(title=title, xlabel="layer")
-        present += [value for values in lines.values() for value in values if value is not None]
     for each in axes:  # alike, so that attention can be compared with MLP
         scale(each, present)
     limits = [limit for each in axes for limit in each.get_ylim()]
@@ -54,15 +52,13 @@ def importance(findings: Findings) -> tuple[Figure, str]:
 
 def redundancy(findings: Findings) -> tuple[Figure, str]:
     """The first calibration set in full, the others paler behind it."""
-    lines = {name: _diagnostics(scores.diagnostics) for name, scores in findings.calibrations.items()}
-    titles = [
-        title for title in next(iter(lines.values()), {}) if any(_measured(each[title]) for each in lines.values())
-    ]
+    lines = [_diagnostics(scores.diagnostics) for scores in findings.calibrations.values()]
+    titles = [title for title in (lines[0] if lines else ()) if any(_measured(each[title]) for each in lines)]
     if not titles:
         raise NothingToShow("the scores hold no diagnostics" if lines else "no scores were given")
     figure, axes = panels("Signs that sublayers are redundant", findings.model, len(titles), 2, (6, 3.7))
     for each, title in zip(axes, titles, strict=True):
-        for place, found in enumerate(lines.values()):
+        for place, found in enumerate(lines):
             for label, (values, chosen) in found[title].items():
                 _line(each, values, label if place == 0 else "", chosen, alpha=1 if place == 0 else 0.35)
         each.set(title=title, xlabel="layer")
@@ -85,8 +81,8 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
         each.set_xlabel("layer")
     for each in axes[::columns]:
         each.set_ylabel("number dropped")
-    colors = {kind: LOOK_OF_WHAT[kind].color for kind in ("attention", "mlp")}
-    handles = [Patch(color=colors["attention"], label="attention gone"), Patch(color=colors["mlp"], label="MLP gone")]
+    looks = {"attention gone": LOOK_OF_WHAT["attention"], "MLP gone": LOOK_OF_WHAT["mlp"]}
+    handles = [Patch(color=each.color, label=label) for label, each in looks.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
     largest = [f"{each.series.name}: {each.points[-1][1].quality.mask.summary()}" for each in curves]
     return figure, f"The sublayers that are gone by number dropped. The largest masks: {'; '.join(largest)}."
@@ -138,12 +134,10 @@ def _short(name: str) -> str:
 def _panel(axes: Axes, curve: Curve, depth: int) -> None:
     """Attention fills the left half of a layer's column, its MLP the right half; the whole where only one kind goes."""
     masks = [point.quality.mask for _, point in curve.points]
-    one = curve.series.what in ("attention", "mlp") and not (
-        any(mask.attention for mask in masks) and any(mask.mlp for mask in masks)
-    )
-    width = 0.8 if one else 0.4
-    for kind in ("attention", "mlp"):
-        shift = 0.0 if one else (-width / 2 if kind == "attention" else width / 2)
+    both = any(mask.attention for mask in masks) and any(mask.mlp for mask in masks)
+    width, aside = (0.4, 0.2) if both or curve.series.what not in ("attention", "mlp") else (0.8, 0.0)
+    shifts: dict[Kind, float] = {"attention": -aside, "mlp": aside}
+    for kind, shift in shifts.items():
         runs = [
             (layer + shift, start - 0.5, length)
             for layer in range(depth)

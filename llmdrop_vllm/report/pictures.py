@@ -29,33 +29,26 @@ PICTURES: tuple[tuple[str, str, Paint], ...] = (
 
 @dataclass(frozen=True)
 class Picture:
-    """`svg` and `png` are whole files; `alt` is for those who cannot see them."""
+    """`svg` and `png` are whole files, `text` is for those who cannot see them. Of what the records have nothing for
+    there are none, and `text` says why.
+    """
 
     name: str
     caption: str
-    alt: str
-    svg: str
-    png: bytes
+    text: str
+    svg: str = ""
+    png: bytes = b""
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """One that the records have nothing for, and why."""
-
-    name: str
-    caption: str
-    why: str
-
-
-def draw(findings: Findings) -> list[Picture | LeftOut]:
+def draw(findings: Findings) -> list[Picture]:
     """In the order of the page."""
-    found: list[Picture | LeftOut] = []
+    found = []
     with styled():
         for name, caption, paint in PICTURES:
             try:
                 figure, alt = paint(findings)
             except NothingToShow as error:
-                found.append(LeftOut(name, caption, str(error)))
-                continue
-            found.append(Picture(name, caption, alt, as_svg(figure), as_png(figure)))
+                found.append(Picture(name, caption, str(error)))
+            else:
+                found.append(Picture(name, caption, alt, as_svg(figure), as_png(figure)))
     return found

@@ -1,6 +1,7 @@
 """Pictures of quality by number dropped: by importance, in other orders, and against the full model's next token."""
 
 from collections.abc import Sequence
+from itertools import product
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from llmdrop_vllm.report.style import (
     LOOKS,
     Look,
     NothingToShow,
-    draw_curve,
+    label_of,
     legend,
     look,
     panels,
@@ -61,22 +62,30 @@ def _by_importance(
     figure, axes = panels(title, findings.model, len(measures), 3 if len(measures) == 3 else 2, (5.2, 4.2))
     said = []
     for each, measure in zip(axes, measures, strict=True):
-        # What was healed does not begin at the full model: a line from there would tell of numbers between.
-        found = [
-            (curve, [pair for pair in values(curve, measure) if pair[0] or (baseline and curve not in findings.mended)])
-            for curve in curves
-        ]
-        for curve, pairs in found:
-            if pairs:
-                draw_curve(each, pairs, curve.series.name, look_of(findings, curve))
-                said.append(_ends(curve, pairs, measure))
+        shown: list[float] = []
+        for curve in curves:
+            # What was healed does not begin at the full model: a line from there would tell of numbers between.
+            begins = baseline and curve not in findings.mended
+            if pairs := [(n, value) for n, value in values(curve, measure) if n or begins]:
+                said.append(_draw(each, curve, pairs, measure, look_of(findings, curve)))
+                shown += [value.value for _, value in pairs]
         if baseline:
             _levels(each, measure, findings)
         each.set(xlabel=DROPPED, ylabel=measure.axis, title=measure.name)
         if measure.lower_is_better:
-            scale(each, [value.value for _, pairs in found for _, value in pairs])
+            scale(each, shown)
     legend(figure)
     return figure, f"{title}. {' '.join(said)}"
+
+
+def _draw(axes: Axes, curve: Curve, pairs: Sequence[tuple[float, Estimate]], measure: Measure, look: Look) -> str:
+    """A curve with its standard errors, where there are any; its ends are for those who cannot see it."""
+    (first, start), (last, end), name = pairs[0], pairs[-1], curve.series.name
+    xs, ys = zip(*((x, value.value) for x, value in pairs), strict=True)
+    errors = [value.stderr or 0.0 for _, value in pairs]
+    up = errors if any(errors) else None
+    axes.errorbar(xs, ys, yerr=up, capsize=3, elinewidth=1.2, label=label_of(name), **look.line)
+    return f"{measure.name}, {name}: {measure.text(start)} at {first:g}, {measure.text(end)} at {last:g}."
 
 
 def _levels(axes: Axes, measure: Measure, findings: Findings) -> None:
@@ -89,11 +98,6 @@ def _levels(axes: Axes, measure: Measure, findings: Findings) -> None:
         axes.axhspan(full.value - full.stderr, full.value + full.stderr, color=GREY, alpha=0.2, linewidth=0)
     if (chance := measure.chance(findings.sweep.full)) is not None:
         axes.axhline(chance, color=GREY, linewidth=2, linestyle=(0, (1, 2)), label="guessing", zorder=1)
-
-
-def _ends(curve: Curve, pairs: Sequence[tuple[float, Estimate]], measure: Measure) -> str:
-    (first, start), (last, end) = pairs[0], pairs[-1]
-    return f"{measure.name}, {curve.series.name}: {measure.text(start)} at {first:g}, {measure.text(end)} at {last:g}."
 
 
 def controls(findings: Findings) -> tuple[Figure, str]:
@@ -109,16 +113,13 @@ def controls(findings: Findings) -> tuple[Figure, str]:
     title = "Does it matter which ones are dropped?"
     figure, axes = panels(title, findings.model, len(kinds) * len(measures), 2, (6.4, 3.9))
     looks = _looks([curve for curves in kinds.values() for curve in curves])
-    cells = [(what, curves, measure) for what, curves in kinds.items() for measure in measures]
     said = []
-    for each, (what, curves, measure) in zip(axes, cells, strict=True):
-        ordered = [curve for curve in curves if not curve.random]
-        for curve in ordered:
-            pairs = values(curve, measure)
-            draw_curve(each, pairs, curve.series.name, looks[curve.series.name])
-            said.append(_ends(curve, pairs, measure))
-        if seeds := [curve for curve in curves if curve.random]:
-            _band(each, [dict(values(curve, measure)) for curve in seeds])
+    for each, ((what, curves), measure) in zip(axes, product(kinds.items(), measures), strict=True):
+        for curve in curves:
+            if not curve.random:
+                said.append(_draw(each, curve, values(curve, measure), measure, looks[curve.series.name]))
+        if seeds := [dict(values(curve, measure)) for curve in curves if curve.random]:
+            _band(each, seeds)
         full = measure.of(findings.sweep.full)
         each.axhline(full.value if full else 0, color=INK, linewidth=1.2, label="full model", zorder=1)
         each.set(xlabel=f"{NOUNS[what]} dropped", ylabel=measure.axis, title=f"{NOUNS[what]}: {measure.name}")

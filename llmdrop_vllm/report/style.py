@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llmdrop_vllm.evaluation.records import Estimate
 from llmdrop_vllm.selection.candidates import Kind
 
 # The page exchanges these two for its own, so that a picture follows its light or dark theme.
@@ -110,15 +109,6 @@ def panels(title: str, model: str, count: int, columns: int, size: tuple[float, 
 def label_of(name: str, width: int = 44) -> str:
     """A long one in several lines; matplotlib leaves names that start with an underscore out of its legends."""
     return textwrap.fill(f" {name}" if name.startswith("_") else name, width, drop_whitespace=False)
-
-
-def draw_curve(axes: Axes, points: Sequence[tuple[float, Estimate]], label: str, look: Look) -> None:
-    """With standard errors, where there are any."""
-    errors = [each.stderr or 0.0 for _, each in points]
-    xs, ys = [x for x, _ in points], [each.value for _, each in points]
-    axes.errorbar(
-        xs, ys, yerr=errors if any(errors) else None, capsize=3, elinewidth=1.2, label=label_of(label), **look.line
-    )
 
 
 def scale(axes: Axes, values: Iterable[float]) -> None:
