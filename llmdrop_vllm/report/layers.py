@@ -9,18 +9,7 @@ from matplotlib.patches import Patch
 
 from llmdrop_vllm.artifacts import Diagnostics
 from llmdrop_vllm.report.findings import Curve, Findings
-from llmdrop_vllm.report.style import (
-    LOOK_OF_WHAT,
-    LOOKS,
-    PAPER,
-    Look,
-    NothingToShow,
-    label_of,
-    legend,
-    look,
-    panels,
-    scale,
-)
+from llmdrop_vllm.report.style import LOOK_OF, LOOKS, PAPER, Look, NothingToShow, label_of, legend, look, panels, scale
 from llmdrop_vllm.selection.candidates import Kind
 
 Values = Sequence[float | None]
@@ -81,7 +70,7 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
         each.set_xlabel("layer")
     for each in axes[::columns]:
         each.set_ylabel("number dropped")
-    looks = {"attention gone": LOOK_OF_WHAT["attention"], "MLP gone": LOOK_OF_WHAT["mlp"]}
+    looks = {"attention gone": LOOK_OF["attention"], "MLP gone": LOOK_OF["mlp"]}
     handles = [Patch(color=each.color, label=label) for label, each in looks.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
     largest = [f"{each.series.name}: {each.points[-1][1].quality.mask.summary()}" for each in curves]
@@ -106,7 +95,7 @@ def _lowest(findings: Findings) -> str:
 def _diagnostics(found: Diagnostics) -> Mapping[str, Mapping[str, tuple[Values, Look]]]:
     """Panel title to its lines."""
     attention, mlp = found.attention, found.mlp
-    blue, orange, grey = LOOK_OF_WHAT["attention"], LOOK_OF_WHAT["mlp"], LOOKS[6]
+    blue, orange, grey = LOOK_OF["attention"], LOOK_OF["mlp"], LOOKS[6]
     return {
         "Size of the output: ‖sublayer(x)‖ / ‖x‖": {
             "attention": (attention.magnitude_ratio, blue),
@@ -145,7 +134,7 @@ def _panel(axes: Axes, curve: Curve, depth: int) -> None:
         ]
         if runs:
             xs, tops, heights = zip(*runs, strict=True)
-            axes.bar(xs, heights, width, tops, color=LOOK_OF_WHAT[kind].color, linewidth=0)
+            axes.bar(xs, heights, width, tops, color=LOOK_OF[kind].color, linewidth=0)
     between = [row - 0.5 for row in range(1, len(masks))]
     axes.hlines(between, -0.7, depth - 0.3, color=PAPER if len(masks) <= 16 else "none", linewidth=1.5)
     axes.set(title=label_of(curve.series.name, width=32), xlim=(-0.7, depth - 0.3), ylim=(len(masks) - 0.5, -0.5))

@@ -13,7 +13,7 @@ from llmdrop_vllm.report.measures import AGREEMENT, ALL_TASKS, KL, PERPLEXITY, T
 from llmdrop_vllm.report.style import (
     GREY,
     INK,
-    LOOK_OF_WHAT,
+    LOOK_OF,
     LOOKS,
     Look,
     NothingToShow,
@@ -36,8 +36,8 @@ def values(curve: Curve, measure: Measure) -> list[tuple[float, Estimate]]:
 def look_of(findings: Findings, curve: Curve) -> Look:
     """Of a curve by importance, and of what became of one by healing."""
     if curve in findings.mended:
-        return look(len(LOOK_OF_WHAT) + findings.mended.index(curve))
-    return LOOK_OF_WHAT[curve.series.what]
+        return look(len(LOOK_OF) + findings.mended.index(curve))
+    return LOOK_OF[curve.series.what]
 
 
 def quality(findings: Findings) -> tuple[Figure, str]:
@@ -104,7 +104,7 @@ def controls(findings: Findings) -> tuple[Figure, str]:
     """The same number dropped in another order: a panel for each kind of sublayer that has several orders."""
     kinds = {
         what: curves
-        for what in LOOK_OF_WHAT
+        for what in LOOK_OF
         if len(curves := [curve for curve in findings.curves if curve.series.what == what]) > 1
     }
     if not kinds:
@@ -131,7 +131,7 @@ def controls(findings: Findings) -> tuple[Figure, str]:
 
 def _looks(curves: Sequence[Curve]) -> dict[str, Look]:
     """By series name: by importance as in the other pictures, the others what these leave over."""
-    found = {each.series.name: LOOK_OF_WHAT[each.series.what] for each in curves if each.by_importance}
+    found = {each.series.name: LOOK_OF[each.series.what] for each in curves if each.by_importance}
     free = [each for each in LOOKS if each not in found.values()] or [*LOOKS]
     others = [each.series.name for each in curves if not (each.by_importance or each.random)]
     return found | {name: free[place % len(free)] for place, name in enumerate(others)}

@@ -12,18 +12,7 @@ from llmdrop_vllm.evaluation.records import Estimate, Point
 from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import ALL_TASKS, PERPLEXITY, Measure
 from llmdrop_vllm.report.quality import DROPPED, look_of
-from llmdrop_vllm.report.style import (
-    GREY,
-    INK,
-    LOOK_OF_WHAT,
-    Look,
-    NothingToShow,
-    label_of,
-    legend,
-    look,
-    panels,
-    scale,
-)
+from llmdrop_vllm.report.style import GREY, INK, LOOK_OF, Look, NothingToShow, label_of, legend, look, panels, scale
 
 K = TypeVar("K", bound=Hashable)
 
@@ -152,7 +141,7 @@ def kv_cache(findings: Findings) -> tuple[Figure, str]:
     for place, (shares, members) in enumerate(groups):
         name = ", ".join(curve.series.name for curve in members)
         lead = next((curve for curve in members if curve.by_importance), None)
-        chosen = LOOK_OF_WHAT[lead.series.what] if lead else look(place + 4)
+        chosen = LOOK_OF[lead.series.what] if lead else look(place + 4)
         axes.plot([*shares], [*shares.values()], label=label_of(name, width=72), **chosen.line)
         said.append(f"{name}: {shares[max(shares)]:.1f}% with {max(shares)} dropped.")
     axes.set(xlabel=DROPPED, ylabel="KV cache as stored,\n% of the full model's", ylim=(0, 105))

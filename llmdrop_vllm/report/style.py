@@ -77,7 +77,7 @@ LOOKS = (
     Look(INK, "X", (0, (1, 1))),
     Look("#7F5F2A", "*", (0, (6, 2))),  # beyond their palette's readable seven: a brown
 )
-LOOK_OF_WHAT: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
+LOOK_OF: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
 
 
 def look(place: int) -> Look:

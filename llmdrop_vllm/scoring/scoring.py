@@ -252,9 +252,7 @@ def _scores(layers: Sequence[dict[str, Any]], run: _Run) -> Scores:
         gap_tokens=len(run.gap_tokens),
         diagnostics=Diagnostics(
             attention=AttentionDiagnostics(
-                **sublayer("attention", no_attention),
-                concentration=probed(0),
-                first_token=probed(1),
+                **sublayer("attention", no_attention), concentration=probed(0), first_token=probed(1)
             ),
             mlp=SublayerDiagnostics(**sublayer("mlp", no_mlp)),
         ),

@@ -5,7 +5,7 @@ import pytest
 from llmdrop_vllm.artifacts import Similarities
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.layers import drop_order, importance, redundancy
-from llmdrop_vllm.report.style import LOOK_OF_WHAT, NothingToShow
+from llmdrop_vllm.report.style import LOOK_OF, NothingToShow
 from tests.report.sweeps import scores, sweep
 
 
@@ -50,7 +50,7 @@ def filled(axes, kind):
 
     cells = set()
     for bar in axes.patches:
-        if bar.get_facecolor() == to_rgba(LOOK_OF_WHAT[kind].color):
+        if bar.get_facecolor() == to_rgba(LOOK_OF[kind].color):
             top, height = bar.get_y(), bar.get_height()
             layer = round(bar.get_x() + bar.get_width() / 2)
             cells |= {(row, layer) for row in range(round(top + 0.5), round(top + 0.5 + height))}
