@@ -69,7 +69,7 @@ def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
     they are to the same.
     """
     plan = plan_answers(checkpoint, AnswersRequest(), dtype=args.dtype or default_dtype(checkpoint), options={})
-    if not (out.exists() and read_answers(out)[0].asks_the_same(plan.header)):
+    if not out.exists() or read_answers(out)[0].differs_in(plan.header):
         sample_answers(plan, out, progress=True)
 
 

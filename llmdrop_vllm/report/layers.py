@@ -80,7 +80,7 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
 def _line(axes: Axes, values: Values, label: str, look: Look, alpha: float = 1) -> None:
     """With a gap where a layer has no such sublayer."""
     drawn = [float("nan") if value is None else value for value in values]
-    axes.plot(range(len(drawn)), drawn, label=label_of(label), **{**look.line, "markersize": 5, "alpha": alpha})
+    axes.plot(range(len(drawn)), drawn, **{**look.line(label), "markersize": 5, "alpha": alpha})
 
 
 def _lowest(findings: Findings) -> str:

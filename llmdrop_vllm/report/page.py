@@ -16,33 +16,28 @@ from llmdrop_vllm.report.summary import main_curve, sentences, verdicts
 from llmdrop_vllm.selection.candidates import NOUNS
 
 # Whatever a record or a model says is text there: it is escaped where it is put in.
-PAGE = Environment(
+TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
-).get_template("page.html")
+)
 
 
 def render(findings: Findings, pictures: Sequence[Picture]) -> str:
     """All of it."""
-    complete = sum(len(curve.points) - 1 for curve in findings.curves)
     asked = sum(len(series.counts) for series in findings.sweep.series)
-    return PAGE.render(
+    tools = {"number": "{:,}".format, "nouns": NOUNS, "verdicts": verdicts, "scores_id": scores_id, "inline": inline}
+    return TEMPLATES.get_template("page.html", globals=tools).render(
         findings=findings,
+        pictures=pictures,
         asked=asked,
-        missing=asked - complete,
+        missing=asked - sum(len(curve.points) - 1 for curve in findings.curves),
         said=sentences(findings),
         judged=main_curve(findings),
-        verdicts=verdicts,
         columns=columns(findings.sweep),
-        pictures=pictures,
-        inline=inline,
-        number="{:,}".format,
-        nouns=NOUNS,
-        scores_id=scores_id,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from llmdrop_vllm.report import layers, quality, search, speed
+from llmdrop_vllm.report import layers, quality, speed
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.style import NothingToShow, as_png, as_svg, styled
 
@@ -20,7 +20,7 @@ PICTURES: tuple[tuple[str, str, Paint], ...] = (
     ),
     ("kv_cache", "KV cache as vLLM stores it, padding included.", speed.kv_cache),
     ("controls", "Controls: as many sublayers in another order.", quality.controls),
-    ("search", "Every mask that a search judged by the model's answers, and cosine's beside them.", search.search),
+    ("search", "Every mask that a search judged by the model's answers, and cosine's beside them.", quality.search),
     ("importance", "Importance by layer and calibration set.", layers.importance),
     ("drop_order", "The masks: a row for each number dropped.", layers.drop_order),
     ("redundancy", "Diagnostics of the intact model's sublayers, by layer.", layers.redundancy),

@@ -12,7 +12,7 @@ from llmdrop_vllm.evaluation.records import Estimate, Point
 from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import ALL_TASKS, PERPLEXITY, Measure
 from llmdrop_vllm.report.quality import DROPPED, look_of
-from llmdrop_vllm.report.style import GREY, INK, LOOK_OF, Look, NothingToShow, label_of, legend, look, panels, scale
+from llmdrop_vllm.report.style import GREY, INK, LOOK_OF, Look, NothingToShow, legend, look, panels, scale
 
 K = TypeVar("K", bound=Hashable)
 
@@ -96,11 +96,11 @@ def _mark(axes: Axes, findings: Findings, spot: Spot) -> None:
         label, chosen = curve.series.name, look_of(findings, curve)
     else:
         label, marker = ("random", ".") if curve.random else ("other orders", "x")
-        axes.plot([x], [y], **Look(GREY, marker, "none").line, label=label, zorder=1)
+        axes.plot([x], [y], **Look(GREY, marker, "none").line(label), zorder=1)
         return
     low, high = spread or (x, x)
     across = [[max(0.0, x - low)], [max(0.0, high - x)]]
-    style = {**chosen.line, "linestyle": "none", "label": label_of(label), "elinewidth": 1}
+    style = {**chosen.line(label), "linestyle": "none", "elinewidth": 1}
     axes.errorbar([x], [y], xerr=across, yerr=[stderr] if stderr else None, zorder=2, **style)
 
 
@@ -142,7 +142,7 @@ def kv_cache(findings: Findings) -> tuple[Figure, str]:
         name = ", ".join(curve.series.name for curve in members)
         lead = next((curve for curve in members if curve.by_importance), None)
         chosen = LOOK_OF[lead.series.what] if lead else look(place + 4)
-        axes.plot([*shares], [*shares.values()], label=label_of(name, width=72), **chosen.line)
+        axes.plot([*shares], [*shares.values()], **chosen.line(name, width=72))
         said.append(f"{name}: {shares[max(shares)]:.1f}% with {max(shares)} dropped.")
     axes.set(xlabel=DROPPED, ylabel="KV cache as stored,\n% of the full model's", ylim=(0, 105))
     legend(figure, columns=1)

@@ -4,7 +4,7 @@ import io
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib
@@ -53,18 +53,10 @@ class Look:
     marker: str
     linestyle: Any
 
-    @property
-    def line(self) -> dict[str, Any]:
+    def line(self, label: str, width: int = 44) -> dict[str, Any]:
         """For `plot` and `errorbar`. Markers are hollow, so that one curve shows through another."""
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "linestyle": self.linestyle,
-            "linewidth": 2,
-            "markersize": 7,
-            "markerfacecolor": "none",
-            "markeredgewidth": 1.8,
-        }
+        hollow = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        return {**asdict(self), **hollow, "linewidth": 2, "label": label_of(label, width)}
 
 
 LOOKS = (
@@ -134,16 +126,9 @@ def legend(figure: Figure, columns: int = 4, title: str | None = None) -> None:
     if found:
         longest = max(len(line) for label in found for line in label.splitlines())
         room = int(figure.get_figwidth() * 72 / (8 * (longest + 8)))  # a letter is about 8 points wide
-        figure.legend(
-            [*found.values()],
-            [*found],
-            loc="outside lower left",
-            ncols=max(1, min(columns, len(found), room)),
-            title=title,
-            alignment="left",
-            handlelength=3.2,
-            columnspacing=1.4,
-        )
+        ncols = max(1, min(columns, len(found), room))
+        spacing: dict[str, Any] = {"alignment": "left", "handlelength": 3.2, "columnspacing": 1.4}
+        figure.legend([*found.values()], [*found], loc="outside lower left", ncols=ncols, title=title, **spacing)
 
 
 def as_svg(figure: Figure) -> str:

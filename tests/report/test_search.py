@@ -9,7 +9,7 @@ from llmdrop_vllm.data.growing import appended
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.search import search
+from llmdrop_vllm.report.quality import search
 from llmdrop_vllm.report.style import NothingToShow
 from llmdrop_vllm.search.trials import Searched, SearchHeader, Trial
 from tests.report.sweeps import sweep
