@@ -6,7 +6,7 @@ was added (arXiv 2406.15786). One decoder layer is in memory at a time; all sequ
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -95,8 +95,10 @@ class _Run:
         depth = self.mask.num_hidden_layers
         steps = [(f"layer {index} of {depth}", 1, partial(self._layer, index)) for index in range(depth)]
         with torch.inference_mode():
-            layers = self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress)
-        no_attention, no_mlp = self.family.absent(self.mask)
+            return self._scores(self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress))
+
+    def _scores(self, layers: Sequence[dict[str, Any]]) -> Scores:
+        depth, (no_attention, no_mlp) = self.mask.num_hidden_layers, self.family.absent(self.mask)
 
         def column(name: str, dropped: Collection[int]) -> tuple[float | None, ...]:
             return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
@@ -110,10 +112,7 @@ class _Run:
         attention = sublayer("attention", no_attention) | {"concentration": concentration, "first_token": first_token}
         by_depth = [history for layer in layers for history in layer["history"]]
         block = tuple(layer["means"]["block"] for layer in layers)
-        by_gap = (
-            tuple(block[i] if gap == 1 else by_depth[i + gap][i] for gap in range(1, depth - i + 1))
-            for i in range(depth)
-        )
+        by_gap = ((block[i], *(by_depth[end][i] for end in range(i + 2, depth + 1))) for i in range(depth))
         similarity = Similarities(attention=column("attention", no_attention), mlp=column("mlp", no_mlp), block=block)
         stream, data = self.stream, self.calibration.identity
         return Scores(
