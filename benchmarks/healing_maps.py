@@ -55,7 +55,7 @@ class Streams:
     def __init__(self, subject: Subject, count: int) -> None:
         way = next(each for each in WAYS[subject.name][count] if each.name == "closed form")
         data = subject.learnt_from(way.data, way.tokens)
-        self.batches, self.held_out = Batches.of(data, 2048), held_out_sequences(data)
+        self.batches, self.held_out = Batches(data, 2048), held_out_sequences(data)
         dtype = getattr(torch, way.dtype or "float32")
         whole = subject.checkpoint.under(subject.checkpoint.mask)
         self.layers = LayerStream(whole, device=torch.device("cpu"), dtype=dtype, attention="sdpa")

@@ -11,7 +11,7 @@ from llmdrop_vllm.errors import InputError, in_one_line
 EXTRAS = {
     "train": ("accelerate", "peft", "tensorboard"),
     "fetch": ("gguf",),
-    "eval": ("lm_eval", "matplotlib"),
+    "eval": ("jinja2", "lm_eval", "matplotlib"),
     "cuda": ("vllm",),
     "cpu": ("vllm",),
 }

@@ -26,6 +26,7 @@ from llmdrop_vllm.evaluation.records import DivergedOn, Evaluation, SpeedWorkloa
 from llmdrop_vllm.evaluation.series import DEFAULT_SERIES, make_series
 from llmdrop_vllm.evaluation.sweep import SCORES_FILE, SWEEP_FILE, SweepPlan, measure_sweep
 from llmdrop_vllm.report import write_report
+from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.search.trials import Searched
 
 
@@ -53,7 +54,7 @@ def ask(checkpoint: Checkpoint, out: Path, args: Namespace) -> None:
     they are to the same.
     """
     plan = plan_answers(checkpoint, AnswersRequest(), dtype=dtype_of(checkpoint, args), options={})
-    if not (out.exists() and read_answers(out)[0].asks_the_same(plan.header)):
+    if not out.exists() or read_answers(out)[0].differs_in(plan.header):
         sample_answers(plan, out, progress=True)
 
 
@@ -145,7 +146,7 @@ def report(args: Namespace) -> None:
     evaluations = [read_record(Evaluation, path) for path in args.healed]
     searched = None if args.search is None else Searched.read(args.search)
     compared = None if args.compared is None else read_record(Comparison, args.compared)
-    written = write_report(found, scores, directory, evaluations, searched, compared)
+    written = write_report(Findings(found, scores, evaluations, searched, compared), directory)
     print(f"{len(written)} files written; open {directory / 'report.html'}")
 
 

@@ -18,12 +18,10 @@ class Header(Record):
 
     provenance: Provenance
 
-    def asks_the_same(self, other: Self) -> bool:
-        """Whether what answers the one answers the other, however it was written and wherever the model is."""
-        return not self.differs_in(other)
-
     def differs_in(self, other: Self) -> str:
-        """The first entry by which they are not the same request; empty where there is none."""
+        """The first entry by which they are not the same request, however it was written and wherever the model is;
+        empty where what answers the one answers the other.
+        """
         theirs = other.provenance
         model = self.provenance.model.model_copy(update={"path": theirs.model.path})
         provenance = self.provenance.model_copy(update={"command": theirs.command, "model": model})
@@ -42,22 +40,12 @@ class Growing(Generic[H, R]):
     """
 
     def __init__(self, file: BinaryIO, header: H, kind: type[R], *, refuse: bool = False) -> None:
+        """Cut off a torn last line; and what answers another request or cannot be read, unless that is refused."""
         self.file = file
         self.found: list[R] = []
-        self._continue(header, kind, refuse)
-        self.count = len(self.found)
-
-    def append(self, records: Iterable[R]) -> None:
-        """Put them on the disk at once. Raises OutputError where it does not take them."""
-        lines = [each.model_dump_json() + "\n" for each in records]
-        self._write("".join(lines))
-        self.count += len(lines)
-
-    def _continue(self, header: H, kind: type[R], refuse: bool) -> None:
-        """Cut off a torn last line; and what answers another request or cannot be read, unless that is refused."""
-        self.file.seek(0)
+        file.seek(0)
         end = 0
-        for number, line in enumerate(self.file):
+        for number, line in enumerate(file):
             if not line.endswith(b"\n"):
                 break
             problem = ""
@@ -69,13 +57,20 @@ class Growing(Generic[H, R]):
             except ValidationError:
                 problem = f", line {number + 1}, is not of this command; remove it"
             if problem and refuse:
-                raise OutputError(f"{self.file.name}{problem}")
+                raise OutputError(f"{file.name}{problem}")
             if problem:
                 break
             end += len(line)
-        self.file.truncate(end)
+        file.truncate(end)
         if not end:
             self._write(header.model_dump_json() + "\n")
+        self.count = len(self.found)
+
+    def append(self, records: Iterable[R]) -> None:
+        """Put them on the disk at once. Raises OutputError where it does not take them."""
+        lines = [each.model_dump_json() + "\n" for each in records]
+        self._write("".join(lines))
+        self.count += len(lines)
 
     def _write(self, lines: str) -> None:
         left = memoryview(lines.encode())
@@ -114,11 +109,18 @@ def appended(path: Path, header: H, kind: type[R]) -> Iterator[Growing[H, R]]:
 
 @contextmanager
 def _open(path: Path, named: Path) -> Iterator[BinaryIO]:
-    """And held; errors name another file, which it is to become."""
+    """Kept from other processes while it is open; errors name another file, which it is to become."""
     with _written(named):
         file = path.open("a+b")
     with file:
-        _hold(file, path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It may have been finished after it was opened here, and is another process's result now.
+            held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            held = False
+        if not held:
+            raise OutputError(f"{path} is in use: another process is writing into it")
         yield file
 
 
@@ -139,18 +141,6 @@ def _record(kind: type[Any], line: bytes, path: Path, number: int, command: str)
         first = error.errors()[0]
         where = "".join(f"{key}: " for key in first["loc"][:1])
         raise DataError(f"{path}, line {number}: {where}{first['msg']}; expected what `{command}` writes") from None
-
-
-def _hold(file: BinaryIO, path: Path) -> None:
-    """Keep other processes out while the file is open."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # It may have been finished after it was opened here, and is another process's result now.
-        held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except BlockingIOError:
-        held = False
-    if not held:
-        raise OutputError(f"{path} is in use: another process is writing into it")
 
 
 def _written(path: str | Path) -> AbstractContextManager[None]:

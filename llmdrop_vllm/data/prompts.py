@@ -94,8 +94,8 @@ def _prompts(line: bytes, where: str) -> Iterator[Prompt]:
                 yield _ChatRequest.model_validate({"messages": value}).chat
             case {"messages": _}:
                 yield _ChatRequest.model_validate(value).chat
-            case {"prompt": _}:
-                yield from map(Completion, _CompletionRequest.model_validate(value).prompt)
+            case {"prompt": prompt}:
+                yield from map(Completion, _starts(prompt, where))
             case _:
                 raise DataError(f"{where}: {json.dumps(value):.60}; expected {ACCEPTED}")
     except ValidationError as error:
@@ -135,24 +135,21 @@ def _arguments(found: object) -> object:
     return found if isinstance(found, dict) else {}
 
 
-def _starts(prompt: object) -> list[str | tuple[int, ...]]:
+def _starts(prompt: object, where: str) -> list[str | tuple[int, ...]]:
     """The texts and token ids of a completions request."""
     several = isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt)
     try:
         return _STARTS.validate_python(prompt if several else [prompt])
     except ValidationError:
-        raise ValueError(f"{json.dumps(prompt):.60}; expected text, token ids, or a list of either") from None
+        found = f"{json.dumps(prompt):.60}; expected text, token ids, or a list of either"
+        raise DataError(f"{where}: prompt: {found}") from None
 
 
-_STARTS = TypeAdapter(
-    Annotated[
-        list[
-            Annotated[str, Field(strict=True, min_length=1)]
-            | Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
-        ],
-        Field(min_length=1),
-    ]
+_Start = (
+    Annotated[str, Field(strict=True, min_length=1)]
+    | Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
 )
+_STARTS = TypeAdapter(Annotated[list[_Start], Field(min_length=1)])
 
 
 class _Open(BaseModel):
@@ -202,8 +199,3 @@ class _ChatRequest(BaseModel):
         options |= self.chat_template_kwargs or {}
         messages = tuple(each.model_dump(exclude_none=True) for each in self.messages)
         return Chat(messages, {name: value for name, value in options.items() if value is not None})
-
-
-class _CompletionRequest(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-    prompt: Annotated[list[str | tuple[int, ...]], BeforeValidator(_starts)]

@@ -72,7 +72,7 @@ class _Run:
         self.mask, self.family = masked.mask, masked.checkpoint.family
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=ATTENTION)
         hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
-        self.batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
+        self.batches = Batches(data, TOKENS_PER_CHUNK[device.type])
         held_out = held_out_sequences(data)
         self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
         asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]

@@ -98,7 +98,7 @@ class Run:
             of_student,
             HiddenStates(directory, of_student.hidden_size, dtype, "teacher"),
             HiddenStates(directory, of_student.hidden_size, dtype, "student"),
-            Batches.of(data, TOKENS_PER_CHUNK[device.type]),
+            Batches(data, TOKENS_PER_CHUNK[device.type]),
             held_out_sequences(data),
             options.weighting,
         )

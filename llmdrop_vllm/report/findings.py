@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 from llmdrop_vllm.artifacts import Scores
 from llmdrop_vllm.data.comparison import Comparison
@@ -35,47 +35,62 @@ class Curve:
 
 @dataclass(frozen=True)
 class Findings:
-    """Records that belong together. `calibrations` are by the name of their data, what the sweep followed first;
-    `mended` are what became of its masks by healing or search, as curves; `searched` is what a search
-    judged, `compared` what was answered in full, dropped and healed.
+    """Records that belong together. `scores` may be of several calibration sets, or none; `evaluations` are of the
+    sweep's masks, healed, and of others; `searched` is what a search judged, `compared` what was answered in full,
+    dropped and healed.
+
+    Raises InputError for scores, a search or answers of another model, for evaluations of masks that the sweep does not
+    have or with other measures, and for a sweep without a point.
     """
 
     sweep: Sweep
-    calibrations: Mapping[str, Scores]
-    mended: Sequence[Curve] = ()
+    scores: Sequence[Scores] = ()
+    evaluations: Sequence[Evaluation] = ()
     searched: Searched | None = None
     compared: Comparison | None = None
 
-    @classmethod
-    def of(
-        cls,
-        sweep: Sweep,
-        scores: Sequence[Scores],
-        evaluations: Sequence[Evaluation] = (),
-        searched: Searched | None = None,
-        compared: Comparison | None = None,
-    ) -> Self:
-        """Raises InputError for scores, a search or answers of another model, for evaluations of masks that the sweep
-        does not have or with other measures, and for a sweep without a point.
-        """
-        depth = sweep.full.quality.mask.num_hidden_layers
-        for name, each in zip(_names(scores), scores, strict=True):
-            model = each.provenance.model
-            _check_weights(sweep, f"the scores on {name} are of {model.path}", model.fingerprint)
-            if each.num_hidden_layers != depth:
-                raise InputError(f"the scores on {name} are for {each.num_hidden_layers} layers, the sweep for {depth}")
-        ordered = sorted(scores, key=lambda each: scores_id(each) != sweep.request.scores_sha256)
-        if searched is not None:
-            model = searched.header.provenance.model
-            _check_weights(sweep, f"the search is of {model.path}", model.fingerprint)
-        if compared is not None:
-            _check_weights(sweep, "the answers are of a full model", compared.forms[0].fingerprint)
-        mended = _mended(sweep, evaluations)
-        if any("searched" in curve.series.name for curve in mended) and any(len({*each.kinds}) > 1 for each in scores):
+    def __post_init__(self) -> None:
+        depth = self.depth  # asked first: there is none without a point
+        for name, scores in self.calibrations.items():
+            model = scores.provenance.model
+            self._check_weights(f"the scores on {name} are of {model.path}", model.fingerprint)
+            if scores.num_hidden_layers != depth:
+                raise InputError(
+                    f"the scores on {name} are for {scores.num_hidden_layers} layers, the sweep for {depth}"
+                )
+        if self.searched is not None:
+            model = self.searched.header.provenance.model
+            self._check_weights(f"the search is of {model.path}", model.fingerprint)
+        if self.compared is not None:
+            self._check_weights("the answers are of a full model", self.compared.forms[0].fingerprint)
+        others = any("searched" in curve.series.name for curve in self.mended)
+        if others and any(len({*each.kinds}) > 1 for each in self.scores):
             raise InputError(
                 "masks that the sweep does not have differ in KV cache where layers do; sweep them as well"
             )
-        return cls(sweep, dict(zip(_names(ordered), ordered, strict=True)), mended, searched, compared)
+
+    def _check_weights(self, said: str, fingerprint: str) -> None:
+        request, path = self.sweep.request, self.sweep.provenance.model.path
+        if fingerprint != request.fingerprint:
+            raise InputError(
+                f"{said} with the weights {fingerprint}; the sweep is of {path} with the weights {request.fingerprint}"
+            )
+
+    @cached_property
+    def calibrations(self) -> Mapping[str, Scores]:
+        """By the name of their data, numbered where the same was used twice; what the sweep followed comes first."""
+        found: dict[str, Scores] = {}
+        ordered = sorted(self.scores, key=lambda each: scores_id(each) != self.sweep.request.scores_sha256)
+        for place, each in enumerate(ordered, 1):
+            data = each.provenance.data
+            name = f"calibration set {place}" if data is None else data.source
+            found[f"{name} ({place})" if name in found else name] = each
+        return found
+
+    @cached_property
+    def mended(self) -> list[Curve]:
+        """What became of the sweep's masks by healing or search."""
+        return _mended(self.sweep, self.evaluations)
 
     @property
     def depth(self) -> int:
@@ -98,11 +113,6 @@ class Findings:
         return [curve for curve in found if len(curve.points) > 1]
 
     @property
-    def mended_points(self) -> dict[str, tuple[Curve, Point]]:
-        """By what a picture calls it."""
-        return {f"{curve.series.name} {n}": (curve, point) for curve in self.mended for n, point in curve.points[1:]}
-
-    @property
     def by_importance(self) -> list[Curve]:
         """The series that drop the least important first."""
         return [curve for curve in self.curves if curve.by_importance]
@@ -117,47 +127,34 @@ class Findings:
         return found
 
 
-def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> tuple[Curve, ...]:
+def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> list[Curve]:
     """A curve for each way of healing a series' masks, and for other masks of as many sublayers. What is healed has the
     shape, and so the speed, of its mask; other masks have those of the series' where all layers are of one kind.
     """
-    found: dict[tuple[str, str], dict[int, Point]] = {}
+    found: dict[str, tuple[Series, dict[int, Point]]] = {}
     for each in evaluations:
-        owner, n, own = _place(sweep, each)
-        point = sweep.points[owner.steps[n]]
+        series, n, point, how = _place(sweep, each)
         _check_alike(point, each)
-        how = ", ".join(word for word in (None if own else "searched", each.healed) if word)
-        points = found.setdefault((owner.name, how), {})
+        entries = {"name": f"{series.name}, {how}", "order": f"{series.order}, {how}"}
+        _, points = found.setdefault(entries["name"], (series.model_copy(update=entries), {}))
         if n in points:
-            raise InputError(f"two evaluations are of {owner.name} {n}, {how}; a report shows one of them")
+            raise InputError(f"two evaluations are of {series.name} {n}, {how}; a report shows one of them")
         points[n] = point.model_copy(update={"quality": each.quality})
-    series = {each.name: each for each in sweep.series}
-    return tuple(
-        Curve(
-            series[name].model_copy(update={"name": f"{name}, {how}", "order": f"{series[name].order}, {how}"}),
-            ((0, sweep.full), *sorted(points.items())),
-        )
-        for (name, how), points in found.items()
-    )
+    return [Curve(series, ((0, sweep.full), *sorted(points.items()))) for series, points in found.values()]
 
 
-def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, bool]:
-    """The series, the number dropped, and whether its mask is the series' own. Raises InputError where none has so
-    many, and for a mask of the sweep itself that was not healed.
+def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, Point, str]:
+    """The series, the number dropped, the point of it, and how the evaluated model came from there. Raises InputError
+    where no series has so many, and for a mask of the sweep itself that was not healed.
     """
-    mask = evaluation.quality.mask
-    places = [
-        (series, n, sweep.points[id_].quality.mask)
-        for series in sweep.series
-        for n, id_ in series.steps.items()
-        if id_ in sweep.points
-    ]
-    same = [(series, n) for series, n, its in places if its.effect == mask.effect]
-    if same and evaluation.healed is not None:
-        return *same[0], True
-    alike = [(series, n) for series, n, its in places if series.order == BY_IMPORTANCE and _sizes(its) == _sizes(mask)]
-    if alike and not same:
-        return *alike[0], False
+    mask, healed = evaluation.quality.mask, evaluation.healed
+    places = [(series, n, point) for series in sweep.series for n, point in sweep.of(series)[1:]]
+    same = [place for place in places if place[2].quality.mask.effect == mask.effect]
+    if same and healed:
+        return *same[0], healed
+    for series, n, point in places:
+        if not same and series.order == BY_IMPORTANCE and sizes(point.quality.mask) == sizes(mask):
+            return series, n, point, f"searched, {healed}" if healed else "searched"
     what = "is not of a healed model, and the sweep has its mask" if same else "drops other numbers of sublayers"
     raise InputError(
         f"the evaluation of {evaluation.provenance.model.path} {what}; expected a healed point of it, or another mask "
@@ -165,40 +162,24 @@ def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, bool]:
     )
 
 
-def _sizes(mask: DropMask) -> tuple[int, int]:
-    return len(mask.attention), len(mask.mlp)
+def sizes(mask: DropMask) -> list[int]:
+    """How many attention and MLP sublayers are gone."""
+    return [*map(len, mask.dropped)]
 
 
 def _check_alike(point: Point, evaluation: Evaluation) -> None:
-    def measured(quality: Quality) -> list[object]:
+    def measured(quality: Quality) -> list[tuple[str, object]]:
         apart = quality.divergence
-        on = None if apart is None else (apart.on, apart.data and apart.data.sha256)
-        return [quality.perplexity.data.sha256, on, *((task.task, task.metric, task.samples) for task in quality.tasks)]
+        return [
+            ("perplexity", quality.perplexity.data.sha256),
+            ("divergence", apart and (apart.on, apart.data and apart.data.sha256)),
+            *((f"task {each.task}", (each.task, each.metric, each.samples)) for each in quality.tasks),
+        ]
 
-    names = ("perplexity", "divergence", *(f"task {task.task}" for task in point.quality.tasks))
     ours, its = measured(point.quality), measured(evaluation.quality)
     if ours != its:
-        where = next((n for n, one, other in zip(names, ours, its, strict=False) if one != other), "tasks")
+        where = next((name for (name, one), (_, other) in zip(ours, its, strict=False) if one != other), "tasks")
         raise InputError(
             f"the evaluation of {evaluation.provenance.model.path} was measured otherwise than the sweep ({where}); "
             "evaluate it with the sweep's own options"
         )
-
-
-def _check_weights(sweep: Sweep, said: str, fingerprint: str) -> None:
-    """Raise InputError for what was measured of others."""
-    if fingerprint != (expected := sweep.request.fingerprint):
-        raise InputError(
-            f"{said} with the weights {fingerprint}; "
-            f"the sweep is of {sweep.provenance.model.path} with the weights {expected}"
-        )
-
-
-def _names(scores: Sequence[Scores]) -> list[str]:
-    """What each was measured on, numbered where the same text was used twice."""
-    found: list[str] = []
-    for place, each in enumerate(scores, 1):
-        data = each.provenance.data
-        name = f"calibration set {place}" if data is None else data.source
-        found.append(f"{name} ({place})" if name in found else name)
-    return found

@@ -9,18 +9,8 @@ from matplotlib.patches import Patch
 
 from llmdrop_vllm.artifacts import Diagnostics
 from llmdrop_vllm.report.findings import Curve, Findings
-from llmdrop_vllm.report.style import (
-    LOOK_OF_WHAT,
-    LOOKS,
-    PAPER,
-    Look,
-    NothingToShow,
-    label_of,
-    legend,
-    look,
-    panels,
-    scale,
-)
+from llmdrop_vllm.report.style import LOOK_OF, LOOKS, PAPER, Look, NothingToShow, label_of, legend, look, panels, scale
+from llmdrop_vllm.selection.candidates import Kind
 
 Values = Sequence[float | None]
 
@@ -33,14 +23,11 @@ def importance(findings: Findings) -> tuple[Figure, str]:
     present: list[float] = []
     kinds = {"attention": "attention", "mlp": "MLP", "block": "block (both)"}
     for each, (kind, title) in zip(axes, kinds.items(), strict=True):
-        lines = {
-            name: [None if value is None else 1 - value for value in getattr(scores.similarity, kind)]
-            for name, scores in findings.calibrations.items()
-        }
-        for place, (name, values) in enumerate(lines.items()):
+        for place, (name, scores) in enumerate(findings.calibrations.items()):
+            values = [None if value is None else 1 - value for value in getattr(scores.similarity, kind)]
             _line(each, values, _short(name), look(place))
+            present += [value for value in values if value is not None]
         each.set(title=title, xlabel="layer")
-        present += [value for values in lines.values() for value in values if value is not None]
     for each in axes:  # alike, so that attention can be compared with MLP
         scale(each, present)
     limits = [limit for each in axes for limit in each.get_ylim()]
@@ -54,15 +41,13 @@ def importance(findings: Findings) -> tuple[Figure, str]:
 
 def redundancy(findings: Findings) -> tuple[Figure, str]:
     """The first calibration set in full, the others paler behind it."""
-    lines = {name: _diagnostics(scores.diagnostics) for name, scores in findings.calibrations.items()}
-    titles = [
-        title for title in next(iter(lines.values()), {}) if any(_measured(each[title]) for each in lines.values())
-    ]
+    lines = [_diagnostics(scores.diagnostics) for scores in findings.calibrations.values()]
+    titles = [title for title in (lines[0] if lines else ()) if any(_measured(each[title]) for each in lines)]
     if not titles:
         raise NothingToShow("the scores hold no diagnostics" if lines else "no scores were given")
     figure, axes = panels("Signs that sublayers are redundant", findings.model, len(titles), 2, (6, 3.7))
     for each, title in zip(axes, titles, strict=True):
-        for place, found in enumerate(lines.values()):
+        for place, found in enumerate(lines):
             for label, (values, chosen) in found[title].items():
                 _line(each, values, label if place == 0 else "", chosen, alpha=1 if place == 0 else 0.35)
         each.set(title=title, xlabel="layer")
@@ -85,8 +70,8 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
         each.set_xlabel("layer")
     for each in axes[::columns]:
         each.set_ylabel("number dropped")
-    colors = {kind: LOOK_OF_WHAT[kind].color for kind in ("attention", "mlp")}
-    handles = [Patch(color=colors["attention"], label="attention gone"), Patch(color=colors["mlp"], label="MLP gone")]
+    looks = {"attention gone": LOOK_OF["attention"], "MLP gone": LOOK_OF["mlp"]}
+    handles = [Patch(color=each.color, label=label) for label, each in looks.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
     largest = [f"{each.series.name}: {each.points[-1][1].quality.mask.summary()}" for each in curves]
     return figure, f"The sublayers that are gone by number dropped. The largest masks: {'; '.join(largest)}."
@@ -95,7 +80,7 @@ def drop_order(findings: Findings) -> tuple[Figure, str]:
 def _line(axes: Axes, values: Values, label: str, look: Look, alpha: float = 1) -> None:
     """With a gap where a layer has no such sublayer."""
     drawn = [float("nan") if value is None else value for value in values]
-    axes.plot(range(len(drawn)), drawn, label=label_of(label), **{**look.line, "markersize": 5, "alpha": alpha})
+    axes.plot(range(len(drawn)), drawn, **{**look.line(label), "markersize": 5, "alpha": alpha})
 
 
 def _lowest(findings: Findings) -> str:
@@ -110,7 +95,7 @@ def _lowest(findings: Findings) -> str:
 def _diagnostics(found: Diagnostics) -> Mapping[str, Mapping[str, tuple[Values, Look]]]:
     """Panel title to its lines."""
     attention, mlp = found.attention, found.mlp
-    blue, orange, grey = LOOK_OF_WHAT["attention"], LOOK_OF_WHAT["mlp"], LOOKS[6]
+    blue, orange, grey = LOOK_OF["attention"], LOOK_OF["mlp"], LOOKS[6]
     return {
         "Size of the output: ‖sublayer(x)‖ / ‖x‖": {
             "attention": (attention.magnitude_ratio, blue),
@@ -138,12 +123,10 @@ def _short(name: str) -> str:
 def _panel(axes: Axes, curve: Curve, depth: int) -> None:
     """Attention fills the left half of a layer's column, its MLP the right half; the whole where only one kind goes."""
     masks = [point.quality.mask for _, point in curve.points]
-    one = curve.series.what in ("attention", "mlp") and not (
-        any(mask.attention for mask in masks) and any(mask.mlp for mask in masks)
-    )
-    width = 0.8 if one else 0.4
-    for kind in ("attention", "mlp"):
-        shift = 0.0 if one else (-width / 2 if kind == "attention" else width / 2)
+    both = any(mask.attention for mask in masks) and any(mask.mlp for mask in masks)
+    width, aside = (0.4, 0.2) if both or curve.series.what not in ("attention", "mlp") else (0.8, 0.0)
+    shifts: dict[Kind, float] = {"attention": -aside, "mlp": aside}
+    for kind, shift in shifts.items():
         runs = [
             (layer + shift, start - 0.5, length)
             for layer in range(depth)
@@ -151,7 +134,7 @@ def _panel(axes: Axes, curve: Curve, depth: int) -> None:
         ]
         if runs:
             xs, tops, heights = zip(*runs, strict=True)
-            axes.bar(xs, heights, width, tops, color=LOOK_OF_WHAT[kind].color, linewidth=0)
+            axes.bar(xs, heights, width, tops, color=LOOK_OF[kind].color, linewidth=0)
     between = [row - 0.5 for row in range(1, len(masks))]
     axes.hlines(between, -0.7, depth - 0.3, color=PAPER if len(masks) <= 16 else "none", linewidth=1.5)
     axes.set(title=label_of(curve.series.name, width=32), xlim=(-0.7, depth - 0.3), ylim=(len(masks) - 0.5, -0.5))

@@ -7,6 +7,9 @@ from statistics import fmean
 
 from llmdrop_vllm.evaluation.records import Estimate, Point, Sweep, TaskKind
 
+DASH = "–"
+Cell = Callable[[Point], str]
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -22,7 +25,7 @@ class Measure:
     def text(self, estimate: Estimate | None) -> str:
         """`11.88 ± 0.21` for people; a dash for nothing."""
         if estimate is None:
-            return "–"
+            return DASH
         stderr = "" if estimate.stderr is None else f" ± {number(estimate.stderr, self.decimals)}"
         return number(estimate.value, self.decimals) + stderr
 
@@ -68,6 +71,43 @@ def degradation_of(sweep: Sweep, point: Point) -> float | None:
     return speedup_degradation(full.value - found.value, speedup)
 
 
+def speedup_text(sweep: Sweep, point: Point) -> str:
+    """`1.12 (1.10 to 1.13)`: the range is over rounds; empty where it was not measured."""
+    speedup, spread = sweep.speedup(point), sweep.speedup_spread(point)
+    return f"{speedup:.2f} ({spread[0]:.2f} to {spread[1]:.2f})" if speedup and spread else ""
+
+
+def columns(sweep: Sweep) -> dict[str, Cell]:
+    """Of the table of all points, those of which anything was measured: title to what a cell says of a point."""
+
+    def speedup(point: Point) -> str:
+        return "1" if point is sweep.full else speedup_text(sweep, point) or DASH
+
+    def degradation(point: Point) -> str:
+        found = degradation_of(sweep, point)
+        return DASH if found is None or point is sweep.full else f"{found:.2f}"
+
+    points = [*sweep.points.values()]
+    kinds = [measure for measure in TASK_MEASURES if any(measure.of(point) for point in points)]
+    averages = [*kinds, *([ALL_TASKS] if len(kinds) > 1 else [])]
+    tasks = dict.fromkeys((task.task, task.metric) for point in points for task in point.quality.tasks)
+    found = {"perplexity": _cell(PERPLEXITY)}
+    found |= {f"{each.name}, %": _cell(each) for each in (*averages, *(_of_task(*task) for task in tasks))}
+    if any(AGREEMENT.of(point) for point in points):
+        found |= {"agreement, %": _cell(AGREEMENT), "KL, nats": _cell(KL)}
+    if any(sweep.speedup(point) for point in points):
+        found["speedup (range)"] = speedup
+    found["KV cache, %"] = lambda point: f"{100 * point.kv_share:.1f}"
+    found["parameters"] = lambda point: f"{point.parameters:,}"
+    if any(degradation_of(sweep, point) is not None for point in points):
+        found["points lost per % of speedup"] = degradation
+    return found
+
+
+def _cell(measure: Measure) -> Cell:
+    return lambda point: measure.text(measure.of(point))
+
+
 def _perplexity(point: Point) -> Estimate:
     found = point.quality.perplexity
     return Estimate(value=found.value, stderr=found.stderr)
@@ -80,6 +120,15 @@ def _agreement(point: Point) -> Estimate | None:
 
 def _kl(point: Point) -> Estimate | None:
     return None if point.quality.divergence is None else point.quality.divergence.kl
+
+
+def _of_task(name: str, metric: str) -> Measure:
+    def score(point: Point) -> Estimate | None:
+        tasks = (each for each in point.quality.tasks if (each.task, each.metric) == (name, metric))
+        found = next(tasks, None)
+        return None if found is None else percent(found.value, found.stderr)
+
+    return Measure(f"{name} {metric}", f"{name} {metric}, %", score)
 
 
 def _of_kind(kind: TaskKind, name: str) -> Measure:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from llmdrop_vllm.report import layers, quality, search, speed
+from llmdrop_vllm.report import layers, quality, speed
 from llmdrop_vllm.report.findings import Findings
 from llmdrop_vllm.report.style import NothingToShow, as_png, as_svg, styled
 
@@ -20,7 +20,7 @@ PICTURES: tuple[tuple[str, str, Paint], ...] = (
     ),
     ("kv_cache", "KV cache as vLLM stores it, padding included.", speed.kv_cache),
     ("controls", "Controls: as many sublayers in another order.", quality.controls),
-    ("search", "Every mask that a search judged by the model's answers, and cosine's beside them.", search.search),
+    ("search", "Every mask that a search judged by the model's answers, and cosine's beside them.", quality.search),
     ("importance", "Importance by layer and calibration set.", layers.importance),
     ("drop_order", "The masks: a row for each number dropped.", layers.drop_order),
     ("redundancy", "Diagnostics of the intact model's sublayers, by layer.", layers.redundancy),
@@ -29,33 +29,26 @@ PICTURES: tuple[tuple[str, str, Paint], ...] = (
 
 @dataclass(frozen=True)
 class Picture:
-    """`svg` and `png` are whole files; `alt` is for those who cannot see them."""
+    """`svg` and `png` are whole files, `text` is for those who cannot see them. Of what the records have nothing for
+    there are none, and `text` says why.
+    """
 
     name: str
     caption: str
-    alt: str
-    svg: str
-    png: bytes
+    text: str
+    svg: str = ""
+    png: bytes = b""
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """One that the records have nothing for, and why."""
-
-    name: str
-    caption: str
-    why: str
-
-
-def draw(findings: Findings) -> list[Picture | LeftOut]:
+def draw(findings: Findings) -> list[Picture]:
     """In the order of the page."""
-    found: list[Picture | LeftOut] = []
+    found = []
     with styled():
         for name, caption, paint in PICTURES:
             try:
                 figure, alt = paint(findings)
             except NothingToShow as error:
-                found.append(LeftOut(name, caption, str(error)))
-                continue
-            found.append(Picture(name, caption, alt, as_svg(figure), as_png(figure)))
+                found.append(Picture(name, caption, str(error)))
+            else:
+                found.append(Picture(name, caption, alt, as_svg(figure), as_png(figure)))
     return found

@@ -2,9 +2,9 @@
 
 import io
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import matplotlib
@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from llmdrop_vllm.evaluation.records import Estimate
 from llmdrop_vllm.selection.candidates import Kind
 
 # The page exchanges these two for its own, so that a picture follows its light or dark theme.
@@ -54,18 +53,10 @@ class Look:
     marker: str
     linestyle: Any
 
-    @property
-    def line(self) -> dict[str, Any]:
+    def line(self, label: str, width: int = 44) -> dict[str, Any]:
         """For `plot` and `errorbar`. Markers are hollow, so that one curve shows through another."""
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "linestyle": self.linestyle,
-            "linewidth": 2,
-            "markersize": 7,
-            "markerfacecolor": "none",
-            "markeredgewidth": 1.8,
-        }
+        hollow = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        return {**asdict(self), **hollow, "linewidth": 2, "label": label_of(label, width)}
 
 
 LOOKS = (
@@ -78,7 +69,7 @@ LOOKS = (
     Look(INK, "X", (0, (1, 1))),
     Look("#7F5F2A", "*", (0, (6, 2))),  # beyond their palette's readable seven: a brown
 )
-LOOK_OF_WHAT: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
+LOOK_OF: dict[Kind, Look] = {"attention": LOOKS[0], "mlp": LOOKS[1], "blocks": LOOKS[2], "joint": LOOKS[3]}
 
 
 def look(place: int) -> Look:
@@ -112,15 +103,6 @@ def label_of(name: str, width: int = 44) -> str:
     return textwrap.fill(f" {name}" if name.startswith("_") else name, width, drop_whitespace=False)
 
 
-def draw_curve(axes: Axes, points: Sequence[tuple[float, Estimate]], label: str, look: Look) -> None:
-    """With standard errors, where there are any."""
-    errors = [each.stderr or 0.0 for _, each in points]
-    xs, ys = [x for x, _ in points], [each.value for _, each in points]
-    axes.errorbar(
-        xs, ys, yerr=errors if any(errors) else None, capsize=3, elinewidth=1.2, label=label_of(label), **look.line
-    )
-
-
 def scale(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic y axis with plain numbers, where the values are far apart."""
     values = list(values)
@@ -144,16 +126,9 @@ def legend(figure: Figure, columns: int = 4, title: str | None = None) -> None:
     if found:
         longest = max(len(line) for label in found for line in label.splitlines())
         room = int(figure.get_figwidth() * 72 / (8 * (longest + 8)))  # a letter is about 8 points wide
-        figure.legend(
-            [*found.values()],
-            [*found],
-            loc="outside lower left",
-            ncols=max(1, min(columns, len(found), room)),
-            title=title,
-            alignment="left",
-            handlelength=3.2,
-            columnspacing=1.4,
-        )
+        ncols = max(1, min(columns, len(found), room))
+        spacing: dict[str, Any] = {"alignment": "left", "handlelength": 3.2, "columnspacing": 1.4}
+        figure.legend([*found.values()], [*found], loc="outside lower left", ncols=ncols, title=title, **spacing)
 
 
 def as_svg(figure: Figure) -> str:

@@ -1,16 +1,25 @@
 """How many sublayers may go: the few sentences at the top of the page, computed from the records."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Point, Sweep
 from llmdrop_vllm.report.findings import Curve, Findings
-from llmdrop_vllm.report.measures import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TASK_MEASURES, Measure
+from llmdrop_vllm.report.measures import (
+    DASH,
+    GENERATION,
+    MULTIPLE_CHOICE,
+    PERPLEXITY,
+    TASK_MEASURES,
+    Measure,
+    speedup_text,
+)
 from llmdrop_vllm.selection.candidates import NOUNS
 
-PERPLEXITY_LIMIT_PERCENT = 5.0
-TASK_LIMIT_POINTS = 1.0
+# What may be lost, and how that is said: perplexity grows, an average of tasks falls.
+PERPLEXITY_LIMIT, TASK_LIMIT = (5.0, "% higher"), (1.0, " point lower")
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,7 @@ class Verdict:
 
 def largest_within(losses: Iterable[tuple[int, float]], limit: float) -> int:
     """The largest number up to which every loss is at most `limit`: one that is good by luck after a bad one is not."""
-    largest = 0
-    for n, loss in sorted(losses):
-        if loss > limit:
-            break
-        largest = n
-    return largest
+    return max((n for n, _ in takewhile(lambda each: each[1] <= limit, sorted(losses))), default=0)
 
 
 def same_within_errors(one: Estimate, other: Estimate) -> bool:
@@ -80,17 +84,15 @@ def verdicts(sweep: Sweep, curve: Curve) -> list[Verdict]:
     found = []
     for measure in (PERPLEXITY, *TASK_MEASURES):
         full = measure.of(sweep.full)
-        values = {n: value for n, point in curve.points if (value := measure.of(point)) is not None}
         if full is None:
             continue
-        limit = PERPLEXITY_LIMIT_PERCENT if measure is PERPLEXITY else TASK_LIMIT_POINTS
-        n = largest_within([(n, loss(measure, full, value)) for n, value in values.items()], limit)
-        after = next((each for each in sorted(values) if each > n), None)
-        unit = f"{limit:g}% higher" if measure is PERPLEXITY else f"{limit:g} point lower"
-        points = dict(curve.points)
-        then = described(measure, sweep.full, points[n]) if n else "–"
+        limit, unit = PERPLEXITY_LIMIT if measure is PERPLEXITY else TASK_LIMIT
+        losses = {n: loss(measure, full, value) for n, point in curve.points if (value := measure.of(point))}
+        n, points = largest_within(losses.items(), limit), dict(curve.points)
+        after = min((each for each in losses if each > n), default=None)
+        then = described(measure, sweep.full, points[n]) if n else DASH
         beyond = "not measured" if after is None else described(measure, sweep.full, points[after])
-        found.append(Verdict(measure, f"at most {unit}", full, n, then, beyond, blind(measure, sweep.full)))
+        found.append(Verdict(measure, f"at most {limit:g}{unit}", full, n, then, beyond, blind(measure, sweep.full)))
     return found
 
 
@@ -144,25 +146,17 @@ def sentences(findings: Findings) -> list[str]:
     return [*said, *_mended(findings), *_caveats(found)]
 
 
-def _mended(findings: Findings) -> list[str]:
+def _mended(findings: Findings) -> Iterator[str]:
     """What may go once the rest is healed."""
-    said = []
     for curve in findings.mended:
-        n, name = agreed(verdicts(findings.sweep, curve)), curve.series.name
-        most = curve.points[-1][0]
-        said.append(f"{name}: {n} can go within the limits; measured up to {most}.")
-    return said
+        n, most = agreed(verdicts(findings.sweep, curve)), curve.points[-1][0]
+        yield f"{curve.series.name}: {n} can go within the limits; measured up to {most}."
 
 
 def _gains(sweep: Sweep, point: Point) -> str:
-    speedup, spread = sweep.speedup(point), sweep.speedup_spread(point)
-    faster = "" if speedup is None or spread is None else f"; {speedup_text(speedup, spread)} times as fast"
-    return f": the KV cache is {100 * point.kv_share:.1f}% of the full model's{faster}"
-
-
-def speedup_text(speedup: float, spread: tuple[float, float]) -> str:
-    """`1.12 (1.10 to 1.13)`: the range is over rounds."""
-    return f"{speedup:.2f} ({spread[0]:.2f} to {spread[1]:.2f})"
+    faster = speedup_text(sweep, point)
+    kept = f": the KV cache is {100 * point.kv_share:.1f}% of the full model's"
+    return f"{kept}; {faster} times as fast" if faster else kept
 
 
 def _caveats(found: list[Verdict]) -> list[str]:

@@ -3,9 +3,7 @@
 Every layer here looks back only, so padding changes nothing of what stands before it; it is computed and not counted.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,37 +15,24 @@ from llmdrop_vllm.scoring.scratch import Chunk, chunks
 PADDED_TO_MULTIPLES_OF = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
-    """Token ids by chunk. `starts` are, per sequence, the first position that counts."""
+    """Token ids by chunk. `starts` are, per sequence, the first position that counts. `chunks` are in the order of the
+    sequences, and positions in them count padding, as `tokens` does: what goes through a layer.
+    """
 
-    sequences: tuple[TokenIds, ...]
-    starts: tuple[int, ...]
+    calibration: Calibration
     tokens_per_chunk: int
 
-    @classmethod
-    def of(cls, calibration: Calibration, tokens_per_chunk: int) -> "Batches":
-        """The calibration's sequences; where it does not say what counts, everything does."""
-        starts = calibration.starts or (0,) * len(calibration.sequences)
-        return cls(calibration.sequences, starts, tokens_per_chunk)
-
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        """Per sequence, its length with padding."""
+    def __post_init__(self) -> None:
+        self.sequences = self.calibration.sequences
+        # Where it does not say what counts, everything does.
+        self.starts = self.calibration.starts or (0,) * len(self.sequences)
         lengths = [len(sequence) for sequence in self.sequences]
-        if len(set(lengths)) == 1:
-            return lengths
-        return [-(-length // PADDED_TO_MULTIPLES_OF) * PADDED_TO_MULTIPLES_OF for length in lengths]
-
-    @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """In the order of the sequences; positions in them count padding."""
-        return tuple(chunks(self.lengths, self.tokens_per_chunk))
-
-    @property
-    def tokens(self) -> int:
-        """Of all sequences, with padding: what goes through a layer."""
-        return sum(self.lengths)
+        if len({*lengths}) > 1:
+            lengths = [-(-length // PADDED_TO_MULTIPLES_OF) * PADDED_TO_MULTIPLES_OF for length in lengths]
+        self.tokens = sum(lengths)
+        self.chunks = tuple(chunks(lengths, self.tokens_per_chunk))
 
     def token_ids(self, chunk: Chunk) -> torch.Tensor:
         """[batch, tokens]; padding repeats a sequence's last token, which every model knows."""

@@ -37,6 +37,11 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def own(self) -> "LayerCall":
+        """What of it is of these tokens alone, and not alike for all of their shape."""
+        return LayerCall(self.args, {key: value for key, value in self.kwargs.items() if key == SHARED_STATES})
+
 
 def check_stream(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where layers hand on more than one residual stream."""
@@ -77,7 +82,7 @@ class LayerStream:
         self.hidden_size: int = text.hidden_size
         self.shares_keys = bool(getattr(text, "num_kv_shared_layers", None))
         self.is_by_chunk = self.shares_keys or bool(getattr(text, "hidden_size_per_layer_input", None))
-        self.by_chunk: dict[Chunk, tuple[tuple[tuple[Any, ...], Any], ...]] = {}
+        self.by_chunk: dict[Chunk, tuple[LayerCall, ...]] = {}
 
     @contextmanager
     def embedding(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -108,14 +113,13 @@ class LayerStream:
                     if into is not None:
                         into.write(0, chunk, hidden)
                 if self.is_by_chunk:
-                    calls = self.calls[chunk.shape]
-                    self.by_chunk[chunk] = tuple((call.args, call.kwargs.get(SHARED_STATES)) for call in calls)
+                    self.by_chunk[chunk] = tuple(call.own for call in self.calls[chunk.shape])
 
     def take_up(self, other: "LayerStream") -> None:
         """Begin where another stream stands: with the keys and values that layers before have left for later ones."""
         if self.shares_keys:
-            for chunk, ((_, shared), *_) in self.by_chunk.items():  # one for all layers
-                shared.update(other.by_chunk[chunk][0][1])
+            for chunk, (call, *_) in self.by_chunk.items():  # one for all layers
+                call.kwargs[SHARED_STATES].update(other.by_chunk[chunk][0].kwargs[SHARED_STATES])
 
     @property
     def cannot_go_on(self) -> list[str]:
@@ -144,11 +148,8 @@ class LayerStream:
     def through(self, layer: nn.Module, index: int, chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
         """Layer `index`, which is in memory, run on a chunk's [batch, tokens, hidden]; `embed` must have seen it."""
         call = self.call(index, chunk.shape)
-        args, kwargs = call.args, call.kwargs
-        if self.is_by_chunk:
-            args, shared = self.by_chunk[chunk][index]
-            kwargs = kwargs if shared is None else kwargs | {SHARED_STATES: shared}
-        return first_of(layer(hidden, *args, **kwargs))
+        own = self.by_chunk[chunk][index] if self.is_by_chunk else call
+        return first_of(layer(hidden, *own.args, **(call.kwargs | own.kwargs)))
 
     def _begin(self, token_ids: torch.Tensor) -> torch.Tensor:
         recorded: dict[int, tuple[torch.Tensor, LayerCall]] = {}

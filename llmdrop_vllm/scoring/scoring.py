@@ -18,15 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import (
-    AttentionDiagnostics,
-    Diagnostics,
-    Provenance,
-    Scores,
-    Similarities,
-    SublayerDiagnostics,
-    sha256,
-)
+from llmdrop_vllm.artifacts import Diagnostics, Provenance, Scores, Similarities, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.dequantizing import dequantized
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
@@ -64,11 +56,11 @@ def score(
     for weights that cannot be computed with; those that compressed-tensors has quantized are unpacked for it.
     """
     masked = checkpoint.under(checkpoint.mask if mask is None else mask)
-    where, what = precision(checkpoint, device, dtype)
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-        run = _Run(masked, calibration, where, what, scratch or Path(temporary) / "scratch")
+        directory = scratch or Path(temporary) / "scratch"
+        run = _Run(masked, calibration, *precision(checkpoint, device, dtype), directory)
         with run.scratch.in_use():
-            scores = _scores(run.layers(progress), run)
+            scores = run.scores(progress)
             run.scratch.remove()
     return scores
 
@@ -82,37 +74,60 @@ class _Run:
         dtype: torch.dtype,
         directory: Path,
     ) -> None:
-        checkpoint, mask = self.checkpoint, self.mask = masked.checkpoint, masked.mask
-        self.calibration, self.family = calibration, checkpoint.family
-        self.kinds = checkpoint.decoder.kinds  # asked first: it refuses a config that contradicts itself
-        self.batches = Batches.of(calibration, TOKENS_PER_CHUNK[device.type])
+        self.checkpoint, self.mask, self.family = masked.checkpoint, masked.mask, masked.checkpoint.family
+        self.calibration = calibration
+        self.kinds = self.checkpoint.decoder.kinds  # asked first: it refuses a config that contradicts itself
+        self.batches = Batches(calibration, TOKENS_PER_CHUNK[device.type])
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
-        self.chunks = self.batches.chunks
-        hidden_size, depth = self.stream.hidden_size, mask.num_hidden_layers
-        history_tokens = MAX_GAP_HISTORY_BYTES // ((depth + 1) * hidden_size * 4)
-        counted = self.batches.counted_positions()
-        count = min(len(counted), MAX_GAP_TOKENS, history_tokens)
+        hidden_size, counted = self.stream.hidden_size, self.batches.counted_positions()
+        gap_token_bytes = (self.mask.num_hidden_layers + 1) * hidden_size * 4
+        count = min(len(counted), MAX_GAP_TOKENS, MAX_GAP_HISTORY_BYTES // gap_token_bytes)
         self.gap_tokens = counted[np.linspace(0, len(counted) - 1, count).round().astype(np.int64)]
         self.hidden = HiddenStates(directory, hidden_size, dtype)
         self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
-        needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes + (depth + 1) * count * hidden_size * 4
-        asked = [
-            __version__,
-            checkpoint.fingerprint,
-            calibration.identity.sha256,
-            asdict(mask),
-            str(device),
-            str(dtype),
-            *self.stream.cannot_go_on,
-        ]
+        needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes + count * gap_token_bytes
+        asked = [__version__, self.checkpoint.fingerprint, calibration.identity.sha256, asdict(self.mask)]
+        asked += [str(device), str(dtype), *self.stream.cannot_go_on]
         self.scratch = Scratch(directory, sha256(asked), needed_bytes, SCRATCH_FILES)
 
-    def layers(self, progress: bool) -> tuple[dict[str, Any], ...]:
-        """One result per layer."""
+    def scores(self, progress: bool) -> Scores:
+        """One pass, or what is left of it."""
         depth = self.mask.num_hidden_layers
         steps = [(f"layer {index} of {depth}", 1, partial(self._layer, index)) for index in range(depth)]
         with torch.inference_mode():
-            return self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
+            return self._scores(self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress))
+
+    def _scores(self, layers: Sequence[dict[str, Any]]) -> Scores:
+        depth, (no_attention, no_mlp) = self.mask.num_hidden_layers, self.family.absent(self.mask)
+
+        def column(name: str, dropped: Collection[int]) -> tuple[float | None, ...]:
+            return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
+
+        def sublayer(kind: str, dropped: Collection[int]) -> dict[str, tuple[float | None, ...]]:
+            fields = {"magnitude_ratio": "ratio", "token_cosine_before": "before", "token_cosine_after": "after"}
+            return {field: column(f"{kind}_{name}", dropped) for field, name in fields.items()}
+
+        probed = [layer["probe"] or (None, None) for layer in layers]
+        concentration, first_token = zip(*probed, strict=True)
+        attention = sublayer("attention", no_attention) | {"concentration": concentration, "first_token": first_token}
+        by_depth = [history for layer in layers for history in layer["history"]]
+        block = tuple(layer["means"]["block"] for layer in layers)
+        by_gap = ((block[i], *(by_depth[end][i] for end in range(i + 2, depth + 1))) for i in range(depth))
+        similarity = Similarities(attention=column("attention", no_attention), mlp=column("mlp", no_mlp), block=block)
+        stream, data = self.stream, self.calibration.identity
+        return Scores(
+            num_hidden_layers=depth,
+            similarity=similarity,
+            block_similarity_by_gap=tuple(by_gap),
+            gap_tokens=len(self.gap_tokens),
+            diagnostics=Diagnostics.model_validate(
+                {"attention": attention, "mlp": sublayer("mlp", no_mlp)}, strict=False
+            ),
+            kv_groups=tuple(map(str, self.kinds)),
+            kv_values=tuple(kind.values for kind in self.kinds),
+            dropped=self.mask,
+            provenance=Provenance.of(self.checkpoint, data=data, dtype=stream.dtype, device=stream.device),
+        )
 
     def _embed(self, begins: bool) -> None:
         self.stream.embed(self.batches, self.hidden if begins else None)
@@ -124,12 +139,12 @@ class _Run:
             probing(AttentionProbe()) as probe,
             self._inside(layer, index) as inside,
         ):
-            for chunk in self.chunks:
+            for chunk in self.batches.chunks:
                 x = self.hidden.read(index, chunk).to(self.stream.device)
                 spans = self.batches.spans(chunk)
                 probe.tokens = min(span.stop for span in spans)
                 z = self.stream.through(layer, index, chunk, x)
-                sums.add(x, *inside(x, z), spans=spans)
+                sums.add([x, *inside(x, z)], spans)
                 self.gaps.put(index, chunk.first_token, x.flatten(0, 1))
                 if last:
                     self.gaps.put(index + 1, chunk.first_token, z.flatten(0, 1))
@@ -166,19 +181,16 @@ class _Run:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
             # A copy, for Falcon's layer adds attention's output to the MLP's in place.
             handles = [
-                module.register_forward_hook(lambda _m, _args, out: added.append(first_of(out).clone()))
-                for module in modules
+                each.register_forward_hook(lambda _m, _args, out: added.append(first_of(out).clone()))
+                for each in modules
             ]
         else:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
             if module is None:
                 raise CheckpointError(f"{self.checkpoint.directory}: its layers have no {name}; it cannot be scored")
-            ends = (module, getattr(layer, self.family.then or "", None))
-            handles = [
-                each.register_forward_pre_hook(lambda _m, args: added.append(args[0]))
-                for each in ends
-                if each is not None
-            ]
+            then = getattr(layer, self.family.then or "", None)
+            ends = [module] if then is None else [module, then]
+            handles = [each.register_forward_pre_hook(lambda _m, args: added.append(args[0])) for each in ends]
 
         def streams(x: torch.Tensor, z: torch.Tensor) -> list[torch.Tensor]:
             # OPT's layer gives the MLP's norm all tokens in one row.
@@ -195,17 +207,13 @@ class _Run:
 
 def precision(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """What `score` computes on and in. Raises InputError for what cannot be had here."""
-    where = _device(device)
-    return where, _dtype(dtype, checkpoint, where)
-
-
-def _device(name: str | None) -> torch.device:
     here = ["cpu"]
     if torch.cuda.is_available():
         here = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *here]
-    if name is not None and name not in here:
-        raise InputError(f"device is {name!r}; here is {', '.join(here)}")
-    return torch.device(name or here[0])
+    if device is not None and device not in here:
+        raise InputError(f"device is {device!r}; here is {', '.join(here)}")
+    where = torch.device(device or here[0])
+    return where, _dtype(dtype, checkpoint, where)
 
 
 def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -221,47 +229,3 @@ def _dtype(name: str | None, checkpoint: Checkpoint, device: torch.device) -> to
     stored = TORCH_DTYPES[largest.dtype]
     # CPUs compute float16 no faster than float32.
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
-
-
-def _scores(layers: Sequence[dict[str, Any]], run: _Run) -> Scores:
-    mask, num_layers = run.mask, run.mask.num_hidden_layers
-    no_attention, no_mlp = run.family.absent(mask)
-
-    def column(name: str, dropped: Collection[int] = ()) -> tuple[float | None, ...]:
-        return tuple(None if index in dropped else layer["means"][name] for index, layer in enumerate(layers))
-
-    def sublayer(kind: str, dropped: Collection[int]) -> dict[str, tuple[float | None, ...]]:
-        fields = {"magnitude_ratio": "ratio", "token_cosine_before": "before", "token_cosine_after": "after"}
-        return {field: column(f"{kind}_{name}", dropped) for field, name in fields.items()}
-
-    def probed(entry: int) -> tuple[float | None, ...]:
-        return tuple(layer["probe"] and layer["probe"][entry] for layer in layers)
-
-    by_depth = [history for layer in layers for history in layer["history"]]
-    block = [layer["means"]["block"] for layer in layers]
-    by_gap = tuple(
-        tuple(block[i] if gap == 1 else by_depth[i + gap][i] for gap in range(1, num_layers - i + 1))
-        for i in range(num_layers)
-    )
-    return Scores(
-        num_hidden_layers=num_layers,
-        similarity=Similarities(
-            attention=column("attention", no_attention), mlp=column("mlp", no_mlp), block=tuple(block)
-        ),
-        block_similarity_by_gap=by_gap,
-        gap_tokens=len(run.gap_tokens),
-        diagnostics=Diagnostics(
-            attention=AttentionDiagnostics(
-                **sublayer("attention", no_attention),
-                concentration=probed(0),
-                first_token=probed(1),
-            ),
-            mlp=SublayerDiagnostics(**sublayer("mlp", no_mlp)),
-        ),
-        kv_groups=tuple(map(str, run.kinds)),
-        kv_values=tuple(kind.values for kind in run.kinds),
-        dropped=mask,
-        provenance=Provenance.of(
-            run.checkpoint, data=run.calibration.identity, dtype=run.stream.dtype, device=run.stream.device
-        ),
-    )

@@ -54,11 +54,10 @@ def chunks(lengths: Sequence[int], tokens_per_chunk: int) -> Iterator[Chunk]:
     """Cut sequences of these lengths into chunks of at most so many tokens, and at least one sequence."""
     first, position = 0, 0
     for tokens, alike in groupby(lengths):
-        left = len([*alike])
-        while left:
-            batch = min(left, max(1, tokens_per_chunk // tokens))
-            yield Chunk(first, position, batch, tokens)
-            first, position, left = first + batch, position + batch * tokens, left - batch
+        count, step = len([*alike]), max(1, tokens_per_chunk // tokens)
+        for done in range(0, count, step):
+            yield Chunk(first, position, batch := min(step, count - done), tokens)
+            first, position = first + batch, position + batch * tokens
 
 
 class HiddenStates:
@@ -131,11 +130,11 @@ class Scratch:
         self.progress = self._found(run)
         if not self.progress.layers:
             self._empty()
-            free_bytes = shutil.disk_usage(directory).free
-            if free_bytes < needed_bytes:
+            free = shutil.disk_usage(directory).free
+            if free < needed_bytes:
                 self.remove()
                 raise OutputError(
-                    f"{directory.parent} has {free_bytes:,} bytes free; the hidden states need {needed_bytes:,}"
+                    f"{directory.parent} has {free:,} bytes free; the hidden states need {needed_bytes:,}"
                 )
 
     def go_on(
@@ -187,11 +186,11 @@ class Scratch:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _found(self, run: str) -> Progress:
-        try:
+        with suppress(InputError):  # there is none, or it is not ours
             found = read_record(Progress, self.state)
-        except InputError:
-            found = None
-        return found if found is not None and found.run == run else Progress(run=run)
+            if found.run == run:
+                return found
+        return Progress(run=run)
 
 
 def _write(path: Path, tensor: torch.Tensor, offset: int) -> None:

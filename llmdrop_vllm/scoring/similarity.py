@@ -1,6 +1,6 @@
 """Running sums of what one layer does to the residual stream; nothing but a few numbers is kept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +27,12 @@ class ResidualSums:
     sequences: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSINES + PAIRS, 0.0))
 
-    def add(self, *streams: torch.Tensor, spans: Iterable[slice] | None = None) -> None:
+    def add(self, streams: Sequence[torch.Tensor], spans: Iterable[slice]) -> None:
         """Add sequences, each tensor [batch, tokens, hidden] in the model's dtype; `spans` are the tokens that count.
 
         The layer's input, the stream after attention, and the layer's output; of a layer whose attention and MLP run
         side by side its input, the input and what attention adds, the input and what the MLP adds, and its output.
         """
-        spans = spans or [slice(None)] * len(streams[0])
         for span, *sequence in zip(spans, *streams, strict=True):
             self._add_sequence(*(stream[span] for stream in sequence))
 

@@ -59,7 +59,7 @@ class Judge:
         self.weights, self.family = weights, checkpoint.family
         # A layer that reads the keys of one before it needs that one computed, so no states are shared there.
         self.shares_states = all(kind.donor is None for kind in checkpoint.decoder.kinds)
-        self.batches = Batches.of(answers, TOKENS_PER_CHUNK)
+        self.batches = Batches(answers, TOKENS_PER_CHUNK)
         self.targets = teach(lambda: weights.model, self.batches, directory)
         self.tokens = np.array(answers.predicted)
         self.base, self.states = mask, dict[int, list[torch.Tensor]]()

@@ -7,8 +7,8 @@ import pytest
 
 from llmdrop_vllm.report import write_report
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.page import inline, provenance_section, render
-from llmdrop_vllm.report.pictures import LeftOut
+from llmdrop_vllm.report.page import inline, render
+from llmdrop_vllm.report.pictures import Picture
 from tests.data.comparisons import FULL, comparison, form
 from tests.report.sweeps import FINGERPRINT, TASKS, scores, sweep
 
@@ -28,7 +28,7 @@ def report(tmp_path_factory):
     texts = (f"{FULL[0]} {HOSTILE}", "Air")
     full, _, healed = comparison().forms
     recorded = comparison(forms=(full, form("dropped", texts), healed), questions=(f"What is {HOSTILE}?", "Why?"))
-    write_report(records, [scores(), scores(HOSTILE, tilt=0.8)], out, compared=recorded)
+    write_report(Findings(records, [scores(), scores(HOSTILE, tilt=0.8)], compared=recorded), out)
     return out / "report.html"
 
 
@@ -67,14 +67,14 @@ def test_every_id_is_there_once_and_every_reference_leads_to_one(report):
 
 
 def test_what_is_missing_is_said():
-    findings = Findings.of(sweep(names=["attention"], keep=0.6), [])
-    text = render(findings, [LeftOut("speedup", "Quality against speedup.", "speed was <not> measured")])
+    findings = Findings(sweep(names=["attention"], keep=0.6), [])
+    text = render(findings, [Picture("speedup", "Quality against speedup.", "speed was <not> measured")])
     assert "4 of 10 points of the sweep are not measured yet" in text
     assert "Left out: Quality against speedup. (speed was &lt;not&gt; measured.)" in text
 
 
 def test_a_measure_that_cannot_judge_names_no_number():
-    findings = Findings.of(sweep(names=["attention"], tasks=[("x", "acc", "multiple choice", 0.25, 0.25)]), [])
+    findings = Findings(sweep(names=["attention"], tasks=[("x", "acc", "multiple choice", 0.25, 0.25)]), [])
     assert "cannot tell" in render(findings, [])
 
 
@@ -93,7 +93,7 @@ def test_an_inline_picture_takes_the_colours_of_the_page_and_says_what_it_shows(
 
 def test_the_provenance_says_what_it_takes_to_measure_again():
     records = sweep()
-    text = provenance_section(Findings.of(records, [scores(), scores("c4", tilt=0.8)]))
+    text = render(Findings(records, [scores(), scores("c4", tilt=0.8)]), [])
     for expected in (
         records.provenance.model.path,
         FINGERPRINT,
@@ -109,7 +109,7 @@ def test_the_provenance_says_what_it_takes_to_measure_again():
 
 
 def test_what_was_not_asked_for_is_said():
-    text = provenance_section(Findings.of(sweep(tasks=(), speed=False, divergence=False), [scores(None)]))
+    text = render(Findings(sweep(tasks=(), speed=False, divergence=False), [scores(None)]), [])
     assert text.count("not asked for") == 2
     assert "<dd>unknown</dd>" in text
 
@@ -146,7 +146,7 @@ def test_the_same_question_is_answered_side_by_side_and_the_difference_is_marked
 
 
 def test_without_recorded_answers_there_is_no_place_for_them():
-    assert 'id="answers"' not in render(Findings.of(sweep(names=["attention"]), []), [])
+    assert 'id="answers"' not in render(Findings(sweep(names=["attention"]), []), [])
 
 
 def test_numbers_stand_at_the_right(open_report):

@@ -16,7 +16,7 @@ def drawn(axes):
 
 
 def test_the_curves_are_the_records():
-    findings = Findings.of(sweep(names=["attention", "mlp", "last"]), [])
+    findings = Findings(sweep(names=["attention", "mlp", "last"]), [])
     perplexity = drawn(quality(findings)[0].axes[0])
     for curve in findings.by_importance:
         xs, ys = perplexity[curve.series.name]
@@ -27,26 +27,26 @@ def test_the_curves_are_the_records():
 
 
 def test_there_is_a_panel_for_each_kind_of_task_with_the_chance_level_where_it_is_known():
-    axes = quality(Findings.of(sweep(), []))[0].axes
+    axes = quality(Findings(sweep(), []))[0].axes
     assert [each.get_title() for each in axes] == ["perplexity", "multiple choice", "generation"]
     assert drawn(axes[1])["guessing"][1] == pytest.approx([37.5, 37.5])
     assert "guessing" not in drawn(axes[2])
-    assert len(quality(Findings.of(sweep(tasks=()), []))[0].axes) == 1
+    assert len(quality(Findings(sweep(tasks=()), []))[0].axes) == 1
 
 
 def test_the_next_token_is_compared_from_the_first_drop_on():
-    axes = divergence(Findings.of(sweep(names=["attention"]), []))[0].axes
+    axes = divergence(Findings(sweep(names=["attention"]), []))[0].axes
     assert [each.get_title() for each in axes] == ["agreement", "KL divergence"]
     assert drawn(axes[0])["attention"][0] == [*range(1, 11)]
 
 
 def test_without_divergence_there_is_nothing_to_compare():
     with pytest.raises(NothingToShow, match="not compared"):
-        divergence(Findings.of(sweep(divergence=False), []))
+        divergence(Findings(sweep(divergence=False), []))
 
 
 def test_controls_show_every_order_and_the_range_of_the_random_ones():
-    findings = Findings.of(sweep(tasks=()), [])
+    findings = Findings(sweep(tasks=()), [])
     attention, blocks = controls(findings)[0].axes
     found = drawn(attention)
     assert {*found} == {
@@ -74,17 +74,17 @@ def _band(axes):
 
 
 def test_tasks_are_a_control_too():
-    assert len(controls(Findings.of(sweep(tasks=TASKS), []))[0].axes) == 4
+    assert len(controls(Findings(sweep(tasks=TASKS), []))[0].axes) == 4
 
 
 def test_one_order_alone_controls_nothing():
     with pytest.raises(NothingToShow, match="only one order"):
-        controls(Findings.of(sweep(names=["attention", "mlp"]), []))
+        controls(Findings(sweep(names=["attention", "mlp"]), []))
 
 
 def test_healed_points_are_a_curve_beside_the_one_they_come_from():
     found = sweep(names=["attention"])
-    findings = Findings.of(found, [], [healed(found, 4), healed(found, 8)])
+    findings = Findings(found, [], [healed(found, 4), healed(found, 8)])
     perplexity, kl = (drawn(picture(findings)[0].axes[place]) for picture, place in ((quality, 0), (divergence, 1)))
     assert perplexity["attention, healed"][0] == [4, 8]
     assert kl["attention, healed"][0] == [4, 8]

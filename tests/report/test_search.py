@@ -9,7 +9,7 @@ from llmdrop_vllm.data.growing import appended
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.search import search
+from llmdrop_vllm.report.quality import search
 from llmdrop_vllm.report.style import NothingToShow
 from llmdrop_vllm.search.trials import Searched, SearchHeader, Trial
 from tests.report.sweeps import sweep
@@ -51,7 +51,7 @@ def test_it_shows_all_that_was_judged_alike_with_the_best_and_cosines(tmp_path):
     assert {mask.attention: kl for mask, kl in found.masks} == pytest.approx(
         {(3,): 0.2, (3, 1): 0.6, (5,): 0.2, (3, 5): 0.4}
     )
-    figure, alt = search(Findings.of(base, [], searched=found))
+    figure, alt = search(Findings(base, [], searched=found))
     curves = drawn(figure.axes[0])
     assert curves["by cosine"][0] == [1, 2]
     assert curves["by cosine"][1] == pytest.approx([0.2, 0.6])
@@ -63,20 +63,20 @@ def test_of_a_number_that_cosines_mask_alone_was_judged_of_there_is_no_best(tmp_
     base = sweep()
     found = searched(tmp_path, base.request.fingerprint)
     more = replace(found, masks=(*found.masks, (DropMask(12, attention=(3, 1, 5)), 0.9)))
-    curves = drawn(search(Findings.of(base, [], searched=more))[0].axes[0])
+    curves = drawn(search(Findings(base, [], searched=more))[0].axes[0])
     assert curves["best of the search"][0] == [1, 2]
 
 
 def test_without_a_search_there_is_nothing_to_show():
     with pytest.raises(NothingToShow, match="--search"):
-        search(Findings.of(sweep(), []))
+        search(Findings(sweep(), []))
 
 
 def test_of_a_search_that_judged_nothing_there_is_nothing_to_show(tmp_path):
     base = sweep()
     begun = replace(searched(tmp_path, base.request.fingerprint), masks=())
     with pytest.raises(NothingToShow, match="no mask on all its answers"):
-        search(Findings.of(base, [], searched=begun))
+        search(Findings(base, [], searched=begun))
 
 
 def test_masks_with_windows_are_not_drawn_by_what_is_gone(tmp_path):
@@ -84,12 +84,12 @@ def test_masks_with_windows_are_not_drawn_by_what_is_gone(tmp_path):
     found = searched(tmp_path, base.request.fingerprint)
     more = replace(found, masks=(*found.masks, (DropMask(12, windows=((3, 64),)), 0.1)))
     with pytest.raises(NothingToShow, match="for windows too"):
-        search(Findings.of(base, [], searched=more))
+        search(Findings(base, [], searched=more))
 
 
 def test_a_search_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="the search is of /models/tiny with the weights beef"):
-        Findings.of(sweep(), [], searched=searched(tmp_path, "beef"))
+        Findings(sweep(), [], searched=searched(tmp_path, "beef"))
 
 
 def test_a_file_that_is_none_is_named(tmp_path):

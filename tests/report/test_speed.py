@@ -11,7 +11,7 @@ from tests.report.sweeps import healed, sweep
 
 def test_every_measured_mask_is_a_marker_and_the_front_is_a_line():
     records = sweep(names=["attention", "mlp", "random 0"], tasks=())
-    (axes,) = speedup(Findings.of(records, []))[0].axes
+    (axes,) = speedup(Findings(records, []))[0].axes
     lines = [*axes.get_lines(), *(container.lines[0] for container in axes.containers)]
     markers = {tuple(map(float, line.get_xydata()[0])) for line in lines if len(line.get_xydata()) == 1}
     expected = {
@@ -27,7 +27,7 @@ def test_every_measured_mask_is_a_marker_and_the_front_is_a_line():
 
 def test_the_ends_of_the_front_are_labelled_and_few_between_them():
     records = sweep(names=["attention"], tasks=())
-    (axes,) = speedup(Findings.of(records, []))[0].axes
+    (axes,) = speedup(Findings(records, []))[0].axes
     texts = [text.get_text() for text in axes.texts]
     assert {"full model", "attention 10"} <= {*texts}
     assert len(texts) < 8
@@ -36,12 +36,12 @@ def test_the_ends_of_the_front_are_labelled_and_few_between_them():
 @pytest.mark.parametrize("changes", [{"speed": False}, {"workload": None}, {"keep": 0}])
 def test_without_speed_there_is_no_such_picture(changes):
     with pytest.raises(NothingToShow, match="speed was not measured"):
-        speedup(Findings.of(sweep(**changes), []))
+        speedup(Findings(sweep(**changes), []))
 
 
 def test_series_of_the_same_kv_cache_are_one_line_that_names_them():
     records = sweep(names=["attention", "mlp", "last"], keep=1.0)
-    (axes,) = kv_cache(Findings.of(records, []))[0].axes
+    (axes,) = kv_cache(Findings(records, []))[0].axes
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     assert {*handles} == {"attention, last", "mlp"}
     assert [*handles["attention, last"].get_ydata()] == [pytest.approx(100 * (1 - n / 12)) for n in range(11)]
@@ -74,7 +74,7 @@ def test_along_the_front_quality_falls_as_speed_grows(points):
 def test_a_healed_point_is_as_fast_as_its_mask_and_pushes_the_front():
     records = sweep(names=["attention"], tasks=())
     evaluation = healed(records, 10)
-    (axes,) = speedup(Findings.of(records, [], [evaluation]))[0].axes
+    (axes,) = speedup(Findings(records, [], [evaluation]))[0].axes
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     (spot,) = handles["attention, healed"].lines[0].get_xydata().tolist()
     assert spot == [records.speedup(records.points[records.series[0].steps[10]]), evaluation.quality.perplexity.value]

@@ -23,7 +23,7 @@ def estimate(value, stderr=None):
 
 
 def found_of(**changes):
-    return Findings.of(sweep(**changes), [])
+    return Findings(sweep(**changes), [])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_model_that_can_lose_nothing_is_said_to():
 
 def test_what_may_go_once_the_rest_is_healed_is_said_beside_what_may_go_before():
     records = sweep(names=["attention"])
-    before, after = (sentences(Findings.of(records, [], found)) for found in ([], [healed(records, 2)]))
+    before, after = (sentences(Findings(records, [], found)) for found in ([], [healed(records, 2)]))
     assert [each for each in after if each not in before] == [
         "attention, healed: 0 can go within the limits; measured up to 2."
     ]

@@ -2,19 +2,21 @@ import re
 from html import unescape
 
 from llmdrop_vllm.report.findings import Findings
-from llmdrop_vllm.report.tables import columns, points_table
+from llmdrop_vllm.report.measures import columns
+from llmdrop_vllm.report.page import render
 from tests.report.sweeps import TASKS, healed, sweep
 
 
-def rows(table):
-    """The text of the cells of each row."""
-    found = re.findall(r"<tr[^>]*>(.*?)</tr>", table)
+def rows(findings):
+    """The text of the cells of each row of all points."""
+    (table,) = re.findall(r'<table class="points">.*?</table>', render(findings, []), re.DOTALL)
+    found = re.findall(r"<tr[^>]*>(.*?)</tr>", table, re.DOTALL)
     return [[unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in found]
 
 
 def test_every_point_of_every_series_is_a_row_with_the_numbers_of_its_record():
     records = sweep(names=["attention", "mlp"], counts=(1, 4))
-    head, full, *found = rows(points_table(Findings.of(records, [])))
+    head, full, *found = rows(Findings(records, []))
     assert [row[0] for row in found if len(row) > 1] == ["1", "4", "1", "4"]
     for row, mask in zip(
         (each for each in found if len(each) > 1), sum((s.masks for s in records.series), ()), strict=True
@@ -38,7 +40,7 @@ def test_every_point_of_every_series_is_a_row_with_the_numbers_of_its_record():
 
 
 def test_what_was_not_measured_has_no_column():
-    titles = [column.title for column in columns(sweep(tasks=(), speed=False, divergence=False))]
+    titles = [*columns(sweep(tasks=(), speed=False, divergence=False))]
     assert titles == ["perplexity", "KV cache, %", "parameters"]
 
 
@@ -46,16 +48,14 @@ def test_a_metric_that_one_point_lacks_is_a_dash():
     records = sweep(names=["attention"], counts=(1,))
     (mask,) = records.series[0].masks
     bare = sweep(names=["attention"], counts=(1,), tasks=TASKS[:1]).points[mask]
-    head, _, _, row = rows(
-        points_table(Findings.of(records.model_copy(update={"points": {**records.points, mask: bare}}), []))
-    )
+    head, _, _, row = rows(Findings(records.model_copy(update={"points": {**records.points, mask: bare}}), []))
     assert dict(zip(head, row, strict=True))["gsm8k exact_match, %"] == "–"
 
 
 def test_healed_points_are_rows_after_those_that_they_come_from():
     records = sweep(names=["attention"], counts=(2, 4))
     evaluation = healed(records, 4)
-    found = rows(points_table(Findings.of(records, [], [evaluation])))
+    found = rows(Findings(records, [], [evaluation]))
     assert [row[0] for row in found[2:]] == [
         "attention <span class='muted'>(attention sublayers, by importance)</span>",
         "2",

@@ -5,6 +5,7 @@ import pytest
 
 from llmdrop_vllm.errors import OutputError
 from llmdrop_vllm.report import pictures, write_report
+from llmdrop_vllm.report.findings import Findings
 from tests.report.sweeps import scores, sweep
 
 
@@ -21,7 +22,7 @@ def small(**changes):
 
 def test_it_says_what_it_wrote_and_nothing_else_is_there(tmp_path):
     out = tmp_path / "new" / "report"
-    written = write_report(small(), [scores()], out)
+    written = write_report(Findings(small(), [scores()]), out)
     assert written[0] == out / "report.html"
     assert {*written} == {path for path in out.rglob("*") if path.is_file()}
     assert {path.suffix for path in written[1:]} == {".svg", ".png"}
@@ -29,24 +30,24 @@ def test_it_says_what_it_wrote_and_nothing_else_is_there(tmp_path):
 
 
 def test_a_picture_that_is_left_out_does_not_stay_from_an_earlier_report(tmp_path):
-    write_report(small(), [], tmp_path)
+    write_report(Findings(small()), tmp_path)
     assert (tmp_path / "pictures" / "speedup.png").exists()
-    write_report(small(speed=False), [], tmp_path)
+    write_report(Findings(small(speed=False)), tmp_path)
     assert not [*tmp_path.glob("pictures/speedup.*")]
 
 
 def test_what_is_refused_leaves_an_earlier_report_alone(tmp_path):
-    write_report(small(), [], tmp_path)
+    write_report(Findings(small()), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="8 layers"):
-        write_report(small(), [scores(depth=8)], tmp_path)
+        write_report(Findings(small(), [scores(depth=8)]), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
-        write_report(small(), [], tmp_path / "file")
+        write_report(Findings(small()), tmp_path / "file")
 
 
 def test_importing_it_does_not_load_matplotlib():
