@@ -238,7 +238,7 @@ def _announce(run: "Run", train: "TrainOptions | None") -> None:
     if run.steps:
         _announce_closed_form(run, data)
     if train is not None:
-        from llmdrop_vllm.healing.training_cost import training_cost
+        from llmdrop_vllm.healing.cost import training_cost
 
         cost = training_cost(run, train)
         print(
@@ -248,8 +248,10 @@ def _announce(run: "Run", train: "TrainOptions | None") -> None:
 
 
 def _announce_closed_form(run: "Run", data: DataIdentity) -> None:
-    cost, tokens = run.cost, data.tokens
-    minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
+    from llmdrop_vllm.healing.cost import closed_form_cost
+
+    cost, tokens = closed_form_cost(run), data.tokens
+    minutes = cost.seconds / 60
     print(
         f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}, a part held out: about "
         f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"

@@ -87,6 +87,7 @@ def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
 def windows(args: Namespace) -> None:
     """`llmdrop windows`."""
     from llmdrop_vllm.scoring.scoring import precision
+    from llmdrop_vllm.search.judge import Judging
     from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
 
     check_new(args.out, args.overwrite)
@@ -95,13 +96,9 @@ def windows(args: Namespace) -> None:
     if (args.count is None) == (goal is None):
         raise InputError("give --count, or one of --kv-budget, --requests and --decode-speedup")
     own = len(checkpoint.mask.windows)
-    plan = WindowsPlan(
-        checkpoint,
-        args.window,
-        goal or (lambda mask: len(mask.windows) - own >= args.count),
-        *long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed),
-        *precision(checkpoint, args.device, args.dtype),
-    )
+    texts = long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed)
+    judging = Judging(checkpoint, *texts, *precision(checkpoint, args.device, args.dtype))
+    plan = WindowsPlan(judging, args.window, goal or (lambda mask: len(mask.windows) - own >= args.count))
     _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
@@ -111,14 +108,15 @@ def windows(args: Namespace) -> None:
 
 def _announce_windows(plan: "WindowsPlan") -> None:
     """How much is judged, and whether that is enough to tell layers apart."""
-    texts, judging = sum(plan.texts.predicted), sum(plan.held_out.predicted)
+    answers, held_out = plan.judging.answers, plan.judging.held_out
+    texts, judging = sum(answers.predicted), sum(held_out.predicted)
     print(
-        f"{len(plan.layers) + 2} masks, nearly all on {texts:,} tokens of {len(plan.texts.sequences)} texts that are "
+        f"{len(plan.layers) + 2} masks, nearly all on {texts:,} tokens of {len(answers.sequences)} texts that are "
         "out of a window's sight; less with --samples, --seq-len"
     )
     if judging < ENOUGH_OUT_OF_SIGHT:
         print(
-            f"llmdrop: warning: {judging:,} tokens of {len(plan.held_out.sequences)} texts are few to compare by; "
+            f"llmdrop: warning: {judging:,} tokens of {len(held_out.sequences)} texts are few to compare by; "
             f"{ENOUGH_OUT_OF_SIGHT:,} would do better",
             file=sys.stderr,
         )
@@ -190,22 +188,15 @@ def searched(
     checkpoint: Checkpoint, spaces: Sequence[Space], data: SearchData, scores: Scores, args: Namespace, trials: Path
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
+    from llmdrop_vllm.scoring.scoring import precision
+    from llmdrop_vllm.search.judge import Judging
     from llmdrop_vllm.search.plan import SearchOptions, plan_search
     from llmdrop_vllm.search.search import search as search_masks
 
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}
     options = SearchOptions(**{name: value for name, value in asked.items() if value is not None})
-    plan = plan_search(
-        scores,
-        checkpoint,
-        spaces,
-        data.learnt,
-        data.held_out,
-        options,
-        to_heal=data.to_heal,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    judging = Judging(checkpoint, data.learnt, data.held_out, *precision(checkpoint, args.device, args.dtype))
+    plan = plan_search(scores, judging, spaces, options, data.to_heal)
     return search_masks(plan, trials, progress=True)
 
 

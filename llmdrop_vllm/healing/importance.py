@@ -16,15 +16,13 @@ from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.refit import Refit, refit
-from llmdrop_vllm.healing.run import ATTENTION, SCRATCH_FILES
+from llmdrop_vllm.healing.run import SCRATCH_FILES
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.healing.task import Streams, Task
 from llmdrop_vllm.healing.units import Unit
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.scoring.batches import Batches
-from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK, precision
-from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
+from llmdrop_vllm.scoring.scoring import precision
+from llmdrop_vllm.scoring.scratch import Scratch
 from llmdrop_vllm.versions import __version__
 
 KINDS = ("attention", "mlp")
@@ -70,15 +68,12 @@ class _Run:
         self, masked: MaskedCheckpoint, data: Calibration, device: torch.device, dtype: torch.dtype, directory: Path
     ) -> None:
         self.mask, self.family = masked.mask, masked.checkpoint.family
-        self.stream = LayerStream(masked, device=device, dtype=dtype, attention=ATTENTION)
-        hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
-        self.batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
-        held_out = held_out_sequences(data)
-        self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
+        self.streams = Streams.of(masked, masked, data, device, dtype, directory)
+        self.stream = self.streams.student
         asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]
         asked += self.stream.cannot_go_on
         gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
-        needed_bytes = 2 * self.batches.tokens * hidden.token_bytes
+        needed_bytes = 2 * self.streams.batches.tokens * self.streams.truth.token_bytes
         self.scratch = Scratch(directory, sha256(["after healing", *asked, gone]), needed_bytes, SCRATCH_FILES)
 
     def layers(self, *, progress: bool) -> tuple[dict[str, Any], ...]:
@@ -87,34 +82,29 @@ class _Run:
         titles = (f"layer {index} of {depth}, after healing" for index in range(depth))
         steps = [(title, PASSES, partial(self._layer, index)) for index, title in enumerate(titles)]
         with torch.no_grad():
-            return self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress)
-
-    def _embed(self, begins: bool) -> None:
-        self.stream.embed(self.batches, self.streams.truth if begins else None)
+            return self.scratch.go_on(steps, len(self.streams.chunks), self.streams.embed, progress=progress)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         with self.stream.layer(index) as layer:
-            self.streams.teach(layer, index, bar.update)
+            self.streams.teach(layer, index, bar)
             return {kind: self._without(kind, index, layer, bar) for kind in KINDS}
 
     def _without(self, kind: str, index: int, layer: nn.Module, bar: "tqdm[Any]") -> float | None:
         """None where it is gone already."""
         if index in getattr(self.mask, kind):
-            bar.update(len(self.batches.chunks))
+            bar.update(len(self.streams.chunks))
             return None
-        other = "mlp" if kind == "attention" else "attention"
-        sublayer = getattr(self.family, other)
-        depth = self.mask.num_hidden_layers
+        depth, other = self.mask.num_hidden_layers, "mlp" if kind == "attention" else "attention"
         gone = DropMask(depth, attention=(index,)) if kind == "attention" else DropMask(depth, mlp=(index,))
         with hf.dropped(self.stream.model, self.family, gone):
             task = Task(self.streams, layer, index, Unit(index, index, (f"{kind} {index}",), other))
             if index in getattr(self.mask, other):  # nothing is left to refit
                 found = Refit(task.loss(learnt=False), 0)
-                bar.update(len(self.batches.chunks))
+                bar.update(len(self.streams.chunks))
             else:
-                parameters = output_parameters(self.stream, index, sublayer)
+                parameters = output_parameters(self.stream, index, getattr(self.family, other))
                 before = {name: each.detach().clone() for name, each in parameters.items()}
-                found = refit(task, parameters, bar.update)
+                found = refit(task, parameters, bar)
                 for name, each in parameters.items():
                     each.copy_(before[name])
             return found.error * found.left / task.scale()

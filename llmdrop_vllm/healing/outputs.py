@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,20 +58,16 @@ class Projection:
             found.inputs, found.outputs = args[0], output
             return torch.zeros_like(output) if found.silenced else None
 
-        handle = self.module.register_forward_hook(record)
-        try:
+        with self.module.register_forward_hook(record):
             yield found
-        finally:
-            handle.remove()
 
 
-@dataclass
 class Recorded:
     """[batch, tokens, inputs] and [batch, tokens, outputs] of the last call; silenced, its output counts as zeros."""
 
-    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    silenced: bool = False
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    silenced = False
 
 
 def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> dict[str, nn.Parameter]:
@@ -83,14 +79,13 @@ def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> di
     # Where the module is the projection itself, as OPT's is, the others beside it are its input.
     itself = "weight" in sublayer.output.split("|")
     modules = sublayer.module if itself else "|".join((sublayer.module, *sublayer.also))
-    pattern = re.compile(
-        rf"^.*\.{index}\.(?:(?:{modules})\.(?:.*\.)?{sublayer.output_ending}|{sublayer.post_norm}\.\w+)$"
-    )
-    found = {}
-    for name, parameter in layer.named_parameters():
-        if any(pattern.match(stored) for stored in checkpoint_tensors(stream.model, [prefix + name])):
-            found[name] = parameter
-    return found
+    ours = rf"(?:{modules})\.(?:.*\.)?{sublayer.output_ending}|{sublayer.post_norm}\.\w+"
+    pattern = re.compile(rf"^.*\.{index}\.(?:{ours})$")
+    return {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if any(map(pattern.match, checkpoint_tensors(stream.model, [prefix + name])))
+    }
 
 
 def projection(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Projection | None:

@@ -71,16 +71,17 @@ class Fit:
 def fit(learnt: Sums, held_out: Sums) -> Fit | None:
     """The dW that the held-out tokens like best; None where each makes their error larger."""
     best: Fit | None = None
-    mean = learnt.zz.diagonal().mean()
+    least, mean = 1.0, learnt.zz.diagonal().mean()
     if not (learnt.rows and held_out.ee > 0 and mean > 0):
         return None
     held_out.complete()
     for ridge in RIDGES:
-        delta = _solve(learnt, ridge * mean)
-        left = None if delta is None else held_out.error(delta) / held_out.ee
-        if delta is not None and left is not None and left < (1 if best is None else best.error_left):
-            best = Fit(delta, ridge, max(left, 0.0))
-        elif delta is None or best is not None:
+        if (delta := _solve(learnt, ridge * mean)) is None:
+            break
+        if (left := held_out.error(delta) / held_out.ee) < least:
+            least = max(left, 0.0)
+            best = Fit(delta, ridge, least)
+        elif best is not None:
             break  # each costs a factorization, and past the minimum they only get worse
     return best
 

@@ -25,19 +25,18 @@ LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 class Targets:
     """Per counted position in the order of the batches: token ids [positions, k] and log-probabilities [positions, k].
 
-    `first` is each sequence's first row.
+    `first` is each sequence's first row, and the one behind the last.
     """
 
     token_ids: np.ndarray
     log_probabilities: np.ndarray
     first: Sequence[int]
 
-    def of(self, sequence: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one sequence, each [positions, k]."""
-        rows = slice(self.first[sequence], self.first[sequence] + positions)
-        return torch.from_numpy(self.token_ids[rows].astype(np.int64)), torch.from_numpy(
-            self.log_probabilities[rows].astype(np.float32)
-        )
+        rows = slice(self.first[sequence], self.first[sequence + 1])
+        token_ids, log_probabilities = self.token_ids[rows], self.log_probabilities[rows]
+        return torch.from_numpy(token_ids.astype(np.int64)), torch.from_numpy(log_probabilities.astype(np.float32))
 
 
 def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progress: bool = False) -> Targets:

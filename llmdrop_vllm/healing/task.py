@@ -1,17 +1,23 @@
 """One layer of the student, and by what it differs from the teacher at the same depth."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.healing.outputs import Recorded
+from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.healing.units import Unit
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
+from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
 from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
 
 # A projection's constant in the residual stream is told by its effect; this near to 1 it is 1.
@@ -34,10 +40,48 @@ class Streams:
     held_out: tuple[bool, ...]
     weighting: Literal["relative", "equal"]
 
+    @classmethod
+    def of(
+        cls,
+        teacher: MaskedCheckpoint,
+        student: MaskedCheckpoint,
+        data: Calibration,
+        device: torch.device,
+        dtype: torch.dtype,
+        directory: Path,
+        weighting: Literal["relative", "equal"] = "relative",
+    ) -> Self:
+        """Kept in files of a directory; a model beside itself is one stream. Raises DataError for too little data."""
+        stream_of = partial(LayerStream, device=device, dtype=dtype, attention="sdpa")
+        full = stream_of(teacher)
+        dropped = full if student is teacher else stream_of(student)
+        truth, mended = (HiddenStates(directory, full.hidden_size, dtype, name) for name in ("teacher", "student"))
+        batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
+        return cls(full, dropped, truth, mended, batches, held_out_sequences(data), weighting)
+
     @property
     def device(self) -> torch.device:
         """Where layers are computed."""
         return self.student.device
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Of all sequences."""
+        return self.batches.chunks
+
+    def numbers(self, *, judging: bool) -> list[int]:
+        """The sequences that judge, or those that are learnt from."""
+        return [number for number, judges in enumerate(self.held_out) if judges == judging]
+
+    def lengths(self, *, judging: bool) -> list[int]:
+        """Their tokens, without padding."""
+        return [len(self.batches.sequences[number]) for number in self.numbers(judging=judging)]
+
+    def embed(self, begins: bool) -> None:
+        """Write the teacher's first input, where a run begins, and learn what layers get beside it."""
+        self.teacher.embed(self.batches, self.truth if begins else None)
+        if self.student is not self.teacher:
+            self.student.embed(self.batches, None)
 
     def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""
@@ -46,11 +90,11 @@ class Streams:
         hidden = states.read(at, chunk).to(self.device, dtype)
         return stream.through(layer, index, chunk, hidden)
 
-    def teach(self, layer: nn.Module, index: int, on_chunk: Callable[[], object]) -> None:
+    def teach(self, layer: nn.Module, index: int, bar: "tqdm[Any]") -> None:
         """Take the teacher's stream through one of its layers."""
-        for chunk in self.batches.chunks:
+        for chunk in self.chunks:
             self.truth.write(index + 1, chunk, self.after(self.teacher, layer, index, chunk, index))
-            on_chunk()
+            bar.update()
 
 
 @dataclass(frozen=True)
@@ -103,7 +147,7 @@ class Task:
 
     def constant(self, recorded: Recorded) -> float:
         """What the projection's output is multiplied by where it is added to the stream. Granite's is not 1."""
-        chunk = self.streams.batches.chunks[-1]
+        chunk = self.streams.chunks[-1]
         rows = self.streams.batches.counted(chunk).to(self.streams.device)
         out = self.output(chunk)[rows].float()
         y = recorded.outputs.reshape(*chunk.shape, -1)[rows].float()
@@ -116,7 +160,7 @@ class Task:
     def scale(self) -> float:
         """What a squared error of the held-out tokens is a share of: the teacher's stream, weighted alike."""
         total = 0.0
-        for chunk in self.streams.batches.chunks:
+        for chunk in self.streams.chunks:
             rows = self.rows(chunk, judging=True)
             if self.streams.weighting == "relative":
                 total += int(rows.sum())
@@ -127,7 +171,7 @@ class Task:
     def loss(self, learnt: bool) -> float:
         """Weighted squared error, and its gradients where they are on."""
         total = 0.0
-        for chunk in self.streams.batches.chunks:
+        for chunk in self.streams.chunks:
             rows = self.rows(chunk, not learnt)
             if rows.any():
                 value = self.lack(chunk)[0][rows].square().sum()

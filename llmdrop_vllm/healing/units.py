@@ -1,6 +1,7 @@
 """What a healing run does in which order: each kept layer with the depth at which it must meet the full model."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -20,18 +21,15 @@ class Unit:
 
 def units(teacher: DropMask, student: DropMask) -> tuple[Unit, ...]:
     """In order. What is gone before the first layer that is kept is that one's to make up for."""
-    depth = student.num_hidden_layers
-    attention, mlp = set(student.attention), set(student.mlp)
-    kept = [layer for layer in range(depth) if not {layer} <= attention & mlp]
+    gone = {*student.attention} & {*student.mlp}
+    kept = [layer for layer in range(student.num_hidden_layers) if layer not in gone]
     found: list[Unit] = []
-    for place, layer in enumerate(kept):
-        target = (kept[place + 1] if place + 1 < len(kept) else depth) - 1
-        first = layer if found else 0
-        lost = [
-            f"{name} {each}"
-            for each in range(first, target + 1)
-            for name, gone, before in (("attention", attention, teacher.attention), ("mlp", mlp, teacher.mlp))
-            if each in gone and each not in before
-        ]
-        found.append(Unit(layer, target, tuple(lost), "attention" if layer in mlp else "mlp"))
+    for layer, behind in pairwise([*kept, student.num_hidden_layers]):
+        lost = (
+            f"{kind} {each}"
+            for each in range(layer if found else 0, behind)
+            for kind in ("attention", "mlp")
+            if each in getattr(student, kind) and each not in getattr(teacher, kind)
+        )
+        found.append(Unit(layer, behind - 1, tuple(lost), "attention" if layer in student.mlp else "mlp"))
     return tuple(found)

@@ -28,7 +28,7 @@ def long_texts(
     Raises DataError for one text, and for texts that are shorter than what is seen.
     """
     data = data or EMBEDDED
-    if not (data.endswith(".json") or (Path(data).is_file() and is_answers(Path(data)))):
+    if not (data.endswith(".json") or is_answers(Path(data))):
         enough = max(TIMES_THE_WINDOW * window, 3 * (STRETCH + span(window)))
         samples, seq_len = samples or LONG_TEXTS, seq_len or min(enough, checkpoint.context or enough)
     texts = load_calibration(checkpoint, data, samples=samples, seq_len=seq_len, seed=seed)

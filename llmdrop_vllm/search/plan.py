@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-import torch
-
 from llmdrop_vllm.artifacts import Provenance, Scores
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.scoring.scoring import precision
+from llmdrop_vllm.search.judge import Judging
 from llmdrop_vllm.search.space import KINDS, Space
 from llmdrop_vllm.search.states import StateSpace
 from llmdrop_vllm.search.trials import SearchHeader
@@ -41,39 +39,31 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """`by_cosine` is the mask that scores choose, `ranking` what they would drop first. Masks are chosen by `answers`,
-    and `held_out` decides. With `to_heal`, what was lost is healed on that in closed form after each greedy step.
+    """`by_cosine` is the mask that scores choose, `ranking` what they would drop first. With `to_heal`, what was lost
+    is healed on that in closed form after each greedy step.
 
     `mixes` are other spaces that are as good an answer to what was asked, each with its mask by cosine.
     """
 
-    checkpoint: Checkpoint
+    judging: Judging
     space: Space
     by_cosine: DropMask
     ranking: tuple[tuple[str, int], ...]
-    answers: Calibration
-    held_out: Calibration
     to_heal: Calibration | None
     options: SearchOptions
-    device: torch.device
-    dtype: torch.dtype
     mixes: tuple[tuple[Space, DropMask], ...] = ()
-
-    @property
-    def dtype_name(self) -> str:
-        """As options have it."""
-        return str(self.dtype).removeprefix("torch.")
 
     @property
     def header(self) -> SearchHeader:
         """What a file of trials must have been made with for this search to go on in it."""
+        its = self.judging
         return SearchHeader(
-            answers=self.answers.identity,
-            tokens=self.answers.predicted,
-            held_out=self.held_out.identity,
+            answers=its.answers.identity,
+            tokens=its.answers.predicted,
+            held_out=its.held_out.identity,
             to_heal=None if self.to_heal is None else self.to_heal.identity,
-            start=self.checkpoint.mask,
-            provenance=Provenance.of(self.checkpoint, dtype=self.dtype, device=self.device),
+            start=its.checkpoint.mask,
+            provenance=Provenance.of(its.checkpoint, dtype=its.dtype, device=its.device),
         )
 
     @property
@@ -102,29 +92,21 @@ class SearchPlan:
 
 def plan_search(
     scores: Scores,
-    checkpoint: Checkpoint,
+    judging: Judging,
     spaces: Sequence[Space],
-    answers: Calibration,
-    held_out: Calibration,
     options: SearchOptions,
-    *,
     to_heal: Calibration | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
 ) -> SearchPlan:
     """With the masks that scores of the same weights give; what is looked for may lie in any of the spaces.
 
-    Raises MaskError where too few sublayers may go, InputError for a device or dtype that is not there.
+    Raises MaskError where too few sublayers may go.
     """
     candidates = Candidates(scores, spaces[0].start, spaces[0].protect)
     units = LeastImportant().arrange(candidates.units("joint"), scores.num_hidden_layers)
     ranking = tuple(("attention" if unit.attention else "mlp", unit.layer) for unit in units)
-    where, what = precision(checkpoint, device, dtype)
     spaces = [replace(each, donors=candidates.donors) for each in spaces]
-    (space, by_cosine), *mixes = [with_cosine(each, candidates, checkpoint) for each in spaces]
-    return SearchPlan(
-        checkpoint, space, by_cosine, ranking, answers, held_out, to_heal, options, where, what, tuple(mixes)
-    )
+    (space, by_cosine), *mixes = [with_cosine(each, candidates, judging.checkpoint) for each in spaces]
+    return SearchPlan(judging, space, by_cosine, ranking, to_heal, options, tuple(mixes))
 
 
 def with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) -> tuple[Space, DropMask]:
