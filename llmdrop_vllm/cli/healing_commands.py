@@ -251,10 +251,10 @@ def _announce_closed_form(run: "Run", data: DataIdentity) -> None:
     from llmdrop_vllm.healing.cost import closed_form_cost
 
     cost, tokens = closed_form_cost(run), data.tokens
-    minutes = cost.seconds / 60
+    minutes, disk_bytes = cost.seconds / 60, run.streams.disk_bytes
     print(
         f"healing {run.lost} lost sublayers on {tokens:,} tokens of {data.source}, a part held out: about "
-        f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {run.disk_bytes / 2**30:.1f} GiB on disk"
+        f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {disk_bytes / 2**30:.1f} GiB on disk"
     )
     if tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
         print(

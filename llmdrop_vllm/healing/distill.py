@@ -87,13 +87,10 @@ def _collated(batches: Batches, targets: Targets, rows: Sequence[dict[str, Any]]
         each[batches.starts[row["number"]] : len(sequence)] = True
     said = (targets.of(row["number"]) for row in rows)
     token_ids, log_probabilities = (torch.cat(each) for each in zip(*said, strict=True))
-    return {
-        # The last token again as padding: no position that counts looks at it.
-        "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=int(sequences[0][-1])),
-        "counted": counted,
-        "token_ids": token_ids,
-        "log_probabilities": log_probabilities,
-    }
+    # The last token again as padding: no position that counts looks at it.
+    input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=int(sequences[0][-1]))
+    # As `Student.forward` takes it.
+    return {"input_ids": input_ids, "counted": counted, "token_ids": token_ids, "log_probabilities": log_probabilities}
 
 
 def trained_names(model: Any, run: Run, options: TrainOptions) -> list[str]:
@@ -121,13 +118,7 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
 
 
 def distill(
-    model: Any,
-    run: Run,
-    targets: Targets,
-    options: TrainOptions,
-    *,
-    log_directory: Path | None = None,
-    progress: bool = False,
+    model: Any, run: Run, targets: Targets, options: TrainOptions, log_directory: Path | None, *, progress: bool
 ) -> tuple[Training, list[str]]:
     """Train the run's student in place; what was gained, and the names of the trained parameters.
 
@@ -143,13 +134,18 @@ def distill(
     lengths = streams.lengths(judging=False)
     per_step = sequences_per_step(lengths, options)
     steps_per_epoch = -(-len(learnt) // per_step)
+    callbacks = [EarlyStoppingCallback(options.patience)]
+    if log_directory is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_directory))))
     trainer = Trainer(
         Student(model),
         _arguments(options, model.device, directory, per_step, steps_per_epoch, progress),
         data_collator=partial(_collated, streams.batches, targets),
         train_dataset=learnt,
         eval_dataset=judged,
-        callbacks=[EarlyStoppingCallback(options.patience), *_logged(log_directory)],
+        callbacks=callbacks,
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.add_callback(_Begun(before))
@@ -181,15 +177,6 @@ class _Begun(TrainerCallback):
             state.best_metric = self.before
 
 
-def _logged(directory: Path | None) -> list[TensorBoardCallback]:
-    """What writes a log, if there is a place for one."""
-    if directory is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    return [TensorBoardCallback(SummaryWriter(str(directory)))]
-
-
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
     """By step, what was learnt from or judged by."""
     kept = ("step", "loss", "eval_loss")
@@ -198,19 +185,15 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
 
 
 def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
-    """With these parameters open to change, or adapters for them."""
+    """With these parameters open to change; with a rank, instead of that, adapters on the linear modules that they
+    belong to, and on experts that are one parameter.
+    """
     model.requires_grad_(False)
-    if rank is not None:
-        return _adapted(model, names, rank)
-    for name in names:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()  # steps are smaller than bfloat16 can tell
-        parameter.requires_grad_(True)
-    return model
-
-
-def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
-    """With adapters on the linear modules that these parameters belong to, and on experts that are one parameter."""
+    if rank is None:
+        for parameter in map(model.get_parameter, names):
+            parameter.data = parameter.data.float()  # steps are smaller than bfloat16 can tell
+            parameter.requires_grad_(True)
+        return model
     from peft import LoraConfig, get_peft_model
 
     owners = {name: name.rpartition(".")[0] for name in names}

@@ -8,13 +8,13 @@ it lacks e = T - S; what the layer's last projection multiplies, z, explains a p
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
@@ -25,7 +25,9 @@ from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
+from llmdrop_vllm.healing.task import Streams
 from llmdrop_vllm.scoring.scoring import precision
+from llmdrop_vllm.versions import __version__
 
 DEFAULT = HealOptions()
 TEACHER_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -65,8 +67,13 @@ def healed(
     """
     where, what = precision(student.checkpoint, device, dtype)
     _check(student, teacher, None if train is None else where)
+    weights = [each.checkpoint.fingerprint for each in (student, teacher)]
+    asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
+    asked = [sha256([*asked, *(asdict(each) for each in (student.mask, teacher.mask, options))])]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-        run = Run(student, teacher, data, options, where, what, scratch or Path(temporary) / "scratch")
+        directory = scratch or Path(temporary) / "scratch"
+        streams = Streams(teacher, student, data, where, what, directory, asked, options.weighting)
+        run = Run(student, teacher, options, streams)
         with run.scratch.in_use():
             if announce is not None:
                 announce(run)
@@ -123,9 +130,9 @@ def _trained(closed: Healed, run: Run, train: TrainOptions, log_directory: Path 
     # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
     held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16(device) else torch.float32
     model = load(run.student, closed.tensors, dtype=held)
-    training, names = distill(model, run, targets, train, log_directory=log_directory, progress=progress)
+    training, names = distill(model, run, targets, train, log_directory, progress=progress)
     tensors = dict(closed.tensors)
-    changed = set(closed.record.training.tensors if closed.record.training else ())
+    changed = {*closed.record.trained}
     if training.kl_after < training.kl_before:
         stored = find_tensors(run.student.checkpoint, model)
         trained = keep_mended(model, stored, names, directory / "trained.safetensors")

@@ -19,7 +19,6 @@ from llmdrop_vllm.scoring.layers import LayerStream
 class Projection:
     """One linear module at the end of a sublayer, whose output reaches the residual stream times a constant."""
 
-    name: str
     module: nn.Module
 
     @property
@@ -29,8 +28,7 @@ class Projection:
     @property
     def weight(self) -> torch.Tensor:
         """[columns, outputs], a view of the parameter."""
-        stored: torch.Tensor = self.module.weight
-        return stored if isinstance(self.module, Conv1D) else stored.T
+        return self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
 
     @property
     def columns(self) -> int:
@@ -90,10 +88,8 @@ def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> di
 
 def projection(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Projection | None:
     """The one linear module that these parameters are of; None where there are several, or something else."""
-    owners = {name.rpartition(".")[0] for name in parameters}
-    if len(owners) != 1:
-        return None
-    (name,) = owners
-    module = layer.get_submodule(name)
-    whole = {parameter for parameter, _ in module.named_parameters()} == {n.rpartition(".")[2] for n in parameters}
-    return Projection(name, module) if whole and isinstance(module, nn.Linear | Conv1D) else None
+    for owner, module in layer.named_modules():
+        names = {f"{owner}.{name}" for name, _ in module.named_parameters()}
+        if names == parameters.keys() and isinstance(module, nn.Linear | Conv1D):
+            return Projection(module)
+    return None

@@ -67,11 +67,9 @@ def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
 
 def _changed(checkpoint: Checkpoint) -> set[str]:
     """Tensors that earlier healing has changed."""
-    record = healing_of(checkpoint.directory)
-    if record is None:
+    if (record := healing_of(checkpoint.directory)) is None:
         return set()
-    trained = record.training.tensors if record.training else ()
-    return {*trained, *(name for layer in record.layers for name in layer.tensors)}
+    return {*record.trained, *(name for layer in record.layers for name in layer.tensors)}
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

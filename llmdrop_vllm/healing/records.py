@@ -61,6 +61,11 @@ class Healing(Record):
         """Layers that lost something and keep their weights, for every change made their held-out error larger."""
         return tuple(each.layer for each in self.layers if each.lost and not each.tensors)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Tensors that training changed."""
+        return () if self.training is None else self.training.tensors
+
     def summary(self) -> str:
         """One line for people."""
         mended = [each for each in self.layers if each.lost and each.tensors]
@@ -79,7 +84,7 @@ class Healing(Record):
     @property
     def method(self) -> Literal["healed", "trained"]:
         """In a word."""
-        return "healed" if self.training is None or not self.training.tensors else "trained"
+        return "trained" if self.trained else "healed"
 
     @property
     def source(self) -> str:

@@ -15,7 +15,7 @@ BLOCK = 2048  # columns; smaller ones are slower than what they save
 
 
 class Sums:
-    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens.
+    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32.
 
     Of z'z, which is symmetric, the blocks below the diagonal are summed and the rest is theirs.
 
@@ -27,7 +27,7 @@ class Sums:
         self.precision = "medium" if rounded else torch.get_float32_matmul_precision()
         self.zz = torch.zeros(columns, columns, device=device)
         self.ze = torch.zeros(columns, outputs, device=device)
-        self.ee, self.rows = 0.0, 0
+        self.ee = 0.0
 
     def add(self, z: torch.Tensor, e: torch.Tensor) -> None:
         """Add tokens: z [rows, columns], e [rows, outputs], float32."""
@@ -38,7 +38,6 @@ class Sums:
         self.ze.addmm_(z.T, e)
         torch.set_float32_matmul_precision(before)
         self.ee += e.square().sum(dtype=torch.float64).item()
-        self.rows += len(z)
 
     def complete(self) -> None:
         """With the blocks above the diagonal too, once no token is added any more."""
@@ -72,7 +71,7 @@ def fit(learnt: Sums, held_out: Sums) -> Fit | None:
     """The dW that the held-out tokens like best; None where each makes their error larger."""
     best: Fit | None = None
     least, mean = 1.0, learnt.zz.diagonal().mean()
-    if not (learnt.rows and held_out.ee > 0 and mean > 0):
+    if not (held_out.ee > 0 and mean > 0):
         return None
     held_out.complete()
     for ridge in RIDGES:

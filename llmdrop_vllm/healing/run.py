@@ -5,20 +5,16 @@ that a killed run has done.
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
 from llmdrop_vllm.architectures.family import Family, Sublayer
-from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
-from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.records import HealedLayer
@@ -26,13 +22,6 @@ from llmdrop_vllm.healing.refit import Refit, refit
 from llmdrop_vllm.healing.task import Streams, Task
 from llmdrop_vllm.healing.units import Unit, units
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.scoring.scratch import Scratch
-from llmdrop_vllm.versions import __version__
-
-SCRATCH_FILES = (
-    *("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors"),
-    *(".*.safetensors.*.partial", "targets-*", "training-*"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,30 +53,16 @@ class Step:
 
 
 class Run:
-    """A student's healing in a directory, which is gone on with where the same is asked."""
+    """A student's healing, in the directory of the streams."""
 
     def __init__(
-        self,
-        student: MaskedCheckpoint,
-        teacher: MaskedCheckpoint,
-        data: Calibration,
-        options: HealOptions,
-        device: torch.device,
-        dtype: torch.dtype,
-        directory: Path,
+        self, student: MaskedCheckpoint, teacher: MaskedCheckpoint, options: HealOptions, streams: Streams
     ) -> None:
-        self.student, self.teacher, self.data, self.options = student, teacher, data, options
+        self.student, self.teacher, self.options, self.streams = student, teacher, options, streams
         self.family, self.mask = student.checkpoint.family, student.mask
-        self.streams = Streams.of(teacher, student, data, device, dtype, directory, options.weighting)
-        self.chunks = self.streams.chunks
+        self.data, self.chunks, self.scratch = streams.data, streams.chunks, streams.scratch
         self.units = units(*(_with_absent(each.mask, self.family) for each in (teacher, student)))
         self.steps = self._steps() if options.closed_form else []
-        self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
-        weights = [each.checkpoint.fingerprint for each in (student, teacher)]
-        asked = [__version__, *weights, data.identity.sha256, str(device), str(dtype)]
-        asked = [sha256([*asked, *(asdict(each) for each in (student.mask, teacher.mask, options))])]
-        identity = sha256([*asked, *self.streams.student.cannot_go_on])
-        self.scratch = Scratch(directory, identity, self.disk_bytes, SCRATCH_FILES)
 
     @property
     def lost(self) -> int:
@@ -104,8 +79,7 @@ class Run:
         self._go_on_with({name for each in self.scratch.progress.layers for name in each.get("tensors", ())})
         depth = len(self.streams.student.layers)
         steps = [(f"layer {step.layer} of {depth}", step.passes, step.do) for step in self.steps]
-        with torch.no_grad():
-            found = self.scratch.go_on(steps, len(self.chunks), self.streams.embed, progress=progress)
+        found = self.streams.go_on(steps, progress=progress)
         return tuple(HealedLayer.model_validate(each, strict=False) for each in found if each)
 
     def tensors(self) -> dict[str, StoredTensor]:

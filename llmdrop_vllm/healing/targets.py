@@ -6,6 +6,7 @@ bytes instead of 4 x vocabulary, so the teacher runs once however many passes th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Targets:
 
     def of(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one sequence, each [positions, k]."""
-        rows = slice(self.first[sequence], self.first[sequence + 1])
+        rows = slice(*self.first[sequence : sequence + 2])
         token_ids, log_probabilities = self.token_ids[rows], self.log_probabilities[rows]
         return torch.from_numpy(token_ids.astype(np.int64)), torch.from_numpy(log_probabilities.astype(np.float32))
 
@@ -46,26 +47,24 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
     Raises CheckpointError for logits that are not finite.
     """
-    counts = [len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True)]
-    first = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    counts = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
+    first = [*accumulate(counts, initial=0)]
     shape, ready = (first[-1], TOP_K), directory / "targets-ready"
     mode: Literal["r", "w+"] = "r" if ready.exists() else "w+"
     token_ids = np.memmap(directory / "targets-ids.bin", np.int32, mode, shape=shape)
     log_probabilities = np.memmap(directory / "targets-log.bin", np.float16, mode, shape=shape)
     if mode == "w+":
         model = load()
-        with tqdm(total=len(batches.chunks), unit="chunk", desc="teacher", disable=not progress) as bar:
-            for chunk in batches.chunks:
-                with torch.inference_mode():
-                    logits = model(batches.token_ids(chunk).to(model.device), use_cache=False).logits
-                    if not logits.isfinite().all():
-                        raise CheckpointError(f"{type(model).__name__} gives logits that are not finite")
-                for row, (span, logit) in enumerate(zip(batches.spans(chunk), logits, strict=True)):
-                    top = logit[span].float().log_softmax(-1).topk(TOP_K)
-                    at = first[chunk.first_sequence + row]
-                    token_ids[at : at + len(top.indices)] = top.indices.cpu().numpy()
-                    log_probabilities[at : at + len(top.values)] = top.values.cpu().numpy()
-                bar.update()
+        for chunk in tqdm(batches.chunks, unit="chunk", desc="teacher", disable=not progress):
+            with torch.inference_mode():
+                logits = model(batches.token_ids(chunk).to(model.device), use_cache=False).logits
+                if not logits.isfinite().all():
+                    raise CheckpointError(f"{type(model).__name__} gives logits that are not finite")
+            numbers = range(chunk.first_sequence, chunk.first_sequence + chunk.batch)
+            for number, span, logit in zip(numbers, batches.spans(chunk), logits, strict=True):
+                top = logit[span].float().log_softmax(-1).topk(TOP_K)
+                rows = slice(*first[number : number + 2])
+                token_ids[rows], log_probabilities[rows] = top.indices.cpu().numpy(), top.values.cpu().numpy()
         for each in (token_ids, log_probabilities):
             each.flush()
         ready.touch()
@@ -74,8 +73,7 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
 def divergence(logits: torch.Tensor, token_ids: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) per position, in nats: logits [positions, vocabulary], the others [positions, k]."""
-    found: torch.Tensor = _Divergence.apply(logits, token_ids, log_probabilities)
-    return found
+    return _Divergence.apply(logits, token_ids, log_probabilities)
 
 
 class _Divergence(torch.autograd.Function):

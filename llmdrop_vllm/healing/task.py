@@ -1,14 +1,16 @@
 """One layer of the student, and by what it differs from the teacher at the same depth."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError
@@ -18,56 +20,58 @@ from llmdrop_vllm.healing.units import Unit
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
-from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates, Scratch, Step
 
 # A projection's constant in the residual stream is told by its effect; this near to 1 it is 1.
 CONSTANT_TO = 0.05
+SCRATCH_FILES = (
+    *("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors"),
+    *(".*.safetensors.*.partial", "targets-*", "training-*"),
+)
 
 
-@dataclass(frozen=True)
 class Streams:
-    """The two residual streams, each with the layers that it goes through.
+    """The two residual streams, each with the layers that it goes through; a model beside itself has one.
 
-    `truth` holds the teacher's by depth, `mended` the student's by place in the order of the units; `held_out` says of
-    each sequence whether it judges.
+    `truth` holds the teacher's by depth, `mended` the student's by place in the order of the units, in files of a
+    directory that is gone on with where the same is `asked`. `held_out` says of each sequence whether it judges.
+    Raises DataError for too little data.
     """
 
-    teacher: LayerStream
-    student: LayerStream
-    truth: HiddenStates
-    mended: HiddenStates
-    batches: Batches
-    held_out: tuple[bool, ...]
-    weighting: Literal["relative", "equal"]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         teacher: MaskedCheckpoint,
         student: MaskedCheckpoint,
         data: Calibration,
         device: torch.device,
         dtype: torch.dtype,
         directory: Path,
+        asked: Sequence[Any],
         weighting: Literal["relative", "equal"] = "relative",
-    ) -> Self:
-        """Kept in files of a directory; a model beside itself is one stream. Raises DataError for too little data."""
+    ) -> None:
+        self.data, self.device, self.weighting = data, device, weighting
         stream_of = partial(LayerStream, device=device, dtype=dtype, attention="sdpa")
-        full = stream_of(teacher)
-        dropped = full if student is teacher else stream_of(student)
-        truth, mended = (HiddenStates(directory, full.hidden_size, dtype, name) for name in ("teacher", "student"))
-        batches = Batches.of(data, TOKENS_PER_CHUNK[device.type])
-        return cls(full, dropped, truth, mended, batches, held_out_sequences(data), weighting)
+        self.teacher = stream_of(teacher)
+        self.student = self.teacher if student is teacher else stream_of(student)
+        sizes = directory, self.teacher.hidden_size, dtype
+        self.truth, self.mended = HiddenStates(*sizes, "teacher"), HiddenStates(*sizes, "student")
+        self.batches, self.held_out = Batches.of(data, TOKENS_PER_CHUNK[device.type]), held_out_sequences(data)
+        self.chunks = self.batches.chunks
+        files = 2 if student is teacher else 4
+        self.disk_bytes = files * self.batches.tokens * self.truth.token_bytes
+        run = sha256([*asked, *self.student.cannot_go_on])
+        self.scratch = Scratch(directory, run, self.disk_bytes, SCRATCH_FILES)
 
-    @property
-    def device(self) -> torch.device:
-        """Where layers are computed."""
-        return self.student.device
+    def go_on(self, steps: Sequence[Step], *, progress: bool) -> tuple[dict[str, Any], ...]:
+        """What all steps of a run give; those that are done are not done again."""
+        with torch.no_grad():
+            return self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
 
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """Of all sequences."""
-        return self.batches.chunks
+    def _embed(self, begins: bool) -> None:
+        """Write the teacher's first input, where a run begins, and learn what layers get beside it."""
+        self.teacher.embed(self.batches, self.truth if begins else None)
+        if self.student is not self.teacher:
+            self.student.embed(self.batches, None)
 
     def numbers(self, *, judging: bool) -> list[int]:
         """The sequences that judge, or those that are learnt from."""
@@ -76,12 +80,6 @@ class Streams:
     def lengths(self, *, judging: bool) -> list[int]:
         """Their tokens, without padding."""
         return [len(self.batches.sequences[number]) for number in self.numbers(judging=judging)]
-
-    def embed(self, begins: bool) -> None:
-        """Write the teacher's first input, where a run begins, and learn what layers get beside it."""
-        self.teacher.embed(self.batches, self.truth if begins else None)
-        if self.student is not self.teacher:
-            self.student.embed(self.batches, None)
 
     def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""

@@ -34,20 +34,18 @@ class Weights:
     """The model that judges put masks on, loaded when it is first needed; it may be changed to one that was healed."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
-        self.change(load)
+        self._load = load
 
     def change(self, load: Callable[[], Any]) -> None:
         """To another one. Judges begin anew with `rebase`."""
-        self._load: Callable[[], Any] = load
-        self._model: Any = None
+        self._load = load
+        vars(self).pop("model", None)
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """In memory."""
-        if self._model is None:
-            with torch.inference_mode(False):  # healing may need gradients
-                self._model = self._load()
-        return self._model
+        with torch.inference_mode(False):  # healing may need gradients
+            return self._load()
 
 
 class Judge:
