@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -23,14 +23,11 @@ from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.search.long_texts import long_texts
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
+from llmdrop_vllm.search.windows import WindowsPlan, choose_windows, long_texts
 from llmdrop_vllm.selection.candidates import Candidates
-
-if TYPE_CHECKING:
-    from llmdrop_vllm.search.windows import WindowsPlan
 
 # More prompts tell masks apart better than longer answers do.
 TOKENS_OF_EACH = 64
@@ -88,7 +85,6 @@ def windows(args: Namespace) -> None:
     """`llmdrop windows`."""
     from llmdrop_vllm.scoring.scoring import precision
     from llmdrop_vllm.search.judge import Judging
-    from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
 
     check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
@@ -106,7 +102,7 @@ def windows(args: Namespace) -> None:
     show_next(args.out, "serve", args.model, "--mask", args.out)
 
 
-def _announce_windows(plan: "WindowsPlan") -> None:
+def _announce_windows(plan: WindowsPlan) -> None:
     """How much is judged, and whether that is enough to tell layers apart."""
     answers, held_out = plan.judging.answers, plan.judging.held_out
     texts, judging = sum(answers.predicted), sum(held_out.predicted)
@@ -190,7 +186,7 @@ def searched(
     """What the arguments' search finds; its trials are gone on with."""
     from llmdrop_vllm.scoring.scoring import precision
     from llmdrop_vllm.search.judge import Judging
-    from llmdrop_vllm.search.plan import SearchOptions, plan_search
+    from llmdrop_vllm.search.search import SearchOptions, plan_search
     from llmdrop_vllm.search.search import search as search_masks
 
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}

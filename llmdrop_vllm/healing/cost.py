@@ -82,7 +82,7 @@ def training_cost(run: Run, options: TrainOptions) -> Cost:
         trained = sum(shape.numel() for shape in shapes)
     else:
         trained = sum(shape[:-2].numel() * options.rank * sum(shape[-2:]) for shape in shapes if len(shape) > 1)
-    lengths, judging = (run.streams.lengths(judging=judging) for judging in (False, True))
+    lengths, judging = run.streams.parted(map(len, run.streams.batches.sequences))
     learnt, judged = sum(lengths), sum(judging)
     # Forward through everything, back to the first drop, and the gradients of what is trained.
     step = 2.0 * (2 * whole - (model.num_parameters(exclude_embeddings=True) - behind) + trained)

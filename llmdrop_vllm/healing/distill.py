@@ -130,8 +130,8 @@ def distill(
     model = _trainable(model, names, options.rank)
     # Trainer groups them by their tokens.
     rows = [{"number": number, "input_ids": each} for number, each in enumerate(streams.batches.sequences)]
-    learnt, judged = ([rows[number] for number in streams.numbers(judging=judging)] for judging in (False, True))
-    lengths = streams.lengths(judging=False)
+    learnt, judged = streams.parted(rows)
+    lengths = [len(row["input_ids"]) for row in learnt]
     per_step = sequences_per_step(lengths, options)
     steps_per_epoch = -(-len(learnt) // per_step)
     callbacks = [EarlyStoppingCallback(options.patience)]

@@ -106,14 +106,13 @@ def _check(student: MaskedCheckpoint, teacher: MaskedCheckpoint, trains_on: torc
 
 def _record(run: Run, layers: tuple[HealedLayer, ...]) -> Healing:
     batches, stream = run.streams.batches, run.streams.student
-    counts = [0, 0]
-    for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
-        counts[judges] += len(each) - start
+    counted = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
+    tokens, held_out_tokens = map(sum, run.streams.parted(counted))
     data = run.data.identity
     return Healing(
         teacher=ModelIdentity.of(run.teacher.checkpoint),
-        tokens=counts[0],
-        held_out_tokens=counts[1],
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
         layers=layers,
         provenance=Provenance.of(run.student.checkpoint, data=data, dtype=stream.dtype, device=stream.device),
     )
@@ -131,8 +130,7 @@ def _trained(closed: Healed, run: Run, train: TrainOptions, log_directory: Path 
     held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16(device) else torch.float32
     model = load(run.student, closed.tensors, dtype=held)
     training, names = distill(model, run, targets, train, log_directory, progress=progress)
-    tensors = dict(closed.tensors)
-    changed = {*closed.record.trained}
+    tensors, changed = dict(closed.tensors), {*closed.record.trained}
     if training.kl_after < training.kl_before:
         stored = find_tensors(run.student.checkpoint, model)
         trained = keep_mended(model, stored, names, directory / "trained.safetensors")

@@ -74,8 +74,7 @@ class _Run:
     def layers(self, *, progress: bool) -> tuple[dict[str, Any], ...]:
         """Per layer, what is left without its attention and without its MLP."""
         depth = self.mask.num_hidden_layers
-        titles = (f"layer {index} of {depth}, after healing" for index in range(depth))
-        steps = [(title, PASSES, partial(self._layer, index)) for index, title in enumerate(titles)]
+        steps = [(f"layer {at} of {depth}, after healing", PASSES, partial(self._layer, at)) for at in range(depth)]
         return self.streams.go_on(steps, progress=progress)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:

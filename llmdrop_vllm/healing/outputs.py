@@ -22,10 +22,6 @@ class Projection:
     module: nn.Module
 
     @property
-    def bias(self) -> torch.Tensor | None:
-        return getattr(self.module, "bias", None)
-
-    @property
     def weight(self) -> torch.Tensor:
         """[columns, outputs], a view of the parameter."""
         return self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
@@ -33,19 +29,19 @@ class Projection:
     @property
     def columns(self) -> int:
         """What a token is described by: the projection's inputs, and a one where it has a bias."""
-        return len(self.weight) + (self.bias is not None)
+        return len(self.weight) + (self.module.bias is not None)
 
     def features(self, z: torch.Tensor) -> torch.Tensor:
         """Rows for the regression, [tokens, columns] in float32, of inputs [tokens, inputs]."""
         z = z.float()
-        return z if self.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+        return z if self.module.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
 
     def add(self, delta: torch.Tensor) -> None:
         """Change weight and bias by dW [columns, outputs]."""
         inputs = len(self.weight)
         self.weight.add_(delta[:inputs].to(self.weight.dtype))
-        if self.bias is not None:
-            self.bias.add_(delta[inputs].to(self.bias.dtype))
+        if self.module.bias is not None:
+            self.module.bias.add_(delta[inputs].to(self.module.bias.dtype))
 
     @contextmanager
     def recording(self) -> Iterator["Recorded"]:

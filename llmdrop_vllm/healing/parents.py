@@ -50,7 +50,8 @@ def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
-    changed = _changed(student)
+    record = healing_of(student.directory)
+    changed = set() if record is None else {*record.trained, *(name for each in record.layers for name in each.tensors)}
     for name, tensor in student.tensors.items():
         if in_dropped_sublayer(name, student.family, student.mask):
             continue  # a portable checkpoint has them, with zeros
@@ -63,13 +64,6 @@ def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
         else:
             continue
         raise CheckpointError(f"{teacher.directory} is not the full model of {student.directory}: {name} {problem}")
-
-
-def _changed(checkpoint: Checkpoint) -> set[str]:
-    """Tensors that earlier healing has changed."""
-    if (record := healing_of(checkpoint.directory)) is None:
-        return set()
-    return {*record.trained, *(name for layer in record.layers for name in layer.tensors)}
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

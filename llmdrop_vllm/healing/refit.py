@@ -20,13 +20,17 @@ STEPS, PATIENCE = 40, 4
 
 @dataclass(frozen=True)
 class Refit:
-    """A layer's squared error on held-out tokens before, and what share of it is left; 1 where nothing was changed."""
+    """A layer's squared error on held-out tokens before, and what share of it is left; 1 where nothing was changed.
+
+    `tensors` are those of the checkpoint that were.
+    """
 
     error: float
     columns: int
     left: float = 1.0
     ridge: float | None = None
     steps: int | None = None
+    tensors: tuple[str, ...] = ()
 
 
 def refit(task: Task, parameters: Mapping[str, nn.Parameter], bar: "tqdm[Any]") -> Refit:

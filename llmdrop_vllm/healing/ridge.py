@@ -28,12 +28,13 @@ class Sums:
         self.zz = torch.zeros(columns, columns, device=device)
         self.ze = torch.zeros(columns, outputs, device=device)
         self.ee = 0.0
+        self.blocks = [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
     def add(self, z: torch.Tensor, e: torch.Tensor) -> None:
         """Add tokens: z [rows, columns], e [rows, outputs], float32."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
-        for start, stop in self._blocks:
+        for start, stop in self.blocks:
             self.zz[start:stop, :stop].addmm_(z[:, start:stop].T, z[:, :stop])
         self.ze.addmm_(z.T, e)
         torch.set_float32_matmul_precision(before)
@@ -41,7 +42,7 @@ class Sums:
 
     def complete(self) -> None:
         """With the blocks above the diagonal too, once no token is added any more."""
-        for start, stop in self._blocks:
+        for start, stop in self.blocks:
             self.zz[:start, start:stop] = self.zz[start:stop, :start].T
 
     def error(self, delta: torch.Tensor) -> float:
@@ -51,11 +52,6 @@ class Sums:
         """
         inner = (self.zz @ delta).sub_(self.ze, alpha=2)
         return self.ee + float(torch.dot(delta.flatten(), inner.flatten()))
-
-    @property
-    def _blocks(self) -> list[tuple[int, int]]:
-        columns = len(self.zz)
-        return [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.architectures.family import Family, Sublayer
+from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
@@ -61,7 +61,7 @@ class Run:
         self.student, self.teacher, self.options, self.streams = student, teacher, options, streams
         self.family, self.mask = student.checkpoint.family, student.mask
         self.data, self.chunks, self.scratch = streams.data, streams.chunks, streams.scratch
-        self.units = units(*(_with_absent(each.mask, self.family) for each in (teacher, student)))
+        self.units = units(self.family, teacher.mask, student.mask)
         self.steps = self._steps() if options.closed_form else []
 
     @property
@@ -135,7 +135,7 @@ class Run:
         """Refit a layer of the student's and take its stream through it."""
         with self.streams.student.layer(unit.layer) as layer:
             task = Task(self.streams, layer, place, unit)
-            found, changed = self._refitted(task, self._parameters(unit), bar) if unit.lost else (Refit(0.0, 0), ())
+            found = self._refitted(task, self._parameters(unit), bar) if unit.lost else Refit(0.0, 0)
             passed = 0.0
             for chunk in self.chunks:
                 output = task.output(chunk)
@@ -143,7 +143,7 @@ class Run:
                 if not unit.lost and (rows := task.rows(chunk, judging=True)).any():
                     passed += task.lack(chunk, output)[0][rows].square().sum().item()
                 bar.update()
-        return _result(unit, found, changed, (found.error + passed) / task.scale())
+        return _result(unit, found, (found.error + passed) / task.scale())
 
     def _mend_attention(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
         """Refit the attention of a layer that lost nothing, so that the streams meet before its MLP."""
@@ -160,22 +160,18 @@ class Run:
                 bar.update(len(self.chunks))
                 return {}
             task = Task(self.streams, layer, place, unit, full)
-            found, changed = self._refitted(task, parameters, bar)
-            return _result(unit, found, changed, found.error / task.scale())
+            found = self._refitted(task, parameters, bar)
+            return _result(unit, found, found.error / task.scale())
 
     def _parameters(self, unit: Unit) -> dict[str, nn.Parameter]:
         """What may be changed of a unit's layer, by the names there."""
         return output_parameters(self.streams.student, unit.layer, self._mended(unit))
 
-    def _refitted(
-        self, task: Task, parameters: dict[str, nn.Parameter], bar: "tqdm[Any]"
-    ) -> tuple[Refit, tuple[str, ...]]:
-        """With the names of what was changed: that is kept as the checkpoint has it, and what rounding left of it is
-        gone on with.
-        """
+    def _refitted(self, task: Task, parameters: dict[str, nn.Parameter], bar: "tqdm[Any]") -> Refit:
+        """What was changed is kept as the checkpoint has it, and gone on with as rounding left it."""
         found = refit(task, parameters, bar)
         if found.left == 1:
-            return found, ()
+            return found
         stream, unit = self.streams.student, task.unit
         path = self.scratch.directory / f"healed-{unit.layer:05}-{unit.mends}.safetensors"
         named = {f"{stream.layers_prefix}{unit.layer}.{name}": parameter for name, parameter in parameters.items()}
@@ -184,19 +180,13 @@ class Run:
             parameter.copy_(parameter.to(TORCH_DTYPES[stored.dtype]))
         changed = tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
         self._go_on_with(changed)
-        return found, changed
+        return replace(found, tensors=changed)
 
 
-def _with_absent(mask: DropMask, family: Family) -> DropMask:
-    """As if what layers never had were gone as well."""
-    attention, mlp = family.absent(mask)
-    return DropMask(mask.num_hidden_layers, tuple(sorted(attention)), tuple(sorted(mlp)))
-
-
-def _result(unit: Unit, found: Refit, changed: tuple[str, ...], before: float) -> dict[str, Any]:
+def _result(unit: Unit, found: Refit, before: float) -> dict[str, Any]:
     told = HealedLayer(
         **asdict(unit),
-        tensors=changed,
+        tensors=found.tensors,
         columns=found.columns,
         ridge=found.ridge,
         steps=found.steps,

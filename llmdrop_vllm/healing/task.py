@@ -1,6 +1,6 @@
 """One layer of the student, and by what it differs from the teacher at the same depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,8 @@ class Streams:
         self.truth, self.mended = HiddenStates(*sizes, "teacher"), HiddenStates(*sizes, "student")
         self.batches, self.held_out = Batches.of(data, TOKENS_PER_CHUNK[device.type]), held_out_sequences(data)
         self.chunks = self.batches.chunks
-        files = 2 if student is teacher else 4
-        self.disk_bytes = files * self.batches.tokens * self.truth.token_bytes
-        run = sha256([*asked, *self.student.cannot_go_on])
-        self.scratch = Scratch(directory, run, self.disk_bytes, SCRATCH_FILES)
+        self.disk_bytes = (2 if student is teacher else 4) * self.batches.tokens * self.truth.token_bytes
+        self.scratch = Scratch(directory, sha256([*asked, *self.student.cannot_go_on]), self.disk_bytes, SCRATCH_FILES)
 
     def go_on(self, steps: Sequence[Step], *, progress: bool) -> tuple[dict[str, Any], ...]:
         """What all steps of a run give; those that are done are not done again."""
@@ -73,13 +71,12 @@ class Streams:
         if self.student is not self.teacher:
             self.student.embed(self.batches, None)
 
-    def numbers(self, *, judging: bool) -> list[int]:
-        """The sequences that judge, or those that are learnt from."""
-        return [number for number, judges in enumerate(self.held_out) if judges == judging]
-
-    def lengths(self, *, judging: bool) -> list[int]:
-        """Their tokens, without padding."""
-        return [len(self.batches.sequences[number]) for number in self.numbers(judging=judging)]
+    def parted(self, values: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Of what there is for each sequence, that of those that are learnt from, and that of those that judge."""
+        found: tuple[list[Any], list[Any]] = [], []
+        for value, judges in zip(values, self.held_out, strict=True):
+            found[judges].append(value)
+        return found
 
     def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""

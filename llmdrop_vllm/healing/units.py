@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.masks.mask import DropMask
 
 
@@ -19,17 +20,15 @@ class Unit:
     mends: str
 
 
-def units(teacher: DropMask, student: DropMask) -> tuple[Unit, ...]:
+def units(family: Family, teacher: DropMask, student: DropMask) -> tuple[Unit, ...]:
     """In order. What is gone before the first layer that is kept is that one's to make up for."""
-    gone = {*student.attention} & {*student.mlp}
-    kept = [layer for layer in range(student.num_hidden_layers) if layer not in gone]
+    attention, mlp = family.absent(student)
+    had = zip(("attention", "mlp"), (attention, mlp), family.absent(teacher), strict=True)
+    lost = {kind: gone - before for kind, gone, before in had}
+    kept = [layer for layer in range(student.num_hidden_layers) if layer not in attention & mlp]
     found: list[Unit] = []
     for layer, behind in pairwise([*kept, student.num_hidden_layers]):
-        lost = (
-            f"{kind} {each}"
-            for each in range(layer if found else 0, behind)
-            for kind in ("attention", "mlp")
-            if each in getattr(student, kind) and each not in getattr(teacher, kind)
-        )
-        found.append(Unit(layer, behind - 1, tuple(lost), "attention" if layer in student.mlp else "mlp"))
+        layers = range(layer if found else 0, behind)
+        names = tuple(f"{kind} {each}" for each in layers for kind, gone in lost.items() if each in gone)
+        found.append(Unit(layer, behind - 1, names, "attention" if layer in mlp else "mlp"))
     return tuple(found)

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from llmdrop_vllm.artifacts import DataIdentity, Provenance, Record
+from llmdrop_vllm.artifacts import DataIdentity, Record
 from llmdrop_vllm.data.growing import Growing, Header, read_grown
 from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.search.judge import Judge
+from llmdrop_vllm.search.judge import Judge, Judging
 from llmdrop_vllm.search.states import new_windows
 
 RESAMPLES = 2000
@@ -31,11 +31,8 @@ class SearchHeader(Header):
 
     def differs_in(self, other: Self) -> str:
         """The same tokens are the same answers, wherever their file is."""
-        named = {}
-        for name in ("answers", "held_out", "to_heal"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours and theirs:
-                named[name] = ours.model_copy(update={"source": theirs.source})
+        its = ((name, getattr(self, name), getattr(other, name)) for name in ("answers", "held_out", "to_heal"))
+        named = {name: ours.model_copy(update={"source": each.source}) for name, ours, each in its if ours and each}
         return Header.differs_in(self.model_copy(update=named), other)
 
 
@@ -166,16 +163,10 @@ class Trials:
 
 
 def verdict(
-    losses: Mapping[str, tuple[Loss, Loss]],
-    start: DropMask,
-    method: str,
-    provenance: Provenance,
-    *,
-    judged: int,
-    heal_aware: bool = False,
+    losses: Mapping[str, tuple[Loss, Loss]], judging: Judging, method: str, judged: int, *, heal_aware: bool = False
 ) -> MaskFile:
     """Of masks by name, each with its loss on the answers that it was chosen by and on those that were held out, the
-    best by the latter. They are compared to the first; `start` is what all of them go without.
+    best by the latter. They are compared to the first.
     """
     answers, first = next(iter(losses.values()))
     compared = tuple(
@@ -183,7 +174,7 @@ def verdict(
             name=name,
             attention=its.mask.attention,
             mlp=its.mask.mlp,
-            windows=new_windows(its.mask, start),
+            windows=new_windows(its.mask, judging.checkpoint.mask),
             kl=its.mean,
             held_out_kl=held_out.mean,
             held_out_interval=held_out.interval(),
@@ -200,4 +191,4 @@ def verdict(
         heal_aware=heal_aware,
         compared=compared,
     )
-    return MaskFile.of(losses[best.name][0].mask, f"{method}: {best.name}", provenance, evidence)
+    return MaskFile.of(losses[best.name][0].mask, f"{method}: {best.name}", judging.provenance, evidence)

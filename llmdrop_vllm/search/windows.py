@@ -12,16 +12,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import DataIdentity, Record
+from llmdrop_vllm.artifacts import DataIdentity, Record, sha256
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.answers import is_answers
+from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.growing import Header, appended
-from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.data.tokens import Calibration, TokenIds
+from llmdrop_vllm.errors import DataError, MaskError
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.masks.stretches import STRETCH, span
 from llmdrop_vllm.search.judge import Judging
 from llmdrop_vllm.search.states import new_windows, takers, windowed
 from llmdrop_vllm.search.trials import Trials, verdict
 
 EVENLY, ALONE = "evenly spread", "least lost alone"
+LONG_TEXTS, TIMES_THE_WINDOW = 6, 4
 
 
 class WindowsHeader(Header):
@@ -110,8 +116,7 @@ def choose_windows(plan: WindowsPlan, trials_file: Path, *, progress: bool = Fal
             bar.set_description(name)
             losses[name] = trials.on_answers(plan.mask(windows)), trials.on_held_out(plan.mask(windows))
             bar.update()
-    method = "windows by KL on long texts"
-    return verdict(losses, its.checkpoint.mask, method, its.provenance, judged=len(layers) + 2)
+    return verdict(losses, its, "windows by KL on long texts", len(layers) + 2)
 
 
 class _Trials(Trials):
@@ -120,3 +125,44 @@ class _Trials(Trials):
     def trial(self, mask: DropMask, held_out: bool) -> WindowTrial:
         """A mask's record in the file, before it is judged."""
         return WindowTrial(layers=new_windows(mask, self.judge.checkpoint.mask), held_out=held_out, kl={})
+
+
+def long_texts(
+    checkpoint: Checkpoint,
+    data: str | None,
+    window: int,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+) -> tuple[Calibration, Calibration]:
+    """Those to choose by, and the last third: of text as long ones as show what is out of sight; token ids and answers
+    as they are. The tokens that count are those that do not see everything.
+
+    Raises DataError for one text, and for texts that are shorter than what is seen.
+    """
+    data = data or EMBEDDED
+    if not (data.endswith(".json") or is_answers(Path(data))):
+        enough = max(TIMES_THE_WINDOW * window, 3 * (STRETCH + span(window)))
+        samples, seq_len = samples or LONG_TEXTS, seq_len or min(enough, checkpoint.context or enough)
+    texts = load_calibration(checkpoint, data, samples=samples, seq_len=seq_len, seed=seed)
+    if len(texts.sequences) < 2:
+        raise DataError("one text was given; layers are chosen by some, and compared on others")
+    seen = _seen_in_full(checkpoint, window)
+    if (shortest := min(map(len, texts.sequences))) <= seen + 1:
+        raise DataError(f"texts of {shortest} tokens see everything under windows of {window}; take longer")
+    held_out = -(-len(texts.sequences) // 3)
+
+    def part(sequences: tuple[TokenIds, ...]) -> Calibration:
+        hashed = sha256(each.tolist() for each in sequences)
+        tokens = {"sequences": len(sequences), "tokens": sum(map(len, sequences)), "sha256": hashed}
+        return Calibration(sequences, texts.identity.model_copy(update=tokens), starts=(seen,) * len(sequences))
+
+    return part(texts.sequences[:-held_out]), part(texts.sequences[-held_out:])
+
+
+def _seen_in_full(checkpoint: Checkpoint, window: int) -> int:
+    """Tokens at a text's beginning that see everything, whichever layer has the window."""
+    masks = {layer: windowed(checkpoint.mask, [layer], window) for layer in takers(checkpoint, window)}
+    layouts = ((layer, mask, checkpoint.decoder.layout(mask)) for layer, mask in masks.items())
+    kinds = (layout.kinds[mask.kept_attention.index(layer)] for layer, mask, layout in layouts)
+    return max((kind.seen_in_full or 0 for kind in kinds), default=0)

@@ -12,7 +12,7 @@ from llmdrop_vllm.errors import MaskError, OutputError
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.methods import OFFSPRING, backward, evolve, forward, ranked_alone
-from llmdrop_vllm.search.plan import with_cosine
+from llmdrop_vllm.search.search import with_cosine
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.trials import EnoughError, Loss, SearchHeader, Trial, Trials
 from llmdrop_vllm.selection.candidates import Candidates
