@@ -98,11 +98,10 @@ def trained_names(model: Any, run: Run, options: TrainOptions) -> list[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     family, (_, no_mlp) = run.family, run.family.absent(run.mask)
     found = []
-    for index, layer in enumerate(decoder_layers(model, run.mask.num_hidden_layers)):
+    for index, layer in [*enumerate(decoder_layers(model, run.mask.num_hidden_layers))][run.first_lost :]:
         kept = family.mixer(index) if index in no_mlp else family.mlp_of(index)
         part = layer if options.parts == "all" or kept is None else getattr(layer, kept.transformers_module)
-        if index >= run.first_lost:
-            found += [names[id(parameter)] for parameter in part.parameters()]
+        found += [names[id(parameter)] for parameter in part.parameters()]
     return found
 
 
@@ -209,7 +208,6 @@ def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
 def _arguments(
     options: TrainOptions, device: torch.device, directory: Path, per_step: int, per_epoch: int, progress: bool
 ) -> TrainingArguments:
-    gpu = device.type == "cuda"
     check = max(1, per_epoch // options.checks)
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -220,7 +218,7 @@ def _arguments(
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
         bf16=multiplies_in_bfloat16(device),
-        use_cpu=not gpu,
+        use_cpu=device.type != "cuda",
         seed=options.seed,
         train_sampling_strategy="group_by_length",  # with answers of all lengths a third of a batch is padding
         eval_strategy="steps",
@@ -235,7 +233,7 @@ def _arguments(
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=[],
-        dataloader_pin_memory=gpu,
+        dataloader_pin_memory=device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or each GPU that is there would add to a step
     return arguments

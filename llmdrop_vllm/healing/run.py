@@ -19,8 +19,7 @@ from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.records import HealedLayer
 from llmdrop_vllm.healing.refit import Refit, refit
-from llmdrop_vllm.healing.task import Streams, Task
-from llmdrop_vllm.healing.units import Unit, units
+from llmdrop_vllm.healing.task import Streams, Task, Unit, units
 from llmdrop_vllm.masks.mask import DropMask
 
 

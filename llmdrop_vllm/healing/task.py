@@ -1,8 +1,9 @@
-"""One layer of the student, and by what it differs from the teacher at the same depth."""
+"""What healing does in which order, and one layer of it: by what student and teacher differ at the same depth."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.healing.outputs import Recorded
 from llmdrop_vllm.healing.split import held_out_sequences
-from llmdrop_vllm.healing.units import Unit
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
@@ -28,6 +30,33 @@ SCRATCH_FILES = (
     *("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors"),
     *(".*.safetensors.*.partial", "targets-*", "training-*"),
 )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer of which something is kept, and the layers behind it, up to `target`, of which nothing is.
+
+    `lost` are sublayers gone since the layer before, such as "attention 7"; `mends` is whose projection is refitted.
+    """
+
+    layer: int
+    target: int
+    lost: tuple[str, ...]
+    mends: str
+
+
+def units(family: Family, teacher: DropMask, student: DropMask) -> tuple[Unit, ...]:
+    """In order. What is gone before the first layer that is kept is that one's to make up for."""
+    attention, mlp = family.absent(student)
+    had = zip(("attention", "mlp"), (attention, mlp), family.absent(teacher), strict=True)
+    lost = {kind: gone - before for kind, gone, before in had}
+    kept = [layer for layer in range(student.num_hidden_layers) if layer not in attention & mlp]
+    found: list[Unit] = []
+    for layer, behind in pairwise([*kept, student.num_hidden_layers]):
+        layers = range(layer if found else 0, behind)
+        names = tuple(f"{kind} {each}" for each in layers for kind, gone in lost.items() if each in gone)
+        found.append(Unit(layer, behind - 1, names, "attention" if layer in mlp else "mlp"))
+    return tuple(found)
 
 
 class Streams:

@@ -50,11 +50,11 @@ class Weights:
 
 class Judge:
     """A full model's answers, and any mask's divergence from them. What the checkpoint's mask drops even the full model
-    goes without; `directory` takes what that says, and `tokens` are those of each answer, [sequences].
+    goes without; in `directory`, what that says has a place of its own; `tokens` are those of each answer, [sequences].
     """
 
     def __init__(self, weights: Weights, checkpoint: Checkpoint, answers: Calibration, directory: Path) -> None:
-        self.weights, self.checkpoint, self.directory = weights, checkpoint, directory
+        self.weights, self.checkpoint, self.directory = weights, checkpoint, tempfile.mkdtemp(dir=directory)
         # A layer that reads the keys of one before it needs that one computed, so no states are shared there.
         self.shares_states = all(kind.donor is None for kind in checkpoint.decoder.kinds)
         self.batches = Batches.of(answers, TOKENS_PER_CHUNK)
@@ -67,7 +67,7 @@ class Judge:
 
         Raises CheckpointError for logits that are not finite.
         """
-        return teach(lambda: self.weights.model, self.batches, self.directory)
+        return teach(lambda: self.weights.model, self.batches, Path(self.directory))
 
     def rebase(self, mask: DropMask) -> None:
         """Let the masks that are judged from here on begin with this one's states, as far as they are alike."""
@@ -174,11 +174,8 @@ class Judging:
         masked = self.checkpoint.under(self.checkpoint.mask)
         weights = Weights(lambda: hf.load(masked, dtype=self.dtype).to(self.device).eval())
         with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-            one, other = (
-                Judge(weights, self.checkpoint, answers, Path(tempfile.mkdtemp(dir=temporary)))
-                for answers in (self.answers, self.held_out)
-            )
-            yield one, other
+            its = [Judge(weights, self.checkpoint, each, Path(temporary)) for each in (self.answers, self.held_out)]
+            yield its[0], its[1]
 
 
 def _first_difference(one: DropMask, other: DropMask) -> int:

@@ -22,7 +22,7 @@ from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.run import HealOptions
-from llmdrop_vllm.healing.units import units
+from llmdrop_vllm.healing.task import units
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES
