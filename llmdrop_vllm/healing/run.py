@@ -169,7 +169,7 @@ class Run:
     def _refitted(self, task: Task, parameters: dict[str, nn.Parameter], bar: "tqdm[Any]") -> Refit:
         """What was changed is kept as the checkpoint has it, and gone on with as rounding left it."""
         found = refit(task, parameters, bar)
-        if found.left == 1:
+        if found.left == 1:  # nothing helped
             return found
         stream, unit = self.streams.student, task.unit
         path = self.scratch.directory / f"healed-{unit.layer:05}-{unit.mends}.safetensors"

@@ -69,7 +69,7 @@ def evolve(space: Space, trials: Trials, parent: DropMask, *, seed: int = 0) -> 
         drawn = (space.swapped(best.mask, rng) for _ in range(OFFSPRING))
         masks = list({each.effect: each for each in drawn if space.allows(each)}.values())
         for every, left in ROUNDS:
-            losses = sorted([trials.on_answers(each, every) for each in masks])
+            losses = sorted(trials.on_answers(each, every) for each in masks)
             masks = [each.mask for each in losses[:left]]
         before, best = best, min([best, *map(trials.on_answers, masks)])
         if best is not before:
