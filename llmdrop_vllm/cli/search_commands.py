@@ -23,6 +23,7 @@ from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
+from llmdrop_vllm.search.judge import Judging
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
@@ -84,7 +85,6 @@ def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
 def windows(args: Namespace) -> None:
     """`llmdrop windows`."""
     from llmdrop_vllm.scoring.scoring import precision
-    from llmdrop_vllm.search.judge import Judging
 
     check_new(args.out, args.overwrite)
     checkpoint = Checkpoint.open(args.model)
@@ -185,7 +185,6 @@ def searched(
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
     from llmdrop_vllm.scoring.scoring import precision
-    from llmdrop_vllm.search.judge import Judging
     from llmdrop_vllm.search.search import SearchOptions, plan_search
     from llmdrop_vllm.search.search import search as search_masks
 
