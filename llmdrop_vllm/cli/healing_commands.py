@@ -18,12 +18,12 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
+from llmdrop_vllm.healing.cost import closed_form_cost, training_cost
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.parents import check_parent, check_plain
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
-from llmdrop_vllm.healing.training_cost import training_cost
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.selection.candidates import Candidates
@@ -189,11 +189,10 @@ def _announce(run: Run, train: TrainOptions | None) -> None:
     """What it will take, and whether the data suffices."""
     data = run.data.identity
     if run.steps:
-        cost, disk = run.cost, run.disk_bytes / 2**30
-        minutes = cost.seconds(run.streams.device, run.streams.student.dtype) / 60
+        cost, disk = closed_form_cost(run), run.streams.disk_bytes / 2**30
         print(
             f"healing {run.lost} lost sublayers on {data.tokens:,} tokens of {data.source}, a part held out: about "
-            f"{minutes:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {disk:.1f} GiB on disk"
+            f"{cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {disk:.1f} GiB on disk"
         )
         if data.tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
             few = f"{data.tokens:,} tokens for {cost.columns:,} columns are few"

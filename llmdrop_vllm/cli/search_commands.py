@@ -24,13 +24,13 @@ from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
-from llmdrop_vllm.search.long_texts import long_texts
-from llmdrop_vllm.search.plan import SearchOptions, plan_search
+from llmdrop_vllm.search.judge import Judging
+from llmdrop_vllm.search.search import SearchOptions, plan_search
 from llmdrop_vllm.search.search import search as search_masks
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.states import StateSpace, takers
 from llmdrop_vllm.search.trials import Searched
-from llmdrop_vllm.search.windows import WindowsPlan, choose_windows
+from llmdrop_vllm.search.windows import WindowsPlan, choose_windows, long_texts
 from llmdrop_vllm.selection.candidates import Candidates
 
 # More prompts tell masks apart better than longer answers do.
@@ -86,9 +86,9 @@ def windows(args: Namespace) -> None:
     if (args.count is None) == (goal is None):
         raise InputError("give --count, or one of --kv-budget, --requests and --decode-speedup")
     own = len(checkpoint.mask.windows)
-    enough = goal or (lambda mask: len(mask.windows) - own >= args.count)
     texts = long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed)
-    plan = WindowsPlan(checkpoint, args.window, enough, *texts, *precision(checkpoint, args.device, args.dtype))
+    judging = Judging(checkpoint, *texts, *precision(checkpoint, args.device, args.dtype))
+    plan = WindowsPlan(judging, args.window, goal or (lambda mask: len(mask.windows) - own >= args.count))
     _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
     show_search(found, "long texts")
@@ -98,13 +98,14 @@ def windows(args: Namespace) -> None:
 
 def _announce_windows(plan: WindowsPlan) -> None:
     """How much is judged, and whether that is enough to tell layers apart."""
-    texts, judging = sum(plan.texts.predicted), sum(plan.held_out.predicted)
+    answers, held_out = plan.judging.answers, plan.judging.held_out
+    texts, judging = sum(answers.predicted), sum(held_out.predicted)
     print(
-        f"{len(plan.layers) + 2} masks, nearly all on {texts:,} tokens of {len(plan.texts.sequences)} texts that are "
+        f"{len(plan.layers) + 2} masks, nearly all on {texts:,} tokens of {len(answers.sequences)} texts that are "
         "out of a window's sight; less with --samples, --seq-len"
     )
     if judging < ENOUGH_OUT_OF_SIGHT:
-        few = f"{judging:,} tokens of {len(plan.held_out.sequences)} texts are few to compare by"
+        few = f"{judging:,} tokens of {len(held_out.sequences)} texts are few to compare by"
         warn(f"{few}; {ENOUGH_OUT_OF_SIGHT:,} would do better")
 
 
@@ -173,8 +174,8 @@ def searched(
     """What the arguments' search finds; its trials are gone on with."""
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}
     options = SearchOptions(**{name: value for name, value in asked.items() if value is not None})
-    how = {"to_heal": data.to_heal, "device": args.device, "dtype": args.dtype}
-    plan = plan_search(scores, checkpoint, spaces, data.learnt, data.held_out, options, **how)
+    judging = Judging(checkpoint, data.learnt, data.held_out, *precision(checkpoint, args.device, args.dtype))
+    plan = plan_search(scores, judging, spaces, options, data.to_heal)
     return search_masks(plan, trials, progress=True)
 
 

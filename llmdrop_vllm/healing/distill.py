@@ -4,7 +4,8 @@ The loop is Transformers' Trainer, adapters are PEFT's and are merged in the end
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,11 @@ from transformers.integrations import TensorBoardCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
-from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.healing.records import Training
+from llmdrop_vllm.healing.run import Run
 from llmdrop_vllm.healing.targets import Targets, divergence
 from llmdrop_vllm.hf import decoder_layers
-from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 
 
@@ -78,58 +79,29 @@ class Student(nn.Module):
         return type(found)([], found.unexpected_keys)
 
 
-@dataclass(frozen=True)
-class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sequences by their number among all, and by their tokens, which Trainer groups by length; the collator knows the
-    rest.
-    """
-
-    numbers: tuple[int, ...]
-    batches: Batches
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        number = self.numbers[place]
-        return {"number": number, "input_ids": self.batches.sequences[number]}
-
-
-@dataclass(frozen=True)
-class Collator:
+def _collated(batches: Batches, targets: Targets, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of sequences, padded at their right, and what the teacher says of them."""
-
-    batches: Batches
-    targets: Targets
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        numbers = [row["number"] for row in rows]
-        sequences = [torch.from_numpy(self.batches.sequences[number]) for number in numbers]
-        counted = torch.zeros(len(numbers), max(map(len, sequences)), dtype=torch.bool)
-        for row, number in enumerate(numbers):
-            counted[row, self.batches.starts[number] : len(sequences[row])] = True
-        said = [self.targets.of(number, int(row.sum())) for number, row in zip(numbers, counted, strict=True)]
-        token_ids, log_probabilities = (torch.cat(each) for each in zip(*said, strict=True))
-        return {
-            # The last token again as padding: no position that counts looks at it.
-            "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=int(sequences[0][-1])),
-            "counted": counted,
-            "token_ids": token_ids,
-            "log_probabilities": log_probabilities,
-        }
+    sequences = [torch.from_numpy(row["input_ids"]) for row in rows]
+    counted = torch.zeros(len(rows), max(map(len, sequences)), dtype=torch.bool)
+    for each, sequence, row in zip(counted, sequences, rows, strict=True):
+        each[batches.starts[row["number"]] : len(sequence)] = True
+    said = (targets.of(row["number"]) for row in rows)
+    token_ids, log_probabilities = (torch.cat(each) for each in zip(*said, strict=True))
+    # The last token again as padding: no position that counts looks at it.
+    input_ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=int(sequences[0][-1]))
+    # As `Student.forward` takes it.
+    return {"input_ids": input_ids, "counted": counted, "token_ids": token_ids, "log_probabilities": log_probabilities}
 
 
-def trained_names(model: Any, family: Family, mask: DropMask, options: TrainOptions) -> list[str]:
+def trained_names(model: Any, run: Run, options: TrainOptions) -> list[str]:
     """The parameters that are trained: of the layers from the first that lost something on, MLPs or everything."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    first = min((*mask.attention, *mask.mlp))
+    family, (_, no_mlp) = run.family, run.family.absent(run.mask)
     found = []
-    _, no_mlp = family.absent(mask)
-    for index, layer in enumerate(decoder_layers(model, mask.num_hidden_layers)):
+    for index, layer in [*enumerate(decoder_layers(model, run.mask.num_hidden_layers))][run.first_lost :]:
         kept = family.mixer(index) if index in no_mlp else family.mlp_of(index)
         part = layer if options.parts == "all" or kept is None else getattr(layer, kept.transformers_module)
-        if index >= first:
-            found += [names[id(parameter)] for parameter in part.parameters()]
+        found += [names[id(parameter)] for parameter in part.parameters()]
     return found
 
 
@@ -145,37 +117,34 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
 
 
 def distill(
-    model: Any,
-    family: Family,
-    mask: DropMask,
-    batches: Batches,
-    held_out: Sequence[bool],
-    targets: Targets,
-    options: TrainOptions,
-    directory: Path,
-    *,
-    log_directory: Path | None = None,
-    progress: bool = False,
+    model: Any, run: Run, targets: Targets, options: TrainOptions, log_directory: Path | None, *, progress: bool
 ) -> tuple[Training, list[str]]:
-    """Train the model in place; what was gained, and the names of the trained parameters.
+    """Train the run's student in place; what was gained, and the names of the trained parameters.
 
-    The directory keeps what an interrupted training goes on from.
+    The run's directory keeps what an interrupted training goes on from.
     """
-    names = trained_names(model, family, mask, options)
+    # Of other options, another's weights would be gone on with.
+    directory = run.scratch.directory / f"training-{sha256([asdict(options)])}"
+    names, streams = trained_names(model, run, options), run.streams
     model = _trainable(model, names, options.rank)
-    learnt, judged = (
-        tuple(number for number, judges in enumerate(held_out) if judges == judging) for judging in (False, True)
-    )
-    lengths = [len(batches.sequences[number]) for number in learnt]
-    tokens, per_step = sum(lengths), sequences_per_step(lengths, options)
+    # Trainer groups them by their tokens.
+    rows = [{"number": number, "input_ids": each} for number, each in enumerate(streams.batches.sequences)]
+    learnt, judged = streams.parted(rows)
+    lengths = [len(row["input_ids"]) for row in learnt]
+    per_step = sequences_per_step(lengths, options)
     steps_per_epoch = -(-len(learnt) // per_step)
+    callbacks = [EarlyStoppingCallback(options.patience)]
+    if log_directory is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_directory))))
     trainer = Trainer(
         Student(model),
         _arguments(options, model.device, directory, per_step, steps_per_epoch, progress),
-        data_collator=Collator(batches, targets),
-        train_dataset=Rows(learnt, batches),
-        eval_dataset=Rows(judged, batches),
-        callbacks=[EarlyStoppingCallback(options.patience), *_logged(log_directory)],
+        data_collator=partial(_collated, streams.batches, targets),
+        train_dataset=learnt,
+        eval_dataset=judged,
+        callbacks=callbacks,
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.add_callback(_Begun(before))
@@ -188,7 +157,7 @@ def distill(
         method=options.method,
         epochs=epochs,
         learning_rate=options.learning_rate,
-        tokens_seen=round(tokens * epochs),
+        tokens_seen=round(sum(lengths) * epochs),
         kl_before=before,
         kl_after=after,
         history=_history(trainer.state.log_history),
@@ -207,15 +176,6 @@ class _Begun(TrainerCallback):
             state.best_metric = self.before
 
 
-def _logged(directory: Path | None) -> list[TensorBoardCallback]:
-    """What writes a log, if there is a place for one."""
-    if directory is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    return [TensorBoardCallback(SummaryWriter(str(directory)))]
-
-
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
     """By step, what was learnt from or judged by."""
     kept = ("step", "loss", "eval_loss")
@@ -224,28 +184,21 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
 
 
 def _trainable(model: Any, names: Sequence[str], rank: int | None) -> Any:
-    """With these parameters open to change, or adapters for them."""
+    """With these parameters open to change; with a rank, instead of that, adapters on the linear modules that they
+    belong to, and on experts that are one parameter.
+    """
     model.requires_grad_(False)
-    if rank is not None:
-        return _adapted(model, names, rank)
-    for name in names:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()  # steps are smaller than bfloat16 can tell
-        parameter.requires_grad_(True)
-    return model
-
-
-def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
-    """With adapters on the linear modules that these parameters belong to, and on experts that are one parameter."""
+    if rank is None:
+        for parameter in map(model.get_parameter, names):
+            parameter.data = parameter.data.float()  # steps are smaller than bfloat16 can tell
+            parameter.requires_grad_(True)
+        return model
     from peft import LoraConfig, get_peft_model
 
-    linear, experts = set(), []
-    for name in names:
-        owner = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(owner), nn.Linear | Conv1D):
-            linear.add(owner)
-        elif model.get_parameter(name).dim() == 3:
-            experts.append(name)
+    owners = {name: name.rpartition(".")[0] for name in names}
+    linear = {each for each in owners.values() if isinstance(model.get_submodule(each), nn.Linear | Conv1D)}
+    others = (name for name, owner in owners.items() if owner not in linear)
+    experts = [name for name in others if model.get_parameter(name).dim() == 3]
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=sorted(linear), target_parameters=experts or None, lora_dropout=0.0
     )
@@ -255,7 +208,6 @@ def _adapted(model: Any, names: Sequence[str], rank: int) -> Any:
 def _arguments(
     options: TrainOptions, device: torch.device, directory: Path, per_step: int, per_epoch: int, progress: bool
 ) -> TrainingArguments:
-    gpu = device.type == "cuda"
     check = max(1, per_epoch // options.checks)
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -263,11 +215,10 @@ def _arguments(
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, per_epoch // 4),
-        weight_decay=0.0,
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
         bf16=multiplies_in_bfloat16(device),
-        use_cpu=not gpu,
+        use_cpu=device.type != "cuda",
         seed=options.seed,
         train_sampling_strategy="group_by_length",  # with answers of all lengths a third of a batch is padding
         eval_strategy="steps",
@@ -277,14 +228,12 @@ def _arguments(
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
         logging_steps=max(1, check // 4),
         disable_tqdm=not progress,
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=[],
-        dataloader_pin_memory=gpu,
-        report_to=[],
+        dataloader_pin_memory=device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or each GPU that is there would add to a step
     return arguments

@@ -25,6 +25,7 @@ from llmdrop_vllm.healing.mended import keep_mended, load_mended
 from llmdrop_vllm.healing.records import HealedLayer, Healing, healing_of
 from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
+from llmdrop_vllm.healing.task import Streams
 from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.versions import __version__
 
@@ -66,12 +67,13 @@ def healed(
     """
     where, what = precision(student.checkpoint, device, dtype)
     _check(student, teacher, None if train is None else where)
-    values = [asdict(each) for each in (student.mask, teacher.mask, options)]
     weights = [each.checkpoint.fingerprint for each in (student, teacher)]
     asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
+    asked = [sha256([*asked, *(asdict(each) for each in (student.mask, teacher.mask, options))])]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         directory = scratch or Path(temporary) / "scratch"
-        run = Run(student, teacher, data, options, where, what, directory, sha256([*asked, *values]))
+        streams = Streams(teacher, student, data, where, what, directory, asked, options.weighting)
+        run = Run(student, teacher, options, streams)
         with run.scratch.in_use():
             if announce is not None:
                 announce(run)
@@ -103,49 +105,35 @@ def _check(student: MaskedCheckpoint, teacher: MaskedCheckpoint, trains_on: torc
 
 
 def _record(run: Run, layers: tuple[HealedLayer, ...]) -> Healing:
-    counts = [0, 0]
     batches, stream = run.streams.batches, run.streams.student
-    for start, each, judges in zip(batches.starts, batches.sequences, run.streams.held_out, strict=True):
-        counts[judges] += len(each) - start
+    counted = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
+    tokens, held_out_tokens = map(sum, run.streams.parted(counted))
+    data = run.data.identity
     return Healing(
         teacher=ModelIdentity.of(run.teacher.checkpoint),
-        tokens=counts[0],
-        held_out_tokens=counts[1],
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
         layers=layers,
-        provenance=Provenance.of(
-            run.student.checkpoint, data=run.data.identity, dtype=stream.dtype, device=stream.device
-        ),
+        provenance=Provenance.of(run.student.checkpoint, data=data, dtype=stream.dtype, device=stream.device),
     )
 
 
 def _trained(closed: Healed, run: Run, train: TrainOptions, log_directory: Path | None, *, progress: bool) -> Healed:
     """After the closed form. One of the two models is in memory at a time."""
-    student, batches, directory = run.student, run.streams.batches, run.scratch.directory
-    dtype = run.streams.student.dtype
-    device = run.streams.student.device
+    streams, directory = run.streams, run.scratch.directory
+    dtype, device = streams.student.dtype, streams.device
     # Of which there are logits, all at once.
-    in_memory = replace(batches, tokens_per_chunk=TEACHER_TOKENS[device.type])
+    in_memory = replace(streams.batches, tokens_per_chunk=TEACHER_TOKENS[device.type])
     load = partial(load_mended, device=device)
     targets = teach(lambda: load(run.teacher, {}, dtype=dtype), in_memory, directory, progress=progress)
     # What is not trained need not be cast for each pass, nor held twice as large, where products are in bfloat16.
     held = dtype if dtype == torch.bfloat16 and multiplies_in_bfloat16(device) else torch.float32
-    model = load(student, closed.tensors, dtype=held)
-    training, names = distill(
-        model,
-        run.family,
-        run.mask,
-        batches,
-        run.streams.held_out,
-        targets,
-        train,
-        directory / f"training-{sha256([asdict(train)])}",  # of other options, another's weights would be gone on with
-        log_directory=log_directory,
-        progress=progress,
-    )
-    tensors = dict(closed.tensors)
-    changed = set(closed.record.training.tensors if closed.record.training else ())
+    model = load(run.student, closed.tensors, dtype=held)
+    training, names = distill(model, run, targets, train, log_directory, progress=progress)
+    tensors, changed = dict(closed.tensors), {*closed.record.trained}
     if training.kl_after < training.kl_before:
-        trained = keep_mended(model, find_tensors(student.checkpoint, model), names, directory / "trained.safetensors")
+        stored = find_tensors(run.student.checkpoint, model)
+        trained = keep_mended(model, stored, names, directory / "trained.safetensors")
         tensors, changed = tensors | trained, changed | trained.keys()
     training = training.model_copy(update={"tensors": tuple(sorted(changed)), "data": run.data.identity})
     return Healed(tensors, closed.record.model_copy(update={"training": training}))

@@ -1,30 +1,26 @@
 """Importance as healing sees it: how much of a sublayer's work is left undone once its neighbour was refitted."""
 
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import Scores, sha256
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.artifacts import Scores
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.refit import Refit, refit
-from llmdrop_vllm.healing.run import ATTENTION, SCRATCH_FILES
 from llmdrop_vllm.healing.split import held_out_sequences
-from llmdrop_vllm.healing.task import Streams, Task
-from llmdrop_vllm.healing.units import Unit
+from llmdrop_vllm.healing.task import Streams, Task, Unit
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.scoring.batches import Batches
-from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK, precision
-from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
+from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.versions import __version__
 
 KINDS = ("attention", "mlp")
@@ -54,67 +50,53 @@ def after_healing(
     With `scratch`, an interrupted run goes on at the layer that it reached. Raises as `check_can_heal`.
     """
     check_can_heal(checkpoint, data)
+    masked, (where, what) = checkpoint.under(scores.dropped), precision(checkpoint, device, dtype)
+    asked = ["after healing", __version__, checkpoint.fingerprint, data.identity.sha256, str(where), str(what)]
+    gone = [*map(sorted, masked.mask.dropped), *masked.mask.windows]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
-        masked, directory = checkpoint.under(scores.dropped), scratch or Path(temporary) / "scratch"
-        run = _Run(masked, data, *precision(checkpoint, device, dtype), directory)
-        with run.scratch.in_use():
-            shares = run.layers(progress=progress)
-            run.scratch.remove()
+        directory = scratch or Path(temporary) / "scratch"
+        streams = Streams(masked, masked, data, where, what, directory, [*asked, gone])
+        with streams.scratch.in_use():
+            shares = _Run(masked.mask, checkpoint.family, streams).layers(progress=progress)
+            streams.scratch.remove()
     left = {kind: tuple(None if each[kind] is None else 1 - min(each[kind], 2.0) for each in shares) for kind in KINDS}
     similarity = scores.similarity.model_copy(update=left)
     return scores.model_copy(update={"similarity": similarity, "importance": "left after healing"})
 
 
+@dataclass(frozen=True)
 class _Run:
-    def __init__(
-        self, masked: MaskedCheckpoint, data: Calibration, device: torch.device, dtype: torch.dtype, directory: Path
-    ) -> None:
-        self.mask, self.family = masked.mask, masked.checkpoint.family
-        self.stream = LayerStream(masked, device=device, dtype=dtype, attention=ATTENTION)
-        hidden = HiddenStates(directory, self.stream.hidden_size, dtype, "teacher")
-        self.batches = Batches(data, TOKENS_PER_CHUNK[device.type])
-        held_out = held_out_sequences(data)
-        self.streams = Streams(self.stream, self.stream, hidden, hidden, self.batches, held_out, weighting="relative")
-        asked = [__version__, masked.checkpoint.fingerprint, data.identity.sha256, str(device), str(dtype)]
-        asked += self.stream.cannot_go_on
-        gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
-        needed_bytes = 2 * self.batches.tokens * hidden.token_bytes
-        self.scratch = Scratch(directory, sha256(["after healing", *asked, gone]), needed_bytes, SCRATCH_FILES)
+    mask: DropMask
+    family: Family
+    streams: Streams
 
     def layers(self, *, progress: bool) -> tuple[dict[str, Any], ...]:
         """Per layer, what is left without its attention and without its MLP."""
         depth = self.mask.num_hidden_layers
-        titles = (f"layer {index} of {depth}, after healing" for index in range(depth))
-        steps = [(title, PASSES, partial(self._layer, index)) for index, title in enumerate(titles)]
-        with torch.no_grad():
-            return self.scratch.go_on(steps, len(self.batches.chunks), self._embed, progress=progress)
-
-    def _embed(self, begins: bool) -> None:
-        self.stream.embed(self.batches, self.streams.truth if begins else None)
+        steps = [(f"layer {at} of {depth}, after healing", PASSES, partial(self._layer, at)) for at in range(depth)]
+        return self.streams.go_on(steps, progress=progress)
 
     def _layer(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
-        with self.stream.layer(index) as layer:
-            self.streams.teach(layer, index, bar.update)
+        with self.streams.student.layer(index) as layer:
+            self.streams.teach(layer, index, bar)
             return {kind: self._without(kind, index, layer, bar) for kind in KINDS}
 
     def _without(self, kind: str, index: int, layer: nn.Module, bar: "tqdm[Any]") -> float | None:
         """None where it is gone already."""
         if index in getattr(self.mask, kind):
-            bar.update(len(self.batches.chunks))
+            bar.update(len(self.streams.chunks))
             return None
-        other = "mlp" if kind == "attention" else "attention"
-        sublayer = getattr(self.family, other)
-        depth = self.mask.num_hidden_layers
+        depth, other = self.mask.num_hidden_layers, "mlp" if kind == "attention" else "attention"
         gone = DropMask(depth, attention=(index,)) if kind == "attention" else DropMask(depth, mlp=(index,))
-        with hf.dropped(self.stream.model, self.family, gone):
+        with hf.dropped(self.streams.student.model, self.family, gone):
             task = Task(self.streams, layer, index, Unit(index, index, (f"{kind} {index}",), other))
             if index in getattr(self.mask, other):  # nothing is left to refit
                 found = Refit(task.loss(learnt=False), 0)
-                bar.update(len(self.batches.chunks))
+                bar.update(len(self.streams.chunks))
             else:
-                parameters = output_parameters(self.stream, index, sublayer)
+                parameters = output_parameters(self.streams.student, index, getattr(self.family, other))
                 before = {name: each.detach().clone() for name, each in parameters.items()}
-                found = refit(task, parameters, bar.update)
+                found = refit(task, parameters, bar)
                 for name, each in parameters.items():
                     each.copy_(before[name])
             return found.error * found.left / task.scale()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,35 +19,29 @@ from llmdrop_vllm.scoring.layers import LayerStream
 class Projection:
     """One linear module at the end of a sublayer, whose output reaches the residual stream times a constant."""
 
-    name: str
     module: nn.Module
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return getattr(self.module, "bias", None)
 
     @property
     def weight(self) -> torch.Tensor:
         """[columns, outputs], a view of the parameter."""
-        stored: torch.Tensor = self.module.weight
-        return stored if isinstance(self.module, Conv1D) else stored.T
+        return self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
 
     @property
     def columns(self) -> int:
         """What a token is described by: the projection's inputs, and a one where it has a bias."""
-        return len(self.weight) + (self.bias is not None)
+        return len(self.weight) + (self.module.bias is not None)
 
     def features(self, z: torch.Tensor) -> torch.Tensor:
         """Rows for the regression, [tokens, columns] in float32, of inputs [tokens, inputs]."""
         z = z.float()
-        return z if self.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+        return z if self.module.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
 
     def add(self, delta: torch.Tensor) -> None:
         """Change weight and bias by dW [columns, outputs]."""
         inputs = len(self.weight)
         self.weight.add_(delta[:inputs].to(self.weight.dtype))
-        if self.bias is not None:
-            self.bias.add_(delta[inputs].to(self.bias.dtype))
+        if self.module.bias is not None:
+            self.module.bias.add_(delta[inputs].to(self.module.bias.dtype))
 
     @contextmanager
     def recording(self) -> Iterator["Recorded"]:
@@ -58,20 +52,16 @@ class Projection:
             found.inputs, found.outputs = args[0], output
             return torch.zeros_like(output) if found.silenced else None
 
-        handle = self.module.register_forward_hook(record)
-        try:
+        with self.module.register_forward_hook(record):
             yield found
-        finally:
-            handle.remove()
 
 
-@dataclass
 class Recorded:
     """[batch, tokens, inputs] and [batch, tokens, outputs] of the last call; silenced, its output counts as zeros."""
 
-    inputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    silenced: bool = False
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    silenced = False
 
 
 def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> dict[str, nn.Parameter]:
@@ -83,22 +73,19 @@ def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> di
     # Where the module is the projection itself, as OPT's is, the others beside it are its input.
     itself = "weight" in sublayer.output.split("|")
     modules = sublayer.module if itself else "|".join((sublayer.module, *sublayer.also))
-    pattern = re.compile(
-        rf"^.*\.{index}\.(?:(?:{modules})\.(?:.*\.)?{sublayer.output_ending}|{sublayer.post_norm}\.\w+)$"
-    )
-    found = {}
-    for name, parameter in layer.named_parameters():
-        if any(pattern.match(stored) for stored in checkpoint_tensors(stream.model, [prefix + name])):
-            found[name] = parameter
-    return found
+    ours = rf"(?:{modules})\.(?:.*\.)?{sublayer.output_ending}|{sublayer.post_norm}\.\w+"
+    pattern = re.compile(rf"^.*\.{index}\.(?:{ours})$")
+    return {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if any(map(pattern.match, checkpoint_tensors(stream.model, [prefix + name])))
+    }
 
 
 def projection(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Projection | None:
     """The one linear module that these parameters are of; None where there are several, or something else."""
-    owners = {name.rpartition(".")[0] for name in parameters}
-    if len(owners) != 1:
-        return None
-    (name,) = owners
-    module = layer.get_submodule(name)
-    whole = {parameter for parameter, _ in module.named_parameters()} == {n.rpartition(".")[2] for n in parameters}
-    return Projection(name, module) if whole and isinstance(module, nn.Linear | Conv1D) else None
+    for owner, module in layer.named_modules():
+        names = {f"{owner}.{name}" for name, _ in module.named_parameters()}
+        if names == parameters.keys() and isinstance(module, nn.Linear | Conv1D):
+            return Projection(module)
+    return None

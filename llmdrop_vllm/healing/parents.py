@@ -31,57 +31,39 @@ def check_parent(student: Checkpoint, teacher: Checkpoint) -> None:
     """
     check_plain(student)
     check_plain(teacher)
-    kinds = [(each.architecture, each.mask.num_hidden_layers) for each in (student, teacher)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"{teacher.directory} ({kinds[1][0]}, {kinds[1][1]} layers) is not the full model of {student.directory} "
-            f"({kinds[0][0]}, {kinds[0][1]} layers)"
-        )
-    if not _lost(student, teacher):
-        raise MaskError(
-            f"{student.directory} lost nothing that {teacher.directory} has ({student.mask.summary()}); name a dropped "
-            "model to heal, and the full one as its teacher"
-        )
-    _check_tokenizers(student, teacher)
-    _check_weights(student, teacher)
-
-
-def _lost(student: Checkpoint, teacher: Checkpoint) -> bool:
+    its, theirs = (f"({each.architecture}, {each.mask.num_hidden_layers} layers)" for each in (student, teacher))
+    if its != theirs:
+        raise CheckpointError(f"{teacher.directory} {theirs} is not the full model of {student.directory} {its}")
     ours, full = student.mask, teacher.mask
     if more := {*full.attention} - {*ours.attention} or {*full.mlp} - {*ours.mlp}:
         raise CheckpointError(
             f"{teacher.directory} lacks sublayers of layers {sorted(more)}, which {student.directory} has: not "
             "its full model"
         )
-    return (len(ours.attention), len(ours.mlp)) != (len(full.attention), len(full.mlp))
+    if ours.dropped == full.dropped:
+        raise MaskError(
+            f"{student.directory} lost nothing that {teacher.directory} has ({ours.summary()}); name a dropped "
+            "model to heal, and the full one as its teacher"
+        )
+    _check_tokenizers(student, teacher)
+    _check_weights(student, teacher)
 
 
 def _check_weights(student: Checkpoint, teacher: Checkpoint) -> None:
-    changed = _changed(student)
+    record = healing_of(student.directory)
+    changed = set() if record is None else {*record.trained, *(name for each in record.layers for name in each.tensors)}
     for name, tensor in student.tensors.items():
         if in_dropped_sublayer(name, student.family, student.mask):
             continue  # a portable checkpoint has them, with zeros
         other = teacher.tensors.get(name)
         if other is None or other.shape != tensor.shape:
             found = "no such tensor" if other is None else f"it with shape {list(other.shape)}"
-            raise CheckpointError(
-                f"{teacher.directory} is not the full model of {student.directory}: {name} has shape "
-                f"{list(tensor.shape)}, and the teacher has {found}"
-            )
-        if name not in changed and (other.dtype != tensor.dtype or other.head() != tensor.head()):
-            raise CheckpointError(
-                f"{teacher.directory} is not the full model of {student.directory}: {name} has other values, and no "
-                f"{HEAL_FILE} says that it was healed"
-            )
-
-
-def _changed(checkpoint: Checkpoint) -> set[str]:
-    """Tensors that earlier healing has changed."""
-    record = healing_of(checkpoint.directory)
-    if record is None:
-        return set()
-    trained = record.training.tensors if record.training else ()
-    return {*trained, *(name for layer in record.layers for name in layer.tensors)}
+            problem = f"has shape {list(tensor.shape)}, and the teacher has {found}"
+        elif name not in changed and (other.dtype != tensor.dtype or other.head() != tensor.head()):
+            problem = f"has other values, and no {HEAL_FILE} says that it was healed"
+        else:
+            continue
+        raise CheckpointError(f"{teacher.directory} is not the full model of {student.directory}: {name} {problem}")
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -57,34 +57,32 @@ class Healing(Record):
     provenance: Provenance
 
     @property
-    def unhealed(self) -> tuple[int, ...]:
-        """Layers that lost something and keep their weights, for every change made their held-out error larger."""
-        return tuple(each.layer for each in self.layers if each.lost and not each.tensors)
+    def trained(self) -> tuple[str, ...]:
+        """Tensors that training changed."""
+        return () if self.training is None else self.training.tensors
 
     def summary(self) -> str:
         """One line for people."""
         mended = [each for each in self.layers if each.lost and each.tensors]
         left = [each.error_after / each.error_before for each in mended if each.error_before]
-        text = f"{len(mended)} layers healed on {self.tokens:,} tokens of {self.source}"
+        data = self.provenance.data
+        source = "nothing" if data is None else Path(data.source).name  # without the way to its file
+        text = f"{len(mended)} layers healed on {self.tokens:,} tokens of {source}"
         if left:
             text += f", leaving {min(left):.0%} to {max(left):.0%} of each one's error"
         if later := sum(1 for each in self.layers if each.tensors and not each.lost):
             text += f", and attention refitted in {later} behind the first"
         if self.training is not None:
             text += f"; trained, KL {self.training.kl_before:.3f} to {self.training.kl_after:.3f}"
-        if self.unhealed:
-            text += f"; nothing helped in {', '.join(map(str, self.unhealed))}"
+        # Every change made their held-out error larger.
+        if unhealed := [each.layer for each in self.layers if each.lost and not each.tensors]:
+            text += f"; nothing helped in {', '.join(map(str, unhealed))}"
         return text
 
     @property
     def method(self) -> Literal["healed", "trained"]:
         """In a word."""
-        return "healed" if self.training is None or not self.training.tensors else "trained"
-
-    @property
-    def source(self) -> str:
-        """What the data was, without the way to its file."""
-        return "nothing" if self.provenance.data is None else Path(self.provenance.data.source).name
+        return "trained" if self.trained else "healed"
 
 
 def healing_of(directory: Path) -> Healing | None:

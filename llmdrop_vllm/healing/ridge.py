@@ -15,7 +15,7 @@ BLOCK = 2048  # columns; smaller ones are slower than what they save
 
 
 class Sums:
-    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32, over `rows` tokens.
+    """z'z [columns, columns], z'e [columns, outputs] and |e|^2, in float32.
 
     Of z'z, which is symmetric, the blocks below the diagonal are summed and the rest is theirs.
 
@@ -27,22 +27,22 @@ class Sums:
         self.precision = "medium" if rounded else torch.get_float32_matmul_precision()
         self.zz = torch.zeros(columns, columns, device=device)
         self.ze = torch.zeros(columns, outputs, device=device)
-        self.ee, self.rows = 0.0, 0
+        self.ee = 0.0
+        self.blocks = [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
     def add(self, z: torch.Tensor, e: torch.Tensor) -> None:
         """Add tokens: z [rows, columns], e [rows, outputs], float32."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
-        for start, stop in self._blocks:
+        for start, stop in self.blocks:
             self.zz[start:stop, :stop].addmm_(z[:, start:stop].T, z[:, :stop])
         self.ze.addmm_(z.T, e)
         torch.set_float32_matmul_precision(before)
         self.ee += e.square().sum(dtype=torch.float64).item()
-        self.rows += len(z)
 
     def complete(self) -> None:
         """With the blocks above the diagonal too, once no token is added any more."""
-        for start, stop in self._blocks:
+        for start, stop in self.blocks:
             self.zz[:start, start:stop] = self.zz[start:stop, :start].T
 
     def error(self, delta: torch.Tensor) -> float:
@@ -52,11 +52,6 @@ class Sums:
         """
         inner = (self.zz @ delta).sub_(self.ze, alpha=2)
         return self.ee + float(torch.dot(delta.flatten(), inner.flatten()))
-
-    @property
-    def _blocks(self) -> list[tuple[int, int]]:
-        columns = len(self.zz)
-        return [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,17 @@ class Fit:
 def fit(learnt: Sums, held_out: Sums) -> Fit | None:
     """The dW that the held-out tokens like best; None where each makes their error larger."""
     best: Fit | None = None
-    mean = learnt.zz.diagonal().mean()
-    if not (learnt.rows and held_out.ee > 0 and mean > 0):
+    least, mean = 1.0, learnt.zz.diagonal().mean()
+    if not (held_out.ee > 0 and mean > 0):
         return None
     held_out.complete()
     for ridge in RIDGES:
-        delta = _solve(learnt, ridge * mean)
-        left = None if delta is None else held_out.error(delta) / held_out.ee
-        if delta is not None and left is not None and left < (1 if best is None else best.error_left):
-            best = Fit(delta, ridge, max(left, 0.0))
-        elif delta is None or best is not None:
+        if (delta := _solve(learnt, ridge * mean)) is None:
+            break
+        if (left := held_out.error(delta) / held_out.ee) < least:
+            least = max(left, 0.0)
+            best = Fit(delta, ridge, least)
+        elif best is not None:
             break  # each costs a factorization, and past the minimum they only get worse
     return best
 

@@ -2,48 +2,25 @@
 that a killed run has done.
 """
 
-import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from functools import partial, reduce
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.architectures.family import Family, Sublayer
-from llmdrop_vllm.artifacts import sha256
+from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
-from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.healing.cost import Cost, layer_cost
 from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters, projection
 from llmdrop_vllm.healing.records import HealedLayer
 from llmdrop_vllm.healing.refit import Refit, refit
-from llmdrop_vllm.healing.split import held_out_sequences
-from llmdrop_vllm.healing.task import Streams, Task
-from llmdrop_vllm.healing.units import Unit, units
+from llmdrop_vllm.healing.task import Streams, Task, Unit, units
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.scoring.batches import Batches
-from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
-from llmdrop_vllm.scoring.scratch import HiddenStates, Scratch
-
-ATTENTION = "sdpa"
-SCRATCH_FILES = (
-    "teacher-?.bin",
-    "student-?.bin",
-    "healed-*.safetensors",
-    "trained.safetensors",
-    ".*.safetensors.*.partial",
-    "targets-*",
-    "training-*",
-)
 
 
 @dataclass(frozen=True)
@@ -75,38 +52,16 @@ class Step:
 
 
 class Run:
-    """A student's healing in a directory, where `asked` identifies it."""
+    """A student's healing, in the directory of the streams."""
 
     def __init__(
-        self,
-        student: MaskedCheckpoint,
-        teacher: MaskedCheckpoint,
-        data: Calibration,
-        options: HealOptions,
-        device: torch.device,
-        dtype: torch.dtype,
-        directory: Path,
-        asked: str,
+        self, student: MaskedCheckpoint, teacher: MaskedCheckpoint, options: HealOptions, streams: Streams
     ) -> None:
-        self.student, self.teacher, self.data, self.options = student, teacher, data, options
+        self.student, self.teacher, self.options, self.streams = student, teacher, options, streams
         self.family, self.mask = student.checkpoint.family, student.mask
-        of_teacher, of_student = (
-            LayerStream(each, device=device, dtype=dtype, attention=ATTENTION) for each in (teacher, student)
-        )
-        self.streams = Streams(
-            of_teacher,
-            of_student,
-            HiddenStates(directory, of_student.hidden_size, dtype, "teacher"),
-            HiddenStates(directory, of_student.hidden_size, dtype, "student"),
-            Batches(data, TOKENS_PER_CHUNK[device.type]),
-            held_out_sequences(data),
-            options.weighting,
-        )
-        self.chunks = self.streams.batches.chunks
-        self.units = units(*(_with_absent(each.mask, self.family) for each in (teacher, student)))
-        self.steps = self._steps(self.units) if options.closed_form else []
-        self.disk_bytes = 4 * self.streams.batches.tokens * self.streams.truth.token_bytes
-        self.scratch = Scratch(directory, sha256([asked, *of_student.cannot_go_on]), self.disk_bytes, SCRATCH_FILES)
+        self.data, self.chunks, self.scratch = streams.data, streams.chunks, streams.scratch
+        self.units = units(self.family, teacher.mask, student.mask)
+        self.steps = self._steps() if options.closed_form else []
 
     @property
     def lost(self) -> int:
@@ -114,54 +69,42 @@ class Run:
         return sum(len(unit.lost) for unit in self.units)
 
     @property
-    def cost(self) -> Cost:
-        """Of the closed form, where there is one."""
-        stream, batches = self.streams.student, self.streams.batches
-        parts = [layer_cost(stream, step.layer, step.passes, batches, step.refits) for step in self.steps]
-        return reduce(operator.add, parts, Cost(0.0, 0.0, 0, 0, 0, stream.hidden_size, 0))
+    def first_lost(self) -> int:
+        """The first layer that lost something."""
+        return min((*self.mask.attention, *self.mask.mlp))
 
     def layers(self, *, progress: bool) -> tuple[HealedLayer, ...]:
         """One result per unit from the first that lost something on; steps that are done are not done again."""
         self._go_on_with({name for each in self.scratch.progress.layers for name in each.get("tensors", ())})
         depth = len(self.streams.student.layers)
         steps = [(f"layer {step.layer} of {depth}", step.passes, step.do) for step in self.steps]
-        with torch.no_grad():
-            found = self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
+        found = self.streams.go_on(steps, progress=progress)
         return tuple(HealedLayer.model_validate(each, strict=False) for each in found if each)
-
-    def _embed(self, begins: bool) -> None:
-        self.streams.teacher.embed(self.streams.batches, self.streams.truth if begins else None)
-        self.streams.student.embed(self.streams.batches, None)
 
     def tensors(self) -> dict[str, StoredTensor]:
         """What has been changed, by the checkpoint's names."""
         files = sorted(self.scratch.directory.glob("healed-*.safetensors"))
         return {tensor.name: tensor for path in files for tensor in stored_tensors(path)}
 
-    def _steps(self, order: tuple[Unit, ...]) -> list[Step]:
+    def _steps(self) -> list[Step]:
         """The run in order. Up to the first unit that lost something both streams are one."""
-        first = next((place for place, unit in enumerate(order) if unit.lost), len(order))
+        first = next((place for place, unit in enumerate(self.units) if unit.lost), len(self.units))
+        halved = set.union(*self.family.absent(self.mask))  # without attention or without an MLP
         found: list[Step] = []
         depth = 0
-        for place, unit in enumerate(order):
+        for place, unit in enumerate(self.units):
             if place == first:
                 found.append(Step(depth, 0, partial(self._part, place, depth)))
             # While the teacher's stream stands before the layer.
-            if place > first and self.options.later == "attention" and unit.layer not in self._halved:
-                found.append(
-                    Step(unit.layer, 1, partial(self._mend_attention, place, unit), self.family.mixer(unit.layer))
-                )
+            if place > first and self.options.later == "attention" and unit.layer not in halved:
+                mend = partial(self._mend_attention, place, replace(unit, lost=(), mends="attention"))
+                found.append(Step(unit.layer, 1, mend, self.family.mixer(unit.layer)))
             found += [Step(index, 1, partial(self._teach, index)) for index in range(depth, unit.target + 1)]
             depth = unit.target + 1
             if place >= first:
                 mended = self._mended(unit) if unit.lost else None
                 found.append(Step(unit.layer, 2 if mended else 1, partial(self._mend, place, unit), mended))
         return found
-
-    @property
-    def _halved(self) -> set[int]:
-        """Layers without attention or without an MLP."""
-        return set.union(*self.family.absent(self.mask))
 
     def _mended(self, unit: Unit) -> Sublayer:
         """Whose last projection takes over what the unit lost."""
@@ -184,16 +127,14 @@ class Run:
     def _teach(self, index: int, bar: "tqdm[Any]") -> dict[str, Any]:
         """Take the teacher's stream through a layer."""
         with self.streams.teacher.layer(index) as layer:
-            self.streams.teach(layer, index, bar.update)
+            self.streams.teach(layer, index, bar)
         return {}
 
     def _mend(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
         """Refit a layer of the student's and take its stream through it."""
         with self.streams.student.layer(unit.layer) as layer:
-            parameters = output_parameters(self.streams.student, unit.layer, self._mended(unit))
             task = Task(self.streams, layer, place, unit)
-            found = refit(task, parameters, bar.update) if unit.lost else Refit(0.0, 0)
-            changed = self._store(unit, unit.mends, parameters) if found.left < 1 else ()
+            found = self._refitted(task, self._parameters(unit), bar) if unit.lost else Refit(0.0, 0)
             passed = 0.0
             for chunk in self.chunks:
                 output = task.output(chunk)
@@ -201,57 +142,54 @@ class Run:
                 if not unit.lost and (rows := task.rows(chunk, judging=True)).any():
                     passed += task.lack(chunk, output)[0][rows].square().sum().item()
                 bar.update()
-        return _result(unit, unit.mends, found, changed, (found.error + passed) / task.scale())
+        return _result(unit, found, (found.error + passed) / task.scale())
 
     def _mend_attention(self, place: int, unit: Unit, bar: "tqdm[Any]") -> dict[str, Any]:
         """Refit the attention of a layer that lost nothing, so that the streams meet before its MLP."""
-        teacher, student, index = self.streams.teacher, self.streams.student, unit.layer
-        gone = DropMask(self.mask.num_hidden_layers, mlp=(index,))
+        teacher, student = self.streams.teacher, self.streams.student
+        gone = DropMask(self.mask.num_hidden_layers, mlp=(unit.layer,))
         with (
             hf.dropped(teacher.model, self.family, gone),
             hf.dropped(student.model, self.family, gone),
-            teacher.layer(index) as full,
-            student.layer(index) as layer,
+            teacher.layer(unit.layer) as full,
+            student.layer(unit.layer) as layer,
         ):
-            parameters = output_parameters(student, index, self._mended(replace(unit, mends="attention")))
+            parameters = self._parameters(unit)
             if projection(layer, parameters) is None:  # a descent for every layer would take too long
                 bar.update(len(self.chunks))
                 return {}
             task = Task(self.streams, layer, place, unit, full)
-            found = refit(task, parameters, bar.update)
-            changed = self._store(unit, "attention", parameters) if found.left < 1 else ()
-            scale = task.scale()
-        return _result(replace(unit, lost=()), "attention", found, changed, found.error / scale)
+            found = self._refitted(task, parameters, bar)
+            return _result(unit, found, found.error / task.scale())
 
-    def _store(self, unit: Unit, part: str, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
-        """Keep a layer's changed parameters as the checkpoint has them, and go on with what rounding left of them."""
-        stream = self.streams.student
-        path = self.scratch.directory / f"healed-{unit.layer:05}-{part}.safetensors"
+    def _parameters(self, unit: Unit) -> dict[str, nn.Parameter]:
+        """What may be changed of a unit's layer, by the names there."""
+        return output_parameters(self.streams.student, unit.layer, self._mended(unit))
+
+    def _refitted(self, task: Task, parameters: dict[str, nn.Parameter], bar: "tqdm[Any]") -> Refit:
+        """What was changed is kept as the checkpoint has it, and gone on with as rounding left it."""
+        found = refit(task, parameters, bar)
+        if found.left == 1:  # nothing helped
+            return found
+        stream, unit = self.streams.student, task.unit
+        path = self.scratch.directory / f"healed-{unit.layer:05}-{unit.mends}.safetensors"
         named = {f"{stream.layers_prefix}{unit.layer}.{name}": parameter for name, parameter in parameters.items()}
         for name, parameter in named.items():
             stored = stream.tensors[next(iter(checkpoint_tensors(stream.model, [name])))]
             parameter.copy_(parameter.to(TORCH_DTYPES[stored.dtype]))
         changed = tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
         self._go_on_with(changed)
-        return changed
+        return replace(found, tensors=changed)
 
 
-def _with_absent(mask: DropMask, family: Family) -> DropMask:
-    """As if what layers never had were gone as well."""
-    attention, mlp = family.absent(mask)
-    return DropMask(mask.num_hidden_layers, tuple(sorted(attention)), tuple(sorted(mlp)))
-
-
-def _result(unit: Unit, mends: str, found: Refit, changed: tuple[str, ...], before: float) -> dict[str, Any]:
-    return HealedLayer(
-        layer=unit.layer,
-        target=unit.target,
-        lost=unit.lost,
-        mends=mends,
-        tensors=changed,
+def _result(unit: Unit, found: Refit, before: float) -> dict[str, Any]:
+    told = HealedLayer(
+        **asdict(unit),
+        tensors=found.tensors,
         columns=found.columns,
         ridge=found.ridge,
         steps=found.steps,
         error_before=before,
         error_after=before * found.left,
-    ).model_dump(mode="json")
+    )
+    return told.model_dump(mode="json")

@@ -6,6 +6,7 @@ bytes instead of 4 x vocabulary, so the teacher runs once however many passes th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,19 +26,18 @@ LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 class Targets:
     """Per counted position in the order of the batches: token ids [positions, k] and log-probabilities [positions, k].
 
-    `first` is each sequence's first row.
+    `first` is each sequence's first row, and the one behind the last.
     """
 
     token_ids: np.ndarray
     log_probabilities: np.ndarray
     first: Sequence[int]
 
-    def of(self, sequence: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one sequence, each [positions, k]."""
-        rows = slice(self.first[sequence], self.first[sequence] + positions)
-        return torch.from_numpy(self.token_ids[rows].astype(np.int64)), torch.from_numpy(
-            self.log_probabilities[rows].astype(np.float32)
-        )
+        rows = slice(*self.first[sequence : sequence + 2])
+        token_ids, log_probabilities = self.token_ids[rows], self.log_probabilities[rows]
+        return torch.from_numpy(token_ids.astype(np.int64)), torch.from_numpy(log_probabilities.astype(np.float32))
 
 
 def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progress: bool = False) -> Targets:
@@ -47,26 +47,24 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
     Raises CheckpointError for logits that are not finite.
     """
-    counts = [len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True)]
-    first = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    counts = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
+    first = [*accumulate(counts, initial=0)]
     shape, ready = (first[-1], TOP_K), directory / "targets-ready"
     mode: Literal["r", "w+"] = "r" if ready.exists() else "w+"
     token_ids = np.memmap(directory / "targets-ids.bin", np.int32, mode, shape=shape)
     log_probabilities = np.memmap(directory / "targets-log.bin", np.float16, mode, shape=shape)
     if mode == "w+":
         model = load()
-        with tqdm(total=len(batches.chunks), unit="chunk", desc="teacher", disable=not progress) as bar:
-            for chunk in batches.chunks:
-                with torch.inference_mode():
-                    logits = model(batches.token_ids(chunk).to(model.device), use_cache=False).logits
-                    if not logits.isfinite().all():
-                        raise CheckpointError(f"{type(model).__name__} gives logits that are not finite")
-                for row, (span, logit) in enumerate(zip(batches.spans(chunk), logits, strict=True)):
-                    top = logit[span].float().log_softmax(-1).topk(TOP_K)
-                    at = first[chunk.first_sequence + row]
-                    token_ids[at : at + len(top.indices)] = top.indices.cpu().numpy()
-                    log_probabilities[at : at + len(top.values)] = top.values.cpu().numpy()
-                bar.update()
+        for chunk in tqdm(batches.chunks, unit="chunk", desc="teacher", disable=not progress):
+            with torch.inference_mode():
+                logits = model(batches.token_ids(chunk).to(model.device), use_cache=False).logits
+                if not logits.isfinite().all():
+                    raise CheckpointError(f"{type(model).__name__} gives logits that are not finite")
+            numbers = range(chunk.first_sequence, chunk.first_sequence + chunk.batch)
+            for number, span, logit in zip(numbers, batches.spans(chunk), logits, strict=True):
+                top = logit[span].float().log_softmax(-1).topk(TOP_K)
+                rows = slice(*first[number : number + 2])
+                token_ids[rows], log_probabilities[rows] = top.indices.cpu().numpy(), top.values.cpu().numpy()
         for each in (token_ids, log_probabilities):
             each.flush()
         ready.touch()
@@ -75,8 +73,7 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
 def divergence(logits: torch.Tensor, token_ids: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) per position, in nats: logits [positions, vocabulary], the others [positions, k]."""
-    found: torch.Tensor = _Divergence.apply(logits, token_ids, log_probabilities)
-    return found
+    return _Divergence.apply(logits, token_ids, log_probabilities)
 
 
 class _Divergence(torch.autograd.Function):

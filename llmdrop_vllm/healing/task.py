@@ -1,43 +1,111 @@
-"""One layer of the student, and by what it differs from the teacher at the same depth."""
+"""What healing does in which order, and one layer of it: by what student and teacher differ at the same depth."""
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from llmdrop_vllm.architectures.family import Family
+from llmdrop_vllm.artifacts import sha256
+from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
+from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.healing.outputs import Recorded
-from llmdrop_vllm.healing.units import Unit
+from llmdrop_vllm.healing.split import held_out_sequences
+from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
-from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+from llmdrop_vllm.scoring.scoring import TOKENS_PER_CHUNK
+from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates, Scratch, Step
 
 # A projection's constant in the residual stream is told by its effect; this near to 1 it is 1.
 CONSTANT_TO = 0.05
+SCRATCH_FILES = (
+    *("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors"),
+    *(".*.safetensors.*.partial", "targets-*", "training-*"),
+)
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The two residual streams, each with the layers that it goes through.
+class Unit:
+    """A layer of which something is kept, and the layers behind it, up to `target`, of which nothing is.
 
-    `truth` holds the teacher's by depth, `mended` the student's by place in the order of the units; `held_out` says of
-    each sequence whether it judges.
+    `lost` are sublayers gone since the layer before, such as "attention 7"; `mends` is whose projection is refitted.
     """
 
-    teacher: LayerStream
-    student: LayerStream
-    truth: HiddenStates
-    mended: HiddenStates
-    batches: Batches
-    held_out: tuple[bool, ...]
-    weighting: Literal["relative", "equal"]
+    layer: int
+    target: int
+    lost: tuple[str, ...]
+    mends: str
 
-    @property
-    def device(self) -> torch.device:
-        """Where layers are computed."""
-        return self.student.device
+
+def units(family: Family, teacher: DropMask, student: DropMask) -> tuple[Unit, ...]:
+    """In order. What is gone before the first layer that is kept is that one's to make up for."""
+    attention, mlp = family.absent(student)
+    had = zip(("attention", "mlp"), (attention, mlp), family.absent(teacher), strict=True)
+    lost = {kind: gone - before for kind, gone, before in had}
+    kept = [layer for layer in range(student.num_hidden_layers) if layer not in attention & mlp]
+    found: list[Unit] = []
+    for layer, behind in pairwise([*kept, student.num_hidden_layers]):
+        layers = range(layer if found else 0, behind)
+        names = tuple(f"{kind} {each}" for each in layers for kind, gone in lost.items() if each in gone)
+        found.append(Unit(layer, behind - 1, names, "attention" if layer in mlp else "mlp"))
+    return tuple(found)
+
+
+class Streams:
+    """The two residual streams, each with the layers that it goes through; a model beside itself has one.
+
+    `truth` holds the teacher's by depth, `mended` the student's by place in the order of the units, in files of a
+    directory that is gone on with where the same is `asked`. `held_out` says of each sequence whether it judges.
+    Raises DataError for too little data.
+    """
+
+    def __init__(
+        self,
+        teacher: MaskedCheckpoint,
+        student: MaskedCheckpoint,
+        data: Calibration,
+        device: torch.device,
+        dtype: torch.dtype,
+        directory: Path,
+        asked: Sequence[Any],
+        weighting: Literal["relative", "equal"] = "relative",
+    ) -> None:
+        self.data, self.device, self.weighting = data, device, weighting
+        stream_of = partial(LayerStream, device=device, dtype=dtype, attention="sdpa")
+        self.teacher = stream_of(teacher)
+        self.student = self.teacher if student is teacher else stream_of(student)
+        sizes = directory, self.teacher.hidden_size, dtype
+        self.truth, self.mended = HiddenStates(*sizes, "teacher"), HiddenStates(*sizes, "student")
+        self.batches, self.held_out = Batches(data, TOKENS_PER_CHUNK[device.type]), held_out_sequences(data)
+        self.chunks = self.batches.chunks
+        self.disk_bytes = (2 if student is teacher else 4) * self.batches.tokens * self.truth.token_bytes
+        self.scratch = Scratch(directory, sha256([*asked, *self.student.cannot_go_on]), self.disk_bytes, SCRATCH_FILES)
+
+    def go_on(self, steps: Sequence[Step], *, progress: bool) -> tuple[dict[str, Any], ...]:
+        """What all steps of a run give; those that are done are not done again."""
+        with torch.no_grad():
+            return self.scratch.go_on(steps, len(self.chunks), self._embed, progress=progress)
+
+    def _embed(self, begins: bool) -> None:
+        """Write the teacher's first input, where a run begins, and learn what layers get beside it."""
+        self.teacher.embed(self.batches, self.truth if begins else None)
+        if self.student is not self.teacher:
+            self.student.embed(self.batches, None)
+
+    def parted(self, values: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Of what there is for each sequence, that of those that are learnt from, and that of those that judge."""
+        found: tuple[list[Any], list[Any]] = [], []
+        for value, judges in zip(values, self.held_out, strict=True):
+            found[judges].append(value)
+        return found
 
     def after(self, stream: LayerStream, layer: nn.Module, index: int, chunk: Chunk, at: int) -> torch.Tensor:
         """A chunk's output of a layer of a stream that stands `at` a depth or place, [batch, tokens, hidden]."""
@@ -46,11 +114,11 @@ class Streams:
         hidden = states.read(at, chunk).to(self.device, dtype)
         return stream.through(layer, index, chunk, hidden)
 
-    def teach(self, layer: nn.Module, index: int, on_chunk: Callable[[], object]) -> None:
+    def teach(self, layer: nn.Module, index: int, bar: "tqdm[Any]") -> None:
         """Take the teacher's stream through one of its layers."""
-        for chunk in self.batches.chunks:
+        for chunk in self.chunks:
             self.truth.write(index + 1, chunk, self.after(self.teacher, layer, index, chunk, index))
-            on_chunk()
+            bar.update()
 
 
 @dataclass(frozen=True)
@@ -103,7 +171,7 @@ class Task:
 
     def constant(self, recorded: Recorded) -> float:
         """What the projection's output is multiplied by where it is added to the stream. Granite's is not 1."""
-        chunk = self.streams.batches.chunks[-1]
+        chunk = self.streams.chunks[-1]
         rows = self.streams.batches.counted(chunk).to(self.streams.device)
         out = self.output(chunk)[rows].float()
         y = recorded.outputs.reshape(*chunk.shape, -1)[rows].float()
@@ -116,7 +184,7 @@ class Task:
     def scale(self) -> float:
         """What a squared error of the held-out tokens is a share of: the teacher's stream, weighted alike."""
         total = 0.0
-        for chunk in self.streams.batches.chunks:
+        for chunk in self.streams.chunks:
             rows = self.rows(chunk, judging=True)
             if self.streams.weighting == "relative":
                 total += int(rows.sum())
@@ -127,7 +195,7 @@ class Task:
     def loss(self, learnt: bool) -> float:
         """Weighted squared error, and its gradients where they are on."""
         total = 0.0
-        for chunk in self.streams.batches.chunks:
+        for chunk in self.streams.chunks:
             rows = self.rows(chunk, not learnt)
             if rows.any():
                 value = self.lack(chunk)[0][rows].square().sum()

@@ -38,7 +38,7 @@ class Space:
         for kind in KINDS:
             asked, free = getattr(self, kind), len(self.free(self.start, kind))
             if kind == "attention":
-                free = min(free, depth - len(self.start.attention) - self.stages)
+                free = min(free, len(self.start.kept_attention) - self.stages)
             if free < 0:
                 raise MaskError(f"{self.stages} pipeline stages need an attention each; {free + self.stages} are left")
             if not 0 <= asked <= free:
@@ -52,9 +52,14 @@ class Space:
         gone = {*getattr(mask, kind), *self.protect, *(self.donors if kind == "attention" else ())}
         return [layer for layer in range(mask.num_hidden_layers) if layer not in gone]
 
+    def added(self, mask: DropMask, kind: str) -> tuple[int, ...]:
+        """Layers whose sublayer of a kind a mask that extends the start drops beside its."""
+        gone: tuple[int, ...] = getattr(mask, kind)
+        return gone[len(getattr(self.start, kind)) :]
+
     def is_whole(self, mask: DropMask) -> bool:
         """Whether as many are gone as are to go."""
-        return all(len(getattr(mask, kind)) - len(getattr(self.start, kind)) == getattr(self, kind) for kind in KINDS)
+        return all(len(self.added(mask, kind)) == getattr(self, kind) for kind in KINDS)
 
     def holds(self, mask: DropMask) -> bool:
         """Whether this is one of the masks that were asked for."""
@@ -69,31 +74,27 @@ class Space:
     def extended(self, mask: DropMask) -> Iterator[DropMask]:
         """By one sublayer, of a kind of which more is to go."""
         for kind in KINDS:
-            gone = getattr(mask, kind)
-            if len(gone) - len(getattr(self.start, kind)) < getattr(self, kind):
-                for layer in self.free(mask, kind):
-                    if self.allows(found := self._with(mask, kind, (*gone, layer))):
-                        yield found
+            if len(self.added(mask, kind)) < getattr(self, kind):
+                masks = (self._with(mask, kind, (*getattr(mask, kind), layer)) for layer in self.free(mask, kind))
+                yield from filter(self.allows, masks)
 
     def reduced(self, mask: DropMask) -> Iterator[DropMask]:
         """By one sublayer that the start has, of a kind of which too much is gone."""
         for kind in KINDS:
-            gone, kept = getattr(mask, kind), getattr(self.start, kind)
-            if len(gone) - len(kept) > getattr(self, kind):
-                for layer in gone[len(kept) :]:
-                    if self.allows(found := self._with(mask, kind, tuple(each for each in gone if each != layer))):
-                        yield found
+            start, added = getattr(self.start, kind), self.added(mask, kind)
+            if len(added) > getattr(self, kind):
+                lefts = ([each for each in added if each != layer] for layer in added)
+                yield from filter(self.allows, (self._with(mask, kind, (*start, *left)) for left in lefts))
 
     def more(self, ranking: Sequence[tuple[str, int]], extra: int) -> DropMask:
         """The first of the ranking that may go, of each kind that is asked for so many more than are asked for."""
         mask = self.start
         for kind in KINDS:
             if asked := getattr(self, kind):
-                gone = getattr(mask, kind)
                 left = self.free(mask, kind)
                 free = [*dict.fromkeys(layer for other, layer in ranking if other == kind and layer in left)]
-                room = mask.num_hidden_layers - len(gone) - self.stages if kind == "attention" else len(free)
-                mask = self._with(mask, kind, (*gone, *free[: min(asked + extra, room)]))
+                room = len(mask.kept_attention) - self.stages if kind == "attention" else len(free)
+                mask = self._with(mask, kind, (*getattr(mask, kind), *free[: min(asked + extra, room)]))
         return mask
 
     def _with(self, mask: DropMask, kind: str, layers: tuple[int, ...]) -> DropMask:

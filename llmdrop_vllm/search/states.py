@@ -37,6 +37,11 @@ def windowed(mask: DropMask, layers: Sequence[int], window: int) -> DropMask:
     return replace(mask, windows=tuple(windows.items()))
 
 
+def new_windows(mask: DropMask, start: DropMask) -> tuple[int, ...]:
+    """Layers that have a window in a mask, and none in the one that it was made of."""
+    return tuple(layer for layer, _ in mask.windows if layer not in dict(start.windows))
+
+
 @dataclass(frozen=True)
 class StateSpace(Space):
     """Masks that meet a goal by attention that goes, or sees a `window` in the layers of `takers`, whatever numbers
@@ -68,8 +73,8 @@ class StateSpace(Space):
 
     def states(self, mask: DropMask) -> dict[int, str]:
         """What a mask made of attention, as `mask` takes it."""
-        gone = dict.fromkeys(mask.attention[len(self.start.attention) :], GONE)
-        return gone | {layer: WINDOW for layer, _ in mask.windows if layer not in dict(self.start.windows)}
+        gone = dict.fromkeys(self.added(mask, "attention"), GONE)
+        return gone | dict.fromkeys(new_windows(mask, self.start), WINDOW)
 
     def by_losses(self, lost: Mapping[Choice, float]) -> Iterator[DropMask]:
         """By what each choice alone loses: as few windows as it takes beside none gone, one, two and so on, until no

@@ -2,17 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from llmdrop_vllm.artifacts import DataIdentity, Record
 from llmdrop_vllm.data.growing import Growing, Header, read_grown
+from llmdrop_vllm.mask_file import Compared, Evidence, MaskFile
 from llmdrop_vllm.masks.mask import DropMask
-from llmdrop_vllm.search.judge import Judge
+from llmdrop_vllm.search.judge import Judge, Judging
+from llmdrop_vllm.search.states import new_windows
 
 RESAMPLES = 2000
 
@@ -29,11 +31,8 @@ class SearchHeader(Header):
 
     def differs_in(self, other: Self) -> str:
         """The same tokens are the same answers, wherever their file is."""
-        named = {}
-        for name in ("answers", "held_out", "to_heal"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours and theirs:
-                named[name] = ours.model_copy(update={"source": theirs.source})
+        its = ((name, getattr(self, name), getattr(other, name)) for name in ("answers", "held_out", "to_heal"))
+        named = {name: ours.model_copy(update={"source": each.source}) for name, ours, each in its if ours and each}
         return Header.differs_in(self.model_copy(update=named), other)
 
 
@@ -49,13 +48,23 @@ class Trial(Record):
     held_out: bool = False
     kl: dict[int, float]
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Masks that drop the same in another order are one."""
+        gone = frozenset(self.attention), frozenset(self.mlp)
+        return self.held_out, self.mended and self.mended.dropped, *gone, self.windows
+
 
 @dataclass(frozen=True)
 class Loss:
-    """KL by sequence and the tokens of each, [sequences]."""
+    """A mask's KL by sequence and the tokens of each, [sequences]; the less its mean is, the less it is."""
 
+    mask: DropMask
     kl: np.ndarray
     tokens: np.ndarray
+
+    def __lt__(self, other: "Loss") -> bool:
+        return self.mean < other.mean
 
     @property
     def mean(self) -> float:
@@ -87,12 +96,12 @@ class Searched:
         masks = {}
         for each in trials:
             if not (each.held_out or each.mended):
-                known.setdefault(_key(each), {}).update(each.kl)
-                masks[_key(each)] = replace(header.start, attention=each.attention, mlp=each.mlp, windows=each.windows)
+                known.setdefault(each.key, {}).update(each.kl)
+                masks[each.key] = replace(header.start, attention=each.attention, mlp=each.mlp, windows=each.windows)
         tokens = np.array(header.tokens)
-        whole = {key: kl for key, kl in known.items() if len(kl) == len(tokens)}
-        means = {key: Loss(np.array([kl[n] for n in range(len(tokens))]), tokens).mean for key, kl in whole.items()}
-        return cls(header, tuple((masks[key], mean) for key, mean in means.items()))
+        whole = ((masks[key], kl) for key, kl in known.items() if len(kl) == len(tokens))
+        losses = (Loss(mask, np.array([kl[n] for n in range(len(tokens))]), tokens) for mask, kl in whole)
+        return cls(header, tuple((each.mask, each.mean) for each in losses))
 
 
 class EnoughError(Exception):
@@ -108,8 +117,8 @@ class Trials:
 
     judge: Judge
     held_out: Judge
-    file: Growing[SearchHeader, Trial]
-    most: int
+    file: Growing[Any, Any]
+    most: float = math.inf
     seconds: float = math.inf
     on_trial: Callable[[], object] = lambda: None
     mended: DropMask | None = None
@@ -119,43 +128,67 @@ class Trials:
         self.end = time.monotonic() + self.seconds
         self.known: dict[tuple[object, ...], dict[int, float]] = {}
         for each in self.file.found:
-            self.known.setdefault(_key(each), {}).update(each.kl)
+            self.known.setdefault(each.key, {}).update(each.kl)
 
     def on_answers(self, mask: DropMask, every: int = 1, *, anyway: bool = False) -> Loss:
         """By the answers to learn from, or by one chunk of them in so many; `anyway`: though there were enough."""
-        return self._loss(self.judge, mask, every, held_out=False, anyway=anyway)
+        return self._loss(mask, every, held_out=False, anyway=anyway)
 
     def on_held_out(self, mask: DropMask) -> Loss:
         """By the answers that nothing is learnt from."""
-        return self._loss(self.held_out, mask, 1, held_out=True, anyway=True)
+        return self._loss(mask, 1, held_out=True, anyway=True)
 
-    def _loss(self, judge: Judge, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
-        trial = Trial(
-            attention=mask.attention,
-            mlp=mask.mlp,
-            windows=mask.windows,
-            mended=self.mended,
-            held_out=held_out,
-            kl={},
+    def trial(self, mask: DropMask, held_out: bool) -> Any:
+        """A mask's record in the file, before it is judged."""
+        return Trial(
+            attention=mask.attention, mlp=mask.mlp, windows=mask.windows, mended=self.mended, held_out=held_out, kl={}
         )
-        key, chunks = _key(trial), judge.batches.chunks
-        kl = self.known.setdefault(key, {})
+
+    def _loss(self, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
+        judge, trial = self.held_out if held_out else self.judge, self.trial(mask, held_out)
+        chunks, kl = judge.batches.chunks, self.known.setdefault(trial.key, {})
         numbers = range(0, len(chunks), every)
         missing = [number for number in numbers if chunks[number].first_sequence not in kl]
-        if not anyway and key not in self.asked:
+        if not anyway and trial.key not in self.asked:
             if len(self.asked) == self.most or (missing and time.monotonic() > self.end):
                 raise EnoughError
-            self.asked.add(key)
+            self.asked.add(trial.key)
             self.on_trial()
         if missing:
             found = judge.divergences(mask, missing)
             kl.update(found)
             self.file.append([trial.model_copy(update={"kl": found})])
         sequences = [chunks[number].first_sequence + row for number in numbers for row in range(chunks[number].batch)]
-        return Loss(np.array([kl[each] for each in sequences]), judge.tokens[sequences])
+        return Loss(mask, np.array([kl[each] for each in sequences]), judge.tokens[sequences])
 
 
-def _key(trial: Trial) -> tuple[object, ...]:
-    """Masks that drop the same in another order are one."""
-    gone = frozenset(trial.attention), frozenset(trial.mlp)
-    return trial.held_out, trial.mended and trial.mended.dropped, *gone, trial.windows
+def verdict(
+    losses: Mapping[str, tuple[Loss, Loss]], judging: Judging, method: str, judged: int, *, heal_aware: bool = False
+) -> MaskFile:
+    """Of masks by name, each with its loss on the answers that it was chosen by and on those that were held out, the
+    best by the latter. They are compared to the first.
+    """
+    answers, first = next(iter(losses.values()))
+    compared = tuple(
+        Compared(
+            name=name,
+            attention=its.mask.attention,
+            mlp=its.mask.mlp,
+            windows=new_windows(its.mask, judging.checkpoint.mask),
+            kl=its.mean,
+            held_out_kl=held_out.mean,
+            held_out_interval=held_out.interval(),
+            difference=held_out.interval(first),
+        )
+        for name, (its, held_out) in losses.items()
+    )
+    best = min(compared, key=lambda each: each.held_out_kl)
+    evidence = Evidence(
+        judged=judged,
+        tokens=int(answers.tokens.sum()),
+        held_out_prompts=len(first.tokens),
+        held_out_tokens=int(first.tokens.sum()),
+        heal_aware=heal_aware,
+        compared=compared,
+    )
+    return MaskFile.of(losses[best.name][0].mask, f"{method}: {best.name}", judging.provenance, evidence)

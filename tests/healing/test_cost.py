@@ -10,10 +10,10 @@ import torch
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.embedded import MODEL
+from llmdrop_vllm.healing.cost import closed_form_cost, training_cost
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import DEFAULT, healed
 from llmdrop_vllm.healing.run import HealOptions
-from llmdrop_vllm.healing.training_cost import training_cost
 from tests.healing.test_families import data
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
@@ -22,10 +22,10 @@ import json, re, sys
 from pathlib import Path
 from llmdrop_vllm import DropMask
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.healing.cost import closed_form_cost, training_cost
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.run import HealOptions
-from llmdrop_vllm.healing.training_cost import training_cost
 from tests.healing.test_families import data
 
 train = TrainOptions(**json.loads(sys.argv[3]), epochs=1) if sys.argv[3:] else None
@@ -35,7 +35,7 @@ def heal(path):
     masked = [Checkpoint.open(path).under(DropMask(8, attention=gone)) for gone in ((2,), ())]
     options = {"train": train, "dtype": "float32", "announce": said.append}
     with healed(*masked, data(), HealOptions(closed_form=train is None), **options):
-        return (training_cost(said[0], train) if train else said[0].cost).memory_bytes
+        return (training_cost(said[0], train) if train else closed_form_cost(said[0])).memory_bytes
 
 def peak():
     status = Path("/proc/self/status").read_text()  # of this program alone: getrusage has its parent's as well
@@ -60,18 +60,18 @@ def test_what_is_said_is_what_is_done():
     run, record = said()
     assert run.lost == 3
     mended = [each for each in record.layers if each.columns]
-    assert run.cost.columns == max(each.columns for each in mended)
-    assert run.cost.seconds(torch.device("cpu"), torch.float32) > 0
+    cost = closed_form_cost(run)
+    assert cost.columns == max(each.columns for each in mended)
+    assert (cost.device, cost.dtype) == (torch.device("cpu"), torch.float32)
+    assert cost.seconds > 0
 
 
 def test_more_is_said_to_take_longer():
-    (both, _), (less, _), (more, _) = (
-        said(),
-        said(HealOptions(later="nothing")),
-        said(gone=(3, 7, 8, 11)),
+    both, less, more = (
+        closed_form_cost(run) for run, _ in (said(), said(HealOptions(later="nothing")), said(gone=(3, 7, 8, 11)))
     )
-    assert less.cost.layer_flops < both.cost.layer_flops < more.cost.layer_flops
-    assert less.cost.sum_flops < both.cost.sum_flops < more.cost.sum_flops
+    assert less.flops < both.flops < more.flops
+    assert less.sum_flops < both.sum_flops < more.sum_flops
 
 
 def test_memory_peaks_where_it_was_said(tmp_path):
@@ -104,7 +104,7 @@ def measured(small, large, options=None):
 
 def test_training_is_said_to_take_longer_for_more_and_less_memory_for_adapters(monkeypatch):
     # In float32 the adapters' outputs outweigh what a model as small as this one saves.
-    monkeypatch.setattr("llmdrop_vllm.healing.training_cost.multiplies_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("llmdrop_vllm.healing.cost.multiplies_in_bfloat16", lambda device: True)
     run, _ = said()
     ways = TrainOptions(epochs=1), TrainOptions(epochs=2), TrainOptions(rank=4)
     once, twice, adapters = (training_cost(run, options) for options in ways)

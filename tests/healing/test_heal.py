@@ -22,7 +22,7 @@ from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.run import HealOptions
-from llmdrop_vllm.healing.units import units
+from llmdrop_vllm.healing.task import units
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES
@@ -48,7 +48,7 @@ def dropped(tmp_path_factory):
 
 def test_what_a_run_does_in_which_order():
     mask = DropMask(6, attention=(0, 2, 3, 4), mlp=(0, 3, 4, 5))
-    found = [(unit.layer, unit.target, unit.lost, unit.mends) for unit in units(DropMask(6), mask)]
+    found = [(unit.layer, unit.target, unit.lost, unit.mends) for unit in units(LLAMA.family, DropMask(6), mask)]
     assert found == [
         (1, 1, ("attention 0", "mlp 0"), "mlp"),
         (2, 4, ("attention 2", "attention 3", "mlp 3", "attention 4", "mlp 4"), "mlp"),

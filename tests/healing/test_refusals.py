@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.evaluation import answering
-from llmdrop_vllm.healing import run as running
 from llmdrop_vllm.scoring import scratch
 from tests.data.files import answer, write_answers
 
@@ -128,7 +127,7 @@ def test_a_disk_that_fills_up_on_the_way(dropped, answers, tmp_path, capsys, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(running.HiddenStates, "write", full)
+    monkeypatch.setattr(scratch.HiddenStates, "write", full)
     left = (".out.llmdrop-healing",)  # from where the same command goes on once there is room
     message = refused(capsys, tmp_path, *heal(dropped, tmp_path / "out", answers), left=left)
     assert "No space left on device" in message

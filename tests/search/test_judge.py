@@ -26,7 +26,7 @@ def answers():
 def judge_of(checkpoint, directory):
     full = DropMask(LAYERS)
     weights = Weights(lambda: hf.load(checkpoint.under(full), dtype=torch.float32).eval())
-    return Judge(weights, checkpoint, full, answers(), directory)
+    return Judge(weights, checkpoint, answers(), directory)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family.streams is None])

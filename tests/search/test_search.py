@@ -12,7 +12,7 @@ from llmdrop_vllm.errors import MaskError, OutputError
 from llmdrop_vllm.kv_cache.layout import kv_layout
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.search.methods import OFFSPRING, backward, evolve, forward, ranked_alone
-from llmdrop_vllm.search.plan import with_cosine
+from llmdrop_vllm.search.search import with_cosine
 from llmdrop_vllm.search.space import Space
 from llmdrop_vllm.search.trials import EnoughError, Loss, SearchHeader, Trial, Trials
 from llmdrop_vllm.selection.candidates import Candidates
@@ -245,7 +245,8 @@ def test_a_difference_is_told_apart_by_pairs():
     """Prompts differ by more than masks do: paired, a small difference is sure; unpaired it is not."""
     rng = np.random.default_rng(0)
     tokens, hard = rng.integers(20, 60, 48), rng.gamma(2, 0.3, 48)
-    one, other = Loss(hard, tokens), Loss(hard + 0.02 + rng.normal(0, 0.005, 48), tokens)
+    mask = DropMask(DEPTH)
+    one, other = Loss(mask, hard, tokens), Loss(mask, hard + 0.02 + rng.normal(0, 0.005, 48), tokens)
     low, high = other.interval(one)
     assert 0.015 < low < high < 0.025
     assert one.interval()[1] > other.interval()[0]
