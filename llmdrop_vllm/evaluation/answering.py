@@ -36,12 +36,8 @@ class AnswersRequest:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        whole = {
-            "prompts": self.samples,
-            "tokens of an answer": self.max_tokens,
-            "answers to a prompt": self.per_prompt,
-        }
-        for name, value in whole.items():
+        names = ("prompts", "tokens of an answer", "answers to a prompt")
+        for name, value in zip(names, (self.samples, self.max_tokens, self.per_prompt), strict=True):
             if value is not None and value < 1:
                 raise DataError(f"{name}: {value} asked; expected 1 or more")
         if self.seed < 0 or not isfinite(self.temperature) or self.temperature < 0:
@@ -49,9 +45,8 @@ class AnswersRequest:
         if not 0 <= self.held_out < 1:
             raise DataError(f"{self.held_out:.0%} of the prompts held out; expected less than all")
         if self.temperature == 0 and self.per_prompt > 1:
-            raise DataError(
-                f"{self.per_prompt} answers to a prompt asked at temperature 0, where all would be the same"
-            )
+            asked = f"{self.per_prompt} answers to a prompt asked at temperature 0"
+            raise DataError(f"{asked}, where all would be the same")
 
 
 @dataclass(frozen=True)
@@ -111,15 +106,10 @@ def plan_answers(
     chosen, left_out = _choose(prompts, request, checkpoint, context)
     longest = max(map(len, chosen.values())) + request.max_tokens
     gone = f"left out are {left_out.total()} of {len(prompts)} prompts: {_reasons(left_out)}" if left_out else ""
-    return AnswersPlan(
-        checkpoint,
-        request,
-        EngineSettings(dtype, min(longest, context or longest), options=options, seeded=request.temperature > 0),
-        chosen,
-        _held_out(chosen, request, len(prompts)),
-        len(prompts),
-        gone,
-    )
+    longest = min(longest, context or longest)
+    settings = EngineSettings(dtype, longest, options=options, seeded=request.temperature > 0)
+    held_out = _held_out(chosen, request, len(prompts))
+    return AnswersPlan(checkpoint, request, settings, chosen, held_out, len(prompts), gone)
 
 
 def sample_answers(plan: AnswersPlan, out: Path, *, progress: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Which of a search's best masks does best at tasks: KL likes some that take what mathematics needs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,21 +61,13 @@ def decide(
                     kept.append([known[mask.dropped]])
     full, *finalists = (known[mask.dropped] for mask in (base, *masks))
     best = max(finalists, key=lambda each: each.mean)
-    return file.model_copy(
-        update={
-            "attention": best.attention,
-            "mlp": best.mlp,
-            "method": f"search by KL on answers, and {' and '.join(harness.tasks)} between its {len(masks)} best",
-            "evidence": file.evidence.model_copy(update={"finalists": (full, *finalists)}),
-        }
-    )
+    method = f"search by KL on answers, and {' and '.join(harness.tasks)} between its {len(masks)} best"
+    evidence = file.evidence.model_copy(update={"finalists": (full, *finalists)})
+    return MaskFile.of(replace(file.mask, attention=best.attention, mlp=best.mlp), method, file.provenance, evidence)
 
 
 def _header(plan: Plan, harness: Harness, limit: int | None) -> FinalsHeader:
+    start, provenance = plan.checkpoint.mask, Provenance.of(plan.checkpoint, dtype=plan.settings.dtype)
     return FinalsHeader(
-        tasks=harness.tasks,
-        limit=limit,
-        prompting=harness.prompting,
-        start=plan.checkpoint.mask,
-        provenance=Provenance.of(plan.checkpoint, dtype=plan.settings.dtype),
+        tasks=harness.tasks, limit=limit, prompting=harness.prompting, start=start, provenance=provenance
     )

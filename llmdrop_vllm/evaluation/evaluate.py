@@ -1,6 +1,6 @@
 """Perplexity, agreement with the full model and tasks, of one model under one mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.evaluation.answers import Answers, own_answers
-from llmdrop_vllm.evaluation.divergence import Reference, Window, answer_windows
+from llmdrop_vllm.evaluation.divergence import Answers, Reference, Window, answer_windows, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
 from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines, one_for_each
@@ -63,6 +62,10 @@ class Measures:
         if not found:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
         return tuple(each.window for each in found)
+
+    def reference(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], dtype: str) -> Reference:
+        """The full model on windows of these measures."""
+        return Reference(checkpoint, mask, windows, dtype=dtype, on=self.divergence_on, data=self.divergence_data)
 
     def quality(
         self, engine: Engine, mask: DropMask, divergence: Divergence | None, *, bars: bool = True
@@ -126,19 +129,16 @@ def evaluate_checkpoint(
         with engines.under(mask) as engine:
             quality, raw = measures.quality(engine, mask, None)
     if windows:
-        on, data = measures.divergence_on, measures.divergence_data
-        reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
+        reference = measures.reference(whole, nothing, windows, settings.dtype)
         own = reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)
         quality = quality.model_copy(update={"divergence": own})
-    provenance = Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype)
-    record = healing_of(checkpoint.directory)
-    healed = record.method if record else None
+    healing = healing_of(checkpoint.directory)
     found = Evaluation(
         quality=quality,
         skipped=measures.harness.skipped,
-        healed=healed,
+        healed=healing.method if healing else None,
         full=None if full is None else ModelIdentity.of(full),
-        provenance=provenance,
+        provenance=Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype),
     )
     return found, raw
 
@@ -147,18 +147,14 @@ def check_full(full: Checkpoint | None, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for one that is another model, drops something, or is not what was healed towards."""
     if full is None:
         return
-    if _kind(full) != _kind(checkpoint):
-        raise CheckpointError(
-            f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
-        )
+    if (found := _kind(full)) != (own := _kind(checkpoint)):
+        raise CheckpointError(f"{full.directory} ({found}) is not the full model of {checkpoint.directory} ({own})")
     if full.mask:
         raise CheckpointError(f"{full.directory} is no full model: {full.mask.summary()}; name what it was made of")
     healing = healing_of(checkpoint.directory)
-    if healing and healing.teacher.fingerprint != full.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.directory} was healed towards {healing.teacher.path} (weights "
-            f"{healing.teacher.fingerprint}); --full {full.directory} has {full.fingerprint}"
-        )
+    if healing and (teacher := healing.teacher).fingerprint != full.fingerprint:
+        healed = f"{checkpoint.directory} was healed towards {teacher.path} (weights {teacher.fingerprint})"
+        raise CheckpointError(f"{healed}; --full {full.directory} has {full.fingerprint}")
 
 
 def _kind(checkpoint: Checkpoint) -> str:

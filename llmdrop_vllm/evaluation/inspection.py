@@ -17,7 +17,6 @@ from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.validation import checked_config
 
-BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192
 # vLLM computes so many tokens of prompts together, and a window keeps them until they are done; and so many may do.
 IN_FLIGHT_TOKENS, SMALL_CHUNK_TOKENS = 2048, 512
@@ -215,19 +214,17 @@ def _weight_of_gone(checkpoint: Checkpoint, whole: PreTrainedModel, all_left: in
 def _footprint(
     layout: KVLayout, parameters: int, weights: int, memory_bytes: int, value_bytes: int, context: int, chunk: int
 ) -> Footprint:
-    per_token, block = layout.token_values * value_bytes, layout.block_tokens(BLOCK_TOKENS)
-    block_bytes = layout.block_values * value_bytes * block
-    free_bytes = max(0, memory_bytes - weights)
-    blocks = layout.request_blocks(context, block, chunk)
+    free_bytes, request_bytes = max(0, memory_bytes - weights), layout.request_bytes(context, chunk, value_bytes)
+    block_bytes = layout.token_values * value_bytes * layout.block_tokens
     return Footprint(
         parameters=parameters,
         weight_bytes=weights,
         attention_layers=layout.layers,
         recurrent_layers=layout.recurrent_layers,
-        kv_bytes_per_token=int(per_token),
-        kv_tokens=int(free_bytes // (per_token * block)) * block,
-        request_bytes=blocks * block_bytes,
-        requests=free_bytes // block_bytes // blocks,
+        kv_bytes_per_token=layout.token_bytes(value_bytes),
+        kv_tokens=int(free_bytes // block_bytes) * layout.block_tokens,
+        request_bytes=request_bytes,
+        requests=free_bytes // request_bytes,
     )
 
 

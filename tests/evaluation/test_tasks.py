@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmdrop_vllm.evaluation.answers import own_answers, prompts
+from llmdrop_vllm.evaluation.divergence import own_answers, prompts
 from llmdrop_vllm.evaluation.engine import Reply
 from llmdrop_vllm.evaluation.harness import find_tasks
 from llmdrop_vllm.evaluation.tasks import rows
@@ -105,10 +105,7 @@ def test_answers_are_asked_for_and_compared_where_they_are_predicted():
             return {"input_ids": [7] * (3 + len(text) % 2)}
 
     class Engine:
-        tokenizer = Tokenizer()
-
-        def room(self, tokens):
-            return 14 - tokens
+        tokenizer, context = Tokenizer(), 14
 
         def replies(self, questions, *, temperature):
             self.questions = questions

@@ -64,7 +64,7 @@ def test_a_window_keeps_what_is_computed_together_as_well():
 
 
 def test_what_a_kind_is_called_says_which_it_is():
-    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7), LayerKind.of_donor(13)):
+    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7), LayerKind("shared", 0, donor=13)):
         assert LayerKind.parse(str(kind), kind.values) == kind
 
 
