@@ -244,14 +244,13 @@ def speeds_in_turns(engines: Sequence[tuple[Engine, DropMask]], workload: SpeedW
     """
     rng = np.random.default_rng(0)
     shape = (workload.requests, workload.prompt_tokens)
-    pairs: dict[int, list[tuple[float, float]]] = {place: [] for place in range(len(engines))}
+    timed: list[tuple[Engine, DropMask, list[tuple[float, float]]]] = [(*each, []) for each in engines]
     for turn in range(1 + NUM_ROUNDS):
         prompts = rng.integers(engines[0][0].vocab_size, size=shape).tolist()
-        for place in sorted(pairs, reverse=bool(turn % 2)):
-            engine, mask = engines[place]
+        for engine, mask, pairs in reversed(timed) if turn % 2 else timed:
             engine.put_on(mask)
-            pairs[place].append((engine.seconds(prompts, 1), engine.seconds(prompts, workload.output_tokens)))
-    return [_speed(workload, found[1:]) for found in pairs.values()]
+            pairs.append((engine.seconds(prompts, 1), engine.seconds(prompts, workload.output_tokens)))
+    return [_speed(workload, pairs[1:]) for *_, pairs in timed]
 
 
 def _speed(workload: SpeedWorkload, pairs: Sequence[tuple[float, float]]) -> Speed:

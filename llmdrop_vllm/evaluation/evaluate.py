@@ -33,7 +33,6 @@ class Measures:
     context: int
     divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
     harness: Harness = Harness()
-    limit: int | None = None
     divergence_on: DivergedOn = "text"
     held_out: Calibration | None = None
 
@@ -41,11 +40,6 @@ class Measures:
     def divergence_data(self) -> DataIdentity | None:
         """Which held-out answers of a file."""
         return self.held_out.identity if self.held_out else None
-
-    @property
-    def asks_for_answers(self) -> bool:
-        """Whether the full model is to answer prompts."""
-        return self.divergence_tokens > 0 and self.divergence_on == "own answers"
 
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
         """What next tokens are compared on: whole windows of text, at least one, or answers if they are asked for.
@@ -72,7 +66,7 @@ class Measures:
     ) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
         nll = engine.negative_log_likelihoods(self.text.sequences)
-        tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars) if self.harness.tasks else ((), None)
+        tasks, raw = self.harness.run(engine.harness, bars=bars) if self.harness.tasks else ((), None)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
         return Quality(mask=mask, perplexity=perplexity, divergence=divergence, tasks=tasks), raw
 
@@ -116,8 +110,9 @@ def evaluate_checkpoint(
     check_full(full, checkpoint)
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
     plan = Plan(checkpoint, settings, None, quality=True, harness=bool(measures.harness.tasks))
+    answers = measures.divergence_tokens > 0 and measures.divergence_on == "own answers"
     # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
-    alike = full is None and not (checkpoint.mask or mask.windows) and measures.asks_for_answers
+    alike = answers and full is None and not (checkpoint.mask or mask.windows)
     with any_engines(plan) if alike else one_for_each(plan) as engines:
 
         def ask() -> Answers:

@@ -14,6 +14,7 @@ from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 Prompting = Literal["chat", "completion"]
+Asking = Prompting | Literal["auto"]
 DivergedOn = Literal["text", "own answers", "held-out answers"]
 
 
@@ -187,7 +188,7 @@ class SweepRequest(Record):
     limit: int | None
     workload: SpeedWorkload | None
     dtype: str
-    prompting: Prompting | Literal["auto"] = "auto"
+    prompting: Asking = "auto"
     divergence_on: DivergedOn = "text"
     divergence_data: DataIdentity | None = None
 

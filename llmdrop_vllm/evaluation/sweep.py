@@ -55,7 +55,7 @@ class SweepPlan:
             context=self.measures.context,
             divergence_tokens=self.measures.divergence_tokens,
             tasks=self.measures.harness.tasks,
-            limit=self.measures.limit,
+            limit=self.measures.harness.limit,
             workload=self.workload,
             dtype=self.settings.dtype,
             prompting=self.measures.harness.prompting,
@@ -65,21 +65,18 @@ class SweepPlan:
 
     def begin(self, out: Path) -> Sweep:
         """What a file has already, with this plan's series. Raises OutputError if it was measured otherwise."""
-        fresh = Sweep(
-            request=self.request,
-            series=self.series,
-            base=mask_id(self.checkpoint.mask),
-            provenance=Provenance.of(self.checkpoint, data=self.scores.provenance.data, dtype=self.settings.dtype),
-        )
+        request, base = self.request, mask_id(self.checkpoint.mask)
         if not out.exists():
-            return fresh
+            data, dtype = self.scores.provenance.data, self.settings.dtype
+            provenance = Provenance.of(self.checkpoint, data=data, dtype=dtype)
+            return Sweep(request=request, series=self.series, base=base, provenance=provenance)
         kept = read_record(Sweep, out)
         # A sweep of quality alone may get its speeds later, and one with speeds go on without.
-        request = fresh.request.model_copy(update={"workload": self.workload or kept.request.workload})
+        request = request.model_copy(update={"workload": self.workload or kept.request.workload})
         if kept.request.model_copy(update={"workload": kept.request.workload or self.workload}) != request:
             raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, request)}")
-        if kept.base != fresh.base:  # a config may say another mask for the same weights
-            raise OutputError(f"{out} begins with mask {kept.base}, and the model has {fresh.base}; {ELSEWHERE}")
+        if kept.base != base:  # a config may say another mask for the same weights
+            raise OutputError(f"{out} begins with mask {kept.base}, and the model has {base}; {ELSEWHERE}")
         before = {each.name: each for each in kept.series}
         own = [_united(before.pop(each.name, each), each) for each in self.series]
         return kept.model_copy(update={"request": request, "series": (*own, *before.values())})

@@ -88,12 +88,10 @@ class Candidates:
         taken: list[Unit] = []
         left = {layer for layer in self.mask.kept_attention if self.scores.kinds[layer].values}
         for unit in units:
-            if len(taken) == count:
-                break
             if not unit.attention or left != {unit.layer}:
                 taken.append(unit)
                 left -= {unit.layer} if unit.attention else set()
-        return taken
+        return taken[:count]
 
     def available(self, units: Sequence[Unit]) -> int:
         """How many of these can go, in whatever order."""
