@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,13 @@ class AnswersPlan:
     @property
     def header(self) -> AnswersHeader:
         """What the file begins with."""
-        request = self.request
+        source = "ours" if self.request.prompts == PROMPTS else str(self.request.prompts)
+        asked = asdict(self.request) | {"prompts": source}
+        del asked["samples"]  # which the hash tells
         return AnswersHeader(
-            prompts="ours" if request.prompts == PROMPTS else str(request.prompts),
+            **asked,
             prompts_sha256=sha256(self.prompts.items()),
             num_prompts=self.num_prompts,
-            per_prompt=request.per_prompt,
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            held_out=request.held_out,
             engine_args=dict(self.settings.options),
             provenance=Provenance.of(self.checkpoint, dtype=self.settings.dtype, device=default_device()),
         )

@@ -14,7 +14,7 @@ from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.evaluation.divergence import Answers, Reference, Window, answer_windows, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
-from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines, one_for_each
+from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     answers = measures.divergence_tokens > 0 and measures.divergence_on == "own answers"
     # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
     alike = answers and full is None and not (checkpoint.mask or mask.windows)
-    with any_engines(plan) if alike else one_for_each(plan) as engines:
+    with any_engines(plan, switching=alike) as engines:
 
         def ask() -> Answers:
             full_model = engines.under(nothing) if full is None else running(full, nothing, settings, harness=False)

@@ -53,24 +53,19 @@ class Engines:
 
 
 @contextmanager
-def one_for_each(plan: Plan) -> Iterator[Engines]:
-    """With the full model's engine for as long as there are others."""
+def any_engines(plan: Plan, *, switching: bool = True) -> Iterator[Engines]:
+    """One in which masks are switched, where they can be and what is wanted can be told that way; else one for each,
+    and the full model's for as long as there are others.
+    """
+    if switching and (plan.quality or default_device() != "cuda"):
+        settings = replace(plan.settings, switching=True)
+        with running(plan.checkpoint, plan.checkpoint.mask, settings, harness=plan.harness) as engine:
+            if engine.can_switch():
+                yield Engines(plan, one=engine)
+                return
     if plan.workload is None:
         yield Engines(plan)
         return
     plan = replace(plan, settings=replace(plan.settings, engines=2))
     with running(plan.checkpoint, plan.checkpoint.mask, plan.settings, harness=False) as full:
         yield Engines(plan, full=full)
-
-
-@contextmanager
-def any_engines(plan: Plan) -> Iterator[Engines]:
-    """One in which masks are switched, where they can be and what is wanted can be told that way; else one for each."""
-    if plan.quality or default_device() != "cuda":
-        settings = replace(plan.settings, switching=True)
-        with running(plan.checkpoint, plan.checkpoint.mask, settings, harness=plan.harness) as engine:
-            if engine.can_switch():
-                yield Engines(plan, one=engine)
-                return
-    with one_for_each(plan) as engines:
-        yield engines
