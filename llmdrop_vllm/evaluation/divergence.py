@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import DataIdentity, Record
+from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.prompts import Chat, read_prompts
 from llmdrop_vllm.data.tokens import Calibration, TokenIds
 from llmdrop_vllm.evaluation.engine import Engine, Question, default_device
-from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
+from llmdrop_vllm.evaluation.records import Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
 
 TOKENS_PER_ANSWER = 96
@@ -77,21 +77,10 @@ def own_answers(engine: Engine, tokens: int) -> Answers:
 class Reference:
     """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
 
-    `mask` is what even the full model goes without: nothing, or what it came without. `on` and `data` say what the
-    windows are.
+    `mask` is what even the full model goes without: nothing, or what it came without.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        mask: DropMask,
-        windows: Iterable[Window],
-        *,
-        dtype: str,
-        on: DivergedOn = "text",
-        data: DataIdentity | None = None,
-    ) -> None:
-        self.on, self.data = on, data
+    def __init__(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str) -> None:
         self.family = checkpoint.family
         self.model = _load(checkpoint, mask, dtype)
         self.windows = tuple(windows)
@@ -113,8 +102,8 @@ class Reference:
             masked, full = _log_probabilities(model, window), full.to(model.device)
             kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
             agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
-        losses, agreements, tokens = Estimate.of(kl), Estimate.of(agreement), sum(map(len, self.full))
-        return Divergence(kl=losses, agreement=agreements, tokens=tokens, on=self.on, data=self.data)
+        tokens = sum(map(len, self.full))
+        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens)
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:

@@ -49,10 +49,6 @@ class EngineSettings:
         if unknown := sorted(self.options.keys() - {each.name for each in fields(EngineArgs)}):
             raise InputError(f"--engine-args has {', '.join(unknown)}, which vLLM's EngineArgs do not have")
 
-    def _whole_prompts(self) -> dict[str, Any]:
-        """vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot."""
-        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
-
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
         gpu = default_device() == "cuda"
@@ -61,6 +57,8 @@ class EngineSettings:
         if mask.effect != checkpoint.mask.effect:
             # Beside the user's own, or the full model would be measured as the dropped one.
             overrides = checkpoint.decoder.override(mask, overrides)
+        # vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot.
+        whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -73,7 +71,7 @@ class EngineSettings:
             "use_tqdm_on_load": False,
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
             "log_level": "ERROR",
-            **(self._whole_prompts() if self.seeded and not gpu else {}),
+            **(whole_prompts if self.seeded and not gpu else {}),
             **(SWITCHING if self.switching else {}),
             # What is measured is text: of a wrapper its tower alone is built.
             **({"language_model_only": True} if checkpoint.architecture in WRAPPERS else {}),

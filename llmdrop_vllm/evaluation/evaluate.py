@@ -1,6 +1,6 @@
 """Perplexity, agreement with the full model and tasks, of one model under one mask."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class Measures:
         """Which held-out answers of a file."""
         return self.held_out.identity if self.held_out else None
 
+    def named(self, found: Divergence) -> Divergence:
+        """As found, with what it is on."""
+        return found.model_copy(update={"on": self.divergence_on, "data": self.divergence_data})
+
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
         """What next tokens are compared on: whole windows of text, at least one, or answers if they are asked for.
 
@@ -57,18 +61,12 @@ class Measures:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
         return tuple(each.window for each in found)
 
-    def reference(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], dtype: str) -> Reference:
-        """The full model on windows of these measures."""
-        return Reference(checkpoint, mask, windows, dtype=dtype, on=self.divergence_on, data=self.divergence_data)
-
-    def quality(
-        self, engine: Engine, mask: DropMask, divergence: Divergence | None, *, bars: bool = True
-    ) -> tuple[Quality, dict[str, Any] | None]:
+    def quality(self, engine: Engine, mask: DropMask, *, bars: bool = True) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
         nll = engine.negative_log_likelihoods(self.text.sequences)
         tasks, raw = self.harness.run(engine.harness, bars=bars) if self.harness.tasks else ((), None)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
-        return Quality(mask=mask, perplexity=perplexity, divergence=divergence, tasks=tasks), raw
+        return Quality(mask=mask, perplexity=perplexity, tasks=tasks), raw
 
 
 def load_text(
@@ -95,12 +93,7 @@ def load_text(
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint,
-    mask: DropMask,
-    measures: Measures,
-    settings: EngineSettings,
-    *,
-    full: Checkpoint | None = None,
+    checkpoint: Checkpoint, mask: DropMask, measures: Measures, settings: EngineSettings, full: Checkpoint | None = None
 ) -> tuple[Evaluation, dict[str, Any] | None]:
     """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
 
@@ -122,11 +115,11 @@ def evaluate_checkpoint(
 
         windows = () if full is None and checkpoint.is_stripped else measures.windows(ask)
         with engines.under(mask) as engine:
-            quality, raw = measures.quality(engine, mask, None)
+            quality, raw = measures.quality(engine, mask)
     if windows:
-        reference = measures.reference(whole, nothing, windows, settings.dtype)
+        reference = Reference(whole, nothing, windows, dtype=settings.dtype)
         own = reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)
-        quality = quality.model_copy(update={"divergence": own})
+        quality = quality.model_copy(update={"divergence": measures.named(own)})
     healing = healing_of(checkpoint.directory)
     found = Evaluation(
         quality=quality,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from llmdrop_vllm.artifacts import Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.evaluation.divergence import Answers, own_answers
+from llmdrop_vllm.evaluation.divergence import Answers, Reference, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
@@ -145,8 +145,8 @@ class _Keeper:
         windows = plan.measures.windows(self._answers) if masks else ()
         if not windows:
             return {}
-        reference = plan.measures.reference(plan.checkpoint, plan.checkpoint.mask, windows, plan.settings.dtype)
-        return {name: reference.under(mask) for name, mask in masks.items()}
+        reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
+        return {name: plan.measures.named(reference.under(mask)) for name, mask in masks.items()}
 
     def _answers(self) -> Answers:
         """The full model's, the same ones for all points: kept for a sweep that goes on."""
@@ -169,7 +169,8 @@ class _Keeper:
 
     def _point(self, engine: Engine, name: str, divergence: Divergence | None) -> Point:
         checkpoint, mask = self.plan.checkpoint, self.masks[name]
-        quality, raw = self.plan.measures.quality(engine, mask, divergence, bars=False)
+        quality, raw = self.plan.measures.quality(engine, mask, bars=False)
+        quality = quality.model_copy(update={"divergence": divergence})
         if raw is not None:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{name}.json")
         masked, base = checkpoint.under(mask), checkpoint.under(checkpoint.mask)

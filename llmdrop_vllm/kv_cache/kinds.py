@@ -18,6 +18,8 @@ SHARED = "shared"
 WHOLE_HEADS = frozenset({"minicpm3"})
 # Models whose values are of another size than their keys; elsewhere the entry is about latent attention.
 OWN_VALUE_SIZE = frozenset({"mimo_v2", "mimo_v2_flash"})
+# What attention is that sees less than all, and the entry that says how much.
+SPANS = {"sliding_attention": ("sliding", "sliding_window"), "chunked_attention": ("chunked", "attention_chunk_size")}
 # Entries that hold for all layers of one kind, and the entries that they stand in for there.
 ENTRIES_OF_KIND = {
     "sliding_attention": {f"swa_{entry}": entry for entry in ("num_key_value_heads", "head_dim", "v_head_dim")},
@@ -155,12 +157,8 @@ def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
 def _attention_kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
     if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
         return LayerKind("compressed", config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0))
-    values = _values_of_heads(config)
-    if layer_type == "sliding_attention":
-        return LayerKind("sliding", values, config.get("sliding_window"))
-    if layer_type == "chunked_attention":
-        return LayerKind("chunked", values, config.get("attention_chunk_size"))
-    return LayerKind("full", values)
+    name, entry = SPANS.get(layer_type, ("full", ""))
+    return LayerKind(name, _values_of_heads(config), config.get(entry))
 
 
 def _values_of_heads(config: Mapping[str, Any]) -> int:

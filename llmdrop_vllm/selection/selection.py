@@ -21,6 +21,7 @@ from llmdrop_vllm.selection.candidates import Candidates, Kind, Mixers, Unit
 from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share
 
+Rescoring = Callable[[DropMask], Scores]
 SHARES = "expected a share of the full model's KV cache, above 0% and at most 100%, such as 50% or 0.5"
 
 
@@ -64,7 +65,7 @@ class Ranked:
         candidates.check_count(self.kind, self.count, candidates.available(units))
         picked = candidates.take(units, self.count)
         if self.avoid_padding and self.kind == "attention" and self.order == LeastImportant():
-            return _avoid_padding(candidates, units, picked, self.padding_tolerance)
+            return _unpadded(candidates, units, picked, self.padding_tolerance)
         passed_over = [unit.layer for unit in units[: len(picked)] if unit not in picked]
         notes = (f"attention of layer {layer} stays, though it was its turn: vLLM needs one" for layer in passed_over)
         return candidates.without(picked, *notes)
@@ -149,15 +150,11 @@ def select(scores: Scores, *methods: Method, protect: Iterable[int] = (), mixers
     candidates = _candidates(scores, protect, mixers)
     if not methods:
         raise MaskError("nothing was asked for; expected a number of sublayers or blocks, or a kv budget")
-    return _selection(candidates, methods, " + ".join(map(str, methods)))
+    return _chosen(candidates, methods, " + ".join(map(str, methods)))
 
 
 def iterative(
-    scores: Scores,
-    rescore: Callable[[DropMask], Scores],
-    *methods: Ranked,
-    protect: Iterable[int] = (),
-    mixers: Mixers = "all",
+    scores: Scores, rescore: Rescoring, *methods: Ranked, protect: Iterable[int] = (), mixers: Mixers = "all"
 ) -> Selection:
     """Drop one sublayer or block at a time; `rescore` measures the model under the mask so far between two drops.
 
@@ -168,12 +165,10 @@ def iterative(
     select(scores, *methods, protect=protect, mixers=mixers)
     steps = [replace(method, count=1, avoid_padding=False) for method in methods for _ in range(method.count)]
     named = f"{' + '.join(map(str, methods))}, scored anew after each drop"
-    return _selection(_candidates(scores, protect, mixers), steps, named, rescore)
+    return _chosen(_candidates(scores, protect, mixers), steps, named, rescore)
 
 
-def _avoid_padding(
-    candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float
-) -> Candidates:
+def _unpadded(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Candidates:
     """Without the plain choice, or one of as many layers that vLLM stores in less, with what it costs."""
     before = candidates.without(plain)
     if not before.kv_layout.is_padded:
@@ -222,9 +217,7 @@ def _candidates(scores: Scores, protect: Iterable[int], mixers: Mixers) -> Candi
     return Candidates(scores, scores.dropped, frozenset(protect), mixers)
 
 
-def _selection(
-    candidates: Candidates, steps: Iterable[Method], named: str, rescore: Callable[[DropMask], Scores] | None = None
-) -> Selection:
+def _chosen(candidates: Candidates, steps: Iterable[Method], named: str, rescore: Rescoring | None = None) -> Selection:
     """What the steps pick in turn, each from what is left, by new scores of it where they can be had."""
     if before := candidates.mask:
         said = f"extends the mask that the scores were measured with: {before.summary()}"
