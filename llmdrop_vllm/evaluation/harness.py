@@ -74,13 +74,12 @@ class Harness:
         """The tasks by how this model is asked."""
         if self.prompting != "auto":
             return {self.prompting: [*self.tasks]}
-        has_template = getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None
-        found: dict[Prompting, list[str]] = {}
-        for name in self.tasks:
-            tasks = self.manager.load([name])["tasks"].values()
-            chat = has_template and all(CHAT in (task.config.metadata or {}) for task in tasks)
-            found.setdefault("chat" if chat else "completion", []).append(name)
-        return found
+        loaded = {name: self.manager.load([name])["tasks"].values() for name in self.tasks}
+        chat = [name for name in self.tasks if all(CHAT in (task.config.metadata or {}) for task in loaded[name])]
+        if not chat or getattr(getattr(model, "tokenizer", None), "chat_template", None) is None:
+            return {"completion": [*self.tasks]}
+        found: dict[Prompting, list[str]] = {"chat": chat, "completion": [n for n in self.tasks if n not in chat]}
+        return {prompting: names for prompting, names in found.items() if names}
 
     def _scored(self, results: Mapping[str, Any], task: str) -> list[str]:
         """What has a score: a tag, or a group that lm-eval does not sum up, stands for its members."""
