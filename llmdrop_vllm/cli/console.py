@@ -46,7 +46,7 @@ def show_inspection(found: "Inspection") -> None:
     weights = "gone" if found.stripped else "in the files" if any(found.mask.dropped) else "none"
     print(f"{found.model}: {found.architecture}, {found.summary}; dropped weights: {weights}; {found.kv_layout}")
     print_table(("", "full", "with the mask", "share"), found.rows())
-    for note in filter(None, (found.dtype_note, found.keys_note, found.chunk_note)):
+    for note in found.notes:
         print(note)
     if found.healing is not None:
         print(f"healed: {found.healing.summary()}")

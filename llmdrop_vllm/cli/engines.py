@@ -20,7 +20,7 @@ def harness_of(args: Namespace) -> Harness:
     """The tasks that the arguments name; lm-eval is an extra, and not needed where they name none."""
     if not args.tasks:
         return Harness()
-    return find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code)
+    return find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code, limit=args.limit)
 
 
 def max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:

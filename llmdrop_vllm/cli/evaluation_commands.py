@@ -175,7 +175,7 @@ def measures_of(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engi
     if on == "held-out answers" and args.divergence_tokens:
         file = Path(args.divergence_on)
         held_out = load_answers(checkpoint, file, held_out=True, tokens=args.divergence_tokens)
-    measures = Measures(text, context, args.divergence_tokens, harness, args.limit, on, held_out)
+    measures = Measures(text, context, args.divergence_tokens, harness, on, held_out)
     dtype, longest = dtype_of(checkpoint, args), max_model_len(checkpoint, context, args)
     return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
 

@@ -123,7 +123,8 @@ def _space(checkpoint: Checkpoint, scores: Scores, args: Namespace) -> Space:
     if args.kv_budget:
         if attention:
             raise MaskError("--search takes --attention or --kv-budget, which finds out how many go; both are given")
-        attention = len(KVBudget.parse(args.kv_budget).pick(Candidates(scores, mask, protect)).units)
+        left = KVBudget.parse(args.kv_budget).pick(Candidates(scores, mask, protect))
+        attention = len(left.mask.attention) - len(mask.attention)
     return Space(mask, attention, args.mlp or 0, protect)
 
 

@@ -57,14 +57,14 @@ def search(args: Namespace) -> None:
     refuse_skipped(harness)  # without them something else would decide
     plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
     if harness.tasks:
-        check_finals(plan, harness, finals, args.limit)
+        check_finals(plan, harness, finals)
     scores = _scores(checkpoint, data, args)
     spaces = _spaces(checkpoint, scores, goal, args)
     found = searched(checkpoint, spaces, data, scores, args, trials)
     show_search(found, "long texts" if args.window else "answers")
     if harness.tasks:
         masks = _finalists(found, Searched.read(trials), spaces, args.finalists or FINALISTS)
-        found = decide(found, masks, plan, harness, finals, limit=args.limit, progress=True)
+        found = decide(found, masks, plan, harness, finals, progress=True)
         show_finals(found)
     write_record(found, args.out)
     forget(args.out)

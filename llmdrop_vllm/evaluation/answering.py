@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,8 @@ class AnswersRequest:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
-        whole = {
-            "prompts": self.samples,
-            "tokens of an answer": self.max_tokens,
-            "answers to a prompt": self.per_prompt,
-        }
-        for name, value in whole.items():
+        names = ("prompts", "tokens of an answer", "answers to a prompt")
+        for name, value in zip(names, (self.samples, self.max_tokens, self.per_prompt), strict=True):
             if value is not None and value < 1:
                 raise DataError(f"{name}: {value} asked; expected 1 or more")
         if self.seed < 0 or not isfinite(self.temperature) or self.temperature < 0:
@@ -49,9 +45,8 @@ class AnswersRequest:
         if not 0 <= self.held_out < 1:
             raise DataError(f"{self.held_out:.0%} of the prompts held out; expected less than all")
         if self.temperature == 0 and self.per_prompt > 1:
-            raise DataError(
-                f"{self.per_prompt} answers to a prompt asked at temperature 0, where all would be the same"
-            )
+            asked = f"{self.per_prompt} answers to a prompt asked at temperature 0"
+            raise DataError(f"{asked}, where all would be the same")
 
 
 @dataclass(frozen=True)
@@ -69,16 +64,13 @@ class AnswersPlan:
     @property
     def header(self) -> AnswersHeader:
         """What the file begins with."""
-        request = self.request
+        source = "ours" if self.request.prompts == PROMPTS else str(self.request.prompts)
+        asked = asdict(self.request) | {"prompts": source}
+        del asked["samples"]  # which the hash tells
         return AnswersHeader(
-            prompts="ours" if request.prompts == PROMPTS else str(request.prompts),
+            **asked,
             prompts_sha256=sha256(self.prompts.items()),
             num_prompts=self.num_prompts,
-            per_prompt=request.per_prompt,
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            held_out=request.held_out,
             engine_args=dict(self.settings.options),
             provenance=Provenance.of(self.checkpoint, dtype=self.settings.dtype, device=default_device()),
         )
@@ -111,15 +103,10 @@ def plan_answers(
     chosen, left_out = _choose(prompts, request, checkpoint, context)
     longest = max(map(len, chosen.values())) + request.max_tokens
     gone = f"left out are {left_out.total()} of {len(prompts)} prompts: {_reasons(left_out)}" if left_out else ""
-    return AnswersPlan(
-        checkpoint,
-        request,
-        EngineSettings(dtype, min(longest, context or longest), options=options, seeded=request.temperature > 0),
-        chosen,
-        _held_out(chosen, request, len(prompts)),
-        len(prompts),
-        gone,
-    )
+    longest = min(longest, context or longest)
+    settings = EngineSettings(dtype, longest, options=options, seeded=request.temperature > 0)
+    held_out = _held_out(chosen, request, len(prompts))
+    return AnswersPlan(checkpoint, request, settings, chosen, held_out, len(prompts), gone)
 
 
 def sample_answers(plan: AnswersPlan, out: Path, *, progress: bool = False) -> None:

@@ -60,7 +60,7 @@ class ComparisonPlan:
             summary=masked.mask.summary(),
             healing=healing.summary() if healing else None,
             weight_bytes=masked.weight_bytes,
-            kv_bytes_per_token=int(masked.layout.token_values * dtype_bytes(self.checkpoint.kv_dtype)),
+            kv_bytes_per_token=masked.layout.token_bytes(dtype_bytes(self.checkpoint.kv_dtype)),
             answers=tuple(
                 Said.beside(its.text.strip(), own.text.strip(), len(own.token_ids), own.finish_reason)
                 for own, its in zip(replies, full, strict=True)
@@ -98,10 +98,8 @@ def plan_comparison(
     for _, masked, _ in forms:
         masked.check_complete()
     questions = _questions(checkpoint, prompts, samples, max_tokens)
-    longest = max(map(len, questions.values())) + max_tokens
-    return ComparisonPlan(
-        checkpoint, forms, prompts, questions, max_tokens, EngineSettings(dtype, longest, options=options)
-    )
+    settings = EngineSettings(dtype, max(map(len, questions.values())) + max_tokens, options=options)
+    return ComparisonPlan(checkpoint, forms, prompts, questions, max_tokens, settings)
 
 
 def _questions(checkpoint: Checkpoint, path: Path, samples: int, max_tokens: int) -> dict[str, tuple[int, ...]]:

@@ -1,21 +1,27 @@
 """Next-token distributions of a masked model against the full one's, exactly, through Transformers.
 
-vLLM gives log-probabilities of the most likely tokens only; KL needs all of them, of both models.
+vLLM gives log-probabilities of the most likely tokens only; KL needs all of them, of both models. What a mask does to
+generation shows on the full model's own answers, and not in other texts.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmdrop_vllm import hf
-from llmdrop_vllm.artifacts import DataIdentity
+from llmdrop_vllm.artifacts import Record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
+from llmdrop_vllm.data.prompts import Chat, read_prompts
 from llmdrop_vllm.data.tokens import Calibration, TokenIds
-from llmdrop_vllm.evaluation.engine import default_device
-from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Estimate
+from llmdrop_vllm.evaluation.engine import Engine, Question, default_device
+from llmdrop_vllm.evaluation.records import Divergence, Estimate
 from llmdrop_vllm.masks.mask import DropMask
+
+TOKENS_PER_ANSWER = 96
 
 
 @dataclass(frozen=True)
@@ -33,24 +39,48 @@ def answer_windows(answers: Calibration) -> tuple[Window, ...]:
     return tuple(Window(token_ids, start, len(token_ids) - 1) for token_ids, start in pairs)
 
 
+class Answer(Record):
+    """Token ids of a prompt, as the model is asked, and of its answer."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def window(self) -> Window:
+        """Where the answer's tokens are predicted."""
+        token_ids = np.array((*self.prompt, *self.answer), np.int64)
+        return Window(token_ids, len(self.prompt) - 1, len(token_ids) - 1)
+
+
+class Answers(Record):
+    """What a sweep compares next tokens on."""
+
+    answers: tuple[Answer, ...]
+
+
+def prompts() -> list[str]:
+    """Questions of many kinds, in several languages and about code."""
+    return [each.question for each in read_prompts() if isinstance(each, Chat) and each.question]
+
+
+def own_answers(engine: Engine, tokens: int) -> Answers:
+    """Greedy answers of about so many tokens in all, asked through the chat template where there is one."""
+    chosen = prompts()[: max(1, -(-tokens // TOKENS_PER_ANSWER))]
+    length = max(1, -(-tokens // len(chosen)))
+    asked = [Chat.of(prompt).token_ids(engine.tokenizer) for prompt in chosen]
+    questions = [Question(ids, min(length, room)) for ids in asked if (room := engine.context - len(ids)) > 0]
+    replies = chain.from_iterable(engine.replies(questions, temperature=0))
+    pairs = [(tuple(each.prompt), reply.token_ids) for each, reply in zip(questions, replies, strict=True)]
+    return Answers(answers=tuple(Answer(prompt=prompt, answer=answer) for prompt, answer in pairs if answer))
+
+
 class Reference:
     """The full model and its log-probabilities on windows of tokens, 4 bytes x tokens x vocabulary of them.
 
-    `mask` is what even the full model goes without: nothing, or what it came without. `on` and `data` say what the
-    windows are.
+    `mask` is what even the full model goes without: nothing, or what it came without.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        mask: DropMask,
-        windows: Iterable[Window],
-        *,
-        dtype: str,
-        on: DivergedOn = "text",
-        data: DataIdentity | None = None,
-    ) -> None:
-        self.on, self.data = on, data
+    def __init__(self, checkpoint: Checkpoint, mask: DropMask, windows: Iterable[Window], *, dtype: str) -> None:
         self.family = checkpoint.family
         self.model = _load(checkpoint, mask, dtype)
         self.windows = tuple(windows)
@@ -72,13 +102,8 @@ class Reference:
             masked, full = _log_probabilities(model, window), full.to(model.device)
             kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
             agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
-        return Divergence(
-            kl=Estimate.of(kl),
-            agreement=Estimate.of(agreement),
-            tokens=sum(map(len, self.full)),
-            on=self.on,
-            data=self.data,
-        )
+        tokens = sum(map(len, self.full))
+        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens)
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from llmdrop_vllm.masks.mask import DropMask
 # Read by vLLM when it starts an engine. In one process it starts in seconds, and its end can be waited for.
 # Nothing is sent anywhere, vLLM's usage statistics among it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+NUM_ROUNDS = 3  # in which speeds are measured
 SWITCHING = {"enforce_eager": True, "worker_extension_cls": "llmdrop_vllm.serving.switching.MaskSwitch"}
 
 
@@ -47,10 +49,6 @@ class EngineSettings:
         if unknown := sorted(self.options.keys() - {each.name for each in fields(EngineArgs)}):
             raise InputError(f"--engine-args has {', '.join(unknown)}, which vLLM's EngineArgs do not have")
 
-    def _whole_prompts(self) -> dict[str, Any]:
-        """vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot."""
-        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
-
     def arguments(self, checkpoint: Checkpoint, mask: DropMask) -> dict[str, Any]:
         """What vLLM is started with."""
         gpu = default_device() == "cuda"
@@ -59,6 +57,8 @@ class EngineSettings:
         if mask.effect != checkpoint.mask.effect:
             # Beside the user's own, or the full model would be measured as the dropped one.
             overrides = checkpoint.decoder.override(mask, overrides)
+        # vLLM 0.32 takes a seeded request's generator back after a part of its prompt, which a CPU's cannot.
+        whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_model_len)}
         return {
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -71,7 +71,7 @@ class EngineSettings:
             "use_tqdm_on_load": False,
             # vLLM tells of every engine that starts; one that is started for each mask is told of by its caller.
             "log_level": "ERROR",
-            **(self._whole_prompts() if self.seeded and not gpu else {}),
+            **(whole_prompts if self.seeded and not gpu else {}),
             **(SWITCHING if self.switching else {}),
             # What is measured is text: of a wrapper its tower alone is built.
             **({"language_model_only": True} if checkpoint.architecture in WRAPPERS else {}),
@@ -113,7 +113,7 @@ class Engine:
             os.environ.setdefault(name, value)
         arguments = settings.arguments(checkpoint, mask)
         self.harness: Any = None
-        self.windows = mask.windows
+        self.mask, self.windows = mask, mask.windows
         if harness:
             from lm_eval.models.vllm_causallms import VLLM
 
@@ -124,7 +124,8 @@ class Engine:
             from vllm import LLM
 
             self.llm = LLM(str(checkpoint.directory), **arguments)
-        self.vocab_size = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        model = self.llm.llm_engine.vllm_config.model_config
+        self.vocab_size, self.context = int(model.get_vocab_size()), int(model.max_model_len)
 
     def can_switch(self) -> bool:
         """Whether `put_on` works here: not in a compiled model, nor in one without a row in the family table."""
@@ -137,10 +138,13 @@ class Engine:
         cannot switch raises SubstitutionError, or what its executor makes of it. Windows are built in: InputError for
         others.
         """
+        if mask == self.mask:
+            return
         if mask.windows != tuple(each for each in self.windows if each[0] not in mask.attention):
             raise InputError("windows cannot be switched in a running engine, which was built with others")
         self.llm.collective_rpc("llmdrop_put_on", args=(list(mask.attention), list(mask.mlp)))
         self._forget_prompts()
+        self.mask = mask
 
     def negative_log_likelihoods(self, windows: Sequence[TokenIds]) -> list[float]:
         """Per window, the mean over its tokens after the first, in nats."""
@@ -163,40 +167,25 @@ class Engine:
         """As Transformers has it, or in its manner."""
         return self.llm.get_tokenizer()
 
-    def room(self, tokens: int) -> int:
-        """How many more tokens fit behind so many."""
-        return int(self.llm.llm_engine.vllm_config.model_config.max_model_len) - tokens
-
     def replies(self, questions: Sequence[Question], *, temperature: float) -> Iterator[list[Reply]]:
         """In the order asked, each once all before it are there; what else is asked at the same time changes none."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
+        common = {"temperature": temperature, "output_kind": RequestOutputKind.FINAL_ONLY}
         for place, question in enumerate(questions):
-            sampling = SamplingParams(
-                temperature=temperature,
-                max_tokens=question.max_tokens,
-                seed=question.seed,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            sampling = SamplingParams(max_tokens=question.max_tokens, seed=question.seed, **common)
             engine.add_request(str(place), {"prompt_token_ids": list(question.prompt)}, sampling)
         waiting: dict[int, Reply] = {}
-        place = 0
+        given = 0
         while engine.has_unfinished_requests():
             for each in engine.step():
                 (output,) = each.outputs
                 waiting[int(each.request_id)] = Reply(tuple(output.token_ids), output.text, output.finish_reason)
-            ready = []
-            while place in waiting:
-                ready.append(waiting.pop(place))
-                place += 1
-            if ready:
+            if ready := [waiting.pop(place) for place in takewhile(waiting.__contains__, count(given))]:
+                given += len(ready)
                 yield ready
-
-    def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
-        """Until all requests have their first token, and all their tokens, of two runs."""
-        return self._seconds(prompts, 1), self._seconds(prompts, workload.output_tokens)
 
     def close(self) -> None:
         """End the engine and give its memory back."""
@@ -204,7 +193,8 @@ class Engine:
         del self.llm, self.harness
         gc.collect()
 
-    def _seconds(self, prompts: Sequence[list[int]], tokens: int) -> float:
+    def seconds(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        """Until all requests have so many tokens, whatever these are."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -213,24 +203,6 @@ class Engine:
         start = time.perf_counter()
         self.llm.generate(requests, sampling, use_tqdm=False)
         return time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Masked:
-    """An engine for switching, under one of its masks whenever it is timed."""
-
-    engine: Engine
-    mask: DropMask
-
-    @property
-    def vocab_size(self) -> int:
-        """Of the model."""
-        return self.engine.vocab_size
-
-    def seconds(self, prompts: Sequence[list[int]], workload: SpeedWorkload) -> tuple[float, float]:
-        """As `Engine.seconds`."""
-        self.engine.put_on(self.mask)
-        return self.engine.seconds(prompts, workload)
 
 
 _running: list[Engine] = []
@@ -263,19 +235,20 @@ def running(checkpoint: Checkpoint, mask: DropMask, settings: EngineSettings, *,
             cleanup_dist_env_and_memory()
 
 
-def speeds_in_turns(engines: Sequence[Engine | Masked], workload: SpeedWorkload, *, num_rounds: int) -> list[Speed]:
-    """The same prompts to each engine in turn, in an order that changes, after a round that warms them up.
+def speeds_in_turns(engines: Sequence[tuple[Engine, DropMask]], workload: SpeedWorkload) -> list[Speed]:
+    """The same prompts to each engine under its mask in turn, in an order that changes, after a round that warms up.
 
     Machines drift by more in a minute than many masks gain, so only what was measured within seconds is compared.
     """
     rng = np.random.default_rng(0)
     shape = (workload.requests, workload.prompt_tokens)
-    pairs: dict[int, list[tuple[float, float]]] = {place: [] for place in range(len(engines))}
-    for turn in range(1 + num_rounds):
-        prompts = rng.integers(engines[0].vocab_size, size=shape).tolist()
-        for place in sorted(pairs, reverse=bool(turn % 2)):
-            pairs[place].append(engines[place].seconds(prompts, workload))
-    return [_speed(workload, found[1:]) for found in pairs.values()]
+    timed: list[tuple[Engine, DropMask, list[tuple[float, float]]]] = [(*each, []) for each in engines]
+    for turn in range(1 + NUM_ROUNDS):
+        prompts = rng.integers(engines[0][0].vocab_size, size=shape).tolist()
+        for engine, mask, pairs in reversed(timed) if turn % 2 else timed:
+            engine.put_on(mask)
+            pairs.append((engine.seconds(prompts, 1), engine.seconds(prompts, workload.output_tokens)))
+    return [_speed(workload, pairs[1:]) for *_, pairs in timed]
 
 
 def _speed(workload: SpeedWorkload, pairs: Sequence[tuple[float, float]]) -> Speed:

@@ -11,11 +11,10 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import CheckpointError, DataError
-from llmdrop_vllm.evaluation.answers import Answers, own_answers
-from llmdrop_vllm.evaluation.divergence import Reference, Window, answer_windows
+from llmdrop_vllm.evaluation.divergence import Answers, Reference, Window, answer_windows, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.harness import Harness
-from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines, one_for_each
+from llmdrop_vllm.evaluation.masked_engines import Plan, any_engines
 from llmdrop_vllm.evaluation.records import DivergedOn, Divergence, Evaluation, Perplexity, Quality
 from llmdrop_vllm.healing.records import healing_of
 from llmdrop_vllm.masks.mask import DropMask
@@ -34,7 +33,6 @@ class Measures:
     context: int
     divergence_tokens: int = DEFAULT_DIVERGENCE_TOKENS
     harness: Harness = Harness()
-    limit: int | None = None
     divergence_on: DivergedOn = "text"
     held_out: Calibration | None = None
 
@@ -43,10 +41,9 @@ class Measures:
         """Which held-out answers of a file."""
         return self.held_out.identity if self.held_out else None
 
-    @property
-    def asks_for_answers(self) -> bool:
-        """Whether the full model is to answer prompts."""
-        return self.divergence_tokens > 0 and self.divergence_on == "own answers"
+    def named(self, found: Divergence) -> Divergence:
+        """As found, with what it is on."""
+        return found.model_copy(update={"on": self.divergence_on, "data": self.divergence_data})
 
     def windows(self, answers: Callable[[], Answers]) -> tuple[Window, ...]:
         """What next tokens are compared on: whole windows of text, at least one, or answers if they are asked for.
@@ -64,14 +61,12 @@ class Measures:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
         return tuple(each.window for each in found)
 
-    def quality(
-        self, engine: Engine, mask: DropMask, divergence: Divergence | None, *, bars: bool = True
-    ) -> tuple[Quality, dict[str, Any] | None]:
+    def quality(self, engine: Engine, mask: DropMask, *, bars: bool = True) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
         nll = engine.negative_log_likelihoods(self.text.sequences)
-        tasks, raw = self.harness.run(engine.harness, limit=self.limit, bars=bars) if self.harness.tasks else ((), None)
+        tasks, raw = self.harness.run(engine.harness, bars=bars) if self.harness.tasks else ((), None)
         perplexity = Perplexity.of(nll, self.context, self.text.identity)
-        return Quality(mask=mask, perplexity=perplexity, divergence=divergence, tasks=tasks), raw
+        return Quality(mask=mask, perplexity=perplexity, tasks=tasks), raw
 
 
 def load_text(
@@ -98,12 +93,7 @@ def load_text(
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint,
-    mask: DropMask,
-    measures: Measures,
-    settings: EngineSettings,
-    *,
-    full: Checkpoint | None = None,
+    checkpoint: Checkpoint, mask: DropMask, measures: Measures, settings: EngineSettings, full: Checkpoint | None = None
 ) -> tuple[Evaluation, dict[str, Any] | None]:
     """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
 
@@ -113,9 +103,10 @@ def evaluate_checkpoint(
     check_full(full, checkpoint)
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
     plan = Plan(checkpoint, settings, None, quality=True, harness=bool(measures.harness.tasks))
+    answers = measures.divergence_tokens > 0 and measures.divergence_on == "own answers"
     # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
-    alike = full is None and not (checkpoint.mask or mask.windows) and measures.asks_for_answers
-    with any_engines(plan) if alike else one_for_each(plan) as engines:
+    alike = answers and full is None and not (checkpoint.mask or mask.windows)
+    with any_engines(plan, switching=alike) as engines:
 
         def ask() -> Answers:
             full_model = engines.under(nothing) if full is None else running(full, nothing, settings, harness=False)
@@ -124,21 +115,18 @@ def evaluate_checkpoint(
 
         windows = () if full is None and checkpoint.is_stripped else measures.windows(ask)
         with engines.under(mask) as engine:
-            quality, raw = measures.quality(engine, mask, None)
+            quality, raw = measures.quality(engine, mask)
     if windows:
-        on, data = measures.divergence_on, measures.divergence_data
-        reference = Reference(whole, nothing, windows, dtype=settings.dtype, on=on, data=data)
+        reference = Reference(whole, nothing, windows, dtype=settings.dtype)
         own = reference.under(mask) if full is None else reference.of(checkpoint, mask, dtype=settings.dtype)
-        quality = quality.model_copy(update={"divergence": own})
-    provenance = Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype)
-    record = healing_of(checkpoint.directory)
-    healed = record.method if record else None
+        quality = quality.model_copy(update={"divergence": measures.named(own)})
+    healing = healing_of(checkpoint.directory)
     found = Evaluation(
         quality=quality,
         skipped=measures.harness.skipped,
-        healed=healed,
+        healed=healing.method if healing else None,
         full=None if full is None else ModelIdentity.of(full),
-        provenance=provenance,
+        provenance=Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype),
     )
     return found, raw
 
@@ -147,18 +135,14 @@ def check_full(full: Checkpoint | None, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for one that is another model, drops something, or is not what was healed towards."""
     if full is None:
         return
-    if _kind(full) != _kind(checkpoint):
-        raise CheckpointError(
-            f"{full.directory} ({_kind(full)}) is not the full model of {checkpoint.directory} ({_kind(checkpoint)})"
-        )
+    if (found := _kind(full)) != (own := _kind(checkpoint)):
+        raise CheckpointError(f"{full.directory} ({found}) is not the full model of {checkpoint.directory} ({own})")
     if full.mask:
         raise CheckpointError(f"{full.directory} is no full model: {full.mask.summary()}; name what it was made of")
     healing = healing_of(checkpoint.directory)
-    if healing and healing.teacher.fingerprint != full.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.directory} was healed towards {healing.teacher.path} (weights "
-            f"{healing.teacher.fingerprint}); --full {full.directory} has {full.fingerprint}"
-        )
+    if healing and (teacher := healing.teacher).fingerprint != full.fingerprint:
+        healed = f"{checkpoint.directory} was healed towards {teacher.path} (weights {teacher.fingerprint})"
+        raise CheckpointError(f"{healed}; --full {full.directory} has {full.fingerprint}")
 
 
 def _kind(checkpoint: Checkpoint) -> str:

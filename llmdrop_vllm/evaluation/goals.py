@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
+from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.evaluation.inspection import BLOCK_TOKENS, IN_FLIGHT_TOKENS, request_context
+from llmdrop_vllm.evaluation.inspection import IN_FLIGHT_TOKENS, request_context
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Candidates, Kind
@@ -42,36 +42,26 @@ class Sizes:
 
     def kv_share(self, mask: DropMask) -> float:
         """Of KV cache for a token, padding included, in that of the checkpoint as it is."""
-        whole, masked = (self._under(each).layout.token_values for each in (self.checkpoint.mask, mask))
+        whole, masked = (self.checkpoint.under(each).layout.token_values for each in (self.checkpoint.mask, mask))
         return float(masked / whole)
 
     def request_share(self, mask: DropMask) -> float:
         """Of KV cache for a request, once windows have passed what they do, in that of the checkpoint as it is."""
         return self.request_bytes(mask) / self.request_bytes(self.checkpoint.mask)
 
-    def request_bytes(self, mask: DropMask) -> int:
-        """Of KV cache that vLLM keeps ready for a request."""
-        return self._request_bytes(self._under(mask), IN_FLIGHT_TOKENS)
+    def request_bytes(self, mask: DropMask, in_flight: int = IN_FLIGHT_TOKENS) -> int:
+        """Of KV cache that vLLM keeps ready for a request, so many tokens of which are computed together."""
+        value_bytes = dtype_bytes(self.checkpoint.kv_dtype)
+        return self.checkpoint.under(mask).layout.request_bytes(self.context, in_flight, value_bytes)
 
     def requests(self, mask: DropMask, memory_bytes: int) -> float:
         """How many requests fit beside the weights."""
-        masked = self._under(mask)
-        free = max(0, memory_bytes - masked.weight_bytes)
-        return free // self._request_bytes(masked, IN_FLIGHT_TOKENS)
+        free = max(0, memory_bytes - self.checkpoint.under(mask).weight_bytes)
+        return free // self.request_bytes(mask)
 
     def step_bytes(self, mask: DropMask, requests: int) -> float:
         """What decoding reads for a token of each of so many requests: all weights, and their KV cache."""
-        masked = self._under(mask)
-        return masked.weight_bytes + requests * self._request_bytes(masked, 1)
-
-    def _under(self, mask: DropMask) -> MaskedCheckpoint:
-        return self.checkpoint.under(mask)
-
-    def _request_bytes(self, masked: MaskedCheckpoint, in_flight: int) -> int:
-        layout = masked.layout
-        block_tokens = layout.block_tokens(BLOCK_TOKENS)
-        blocks = layout.request_blocks(self.context, block_tokens, in_flight)
-        return int(blocks * layout.block_values * block_tokens * dtype_bytes(self.checkpoint.kv_dtype))
+        return self.checkpoint.under(mask).weight_bytes + requests * self.request_bytes(mask, in_flight=1)
 
 
 def wanted(
@@ -94,25 +84,19 @@ def wanted(
     if len(asked) > 1:
         raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
     sizes = Sizes(checkpoint, request_context(checkpoint, context))
-    if kv_share is not None and windows:
-        text = f"the KV cache of a request of {sizes.context:,} tokens is {{:.0%}} of the full one"
-        return Wanted(sizes.request_share, kv_share, text, more_is_better=False)
     if kv_share is not None:
-        text = "the KV cache is {:.0%} of the full one"
-        return Wanted(sizes.kv_share, kv_share, text, more_is_better=False)
+        share, of = sizes.kv_share, "the KV cache"
+        if windows:
+            share, of = sizes.request_share, f"the KV cache of a request of {sizes.context:,} tokens"
+        return Wanted(share, kv_share, f"{of} is {{:.0%}} of the full one", more_is_better=False)
     if requests is not None:
-        return Wanted(
-            lambda mask: sizes.requests(mask, memory_bytes),
-            requests,
-            f"{{:.0f}} requests of {sizes.context:,} tokens fit in {memory_bytes / 2**30:g} GiB",
-        )
+        fit = f"{{:.0f}} requests of {sizes.context:,} tokens fit in {memory_bytes / 2**30:g} GiB"
+        return Wanted(lambda mask: sizes.requests(mask, memory_bytes), requests, fit)
     if decode_speedup is not None:
         full = sizes.step_bytes(checkpoint.mask, batch)
-        return Wanted(
-            lambda mask: full / sizes.step_bytes(mask, batch),
-            decode_speedup,
-            f"decoding {batch} requests of {sizes.context:,} tokens is {{:.2f}} times as fast, by the bytes it reads",
-        )
+        decoding = f"decoding {batch} requests of {sizes.context:,} tokens"
+        fast = f"{decoding} is {{:.2f}} times as fast, by the bytes it reads"
+        return Wanted(lambda mask: full / sizes.step_bytes(mask, batch), decode_speedup, fast)
     return None
 
 
@@ -146,4 +130,4 @@ def mixes(candidates: Candidates, goal: Wanted, stages: int = 1, mlps: int | Non
 
 
 def _picked(candidates: Candidates, kind: Kind, count: int) -> Candidates:
-    return candidates.without(Ranked(kind, count).pick(candidates).units) if count else candidates
+    return Ranked(kind, count).pick(candidates) if count else candidates

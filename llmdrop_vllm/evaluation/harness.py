@@ -11,11 +11,11 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmdrop_vllm.artifacts import write_atomically
 from llmdrop_vllm.errors import DataError
-from llmdrop_vllm.evaluation.records import Prompting, TaskKind, TaskScore
+from llmdrop_vllm.evaluation.records import Asking, Prompting, TaskKind, TaskScore
 from llmdrop_vllm.evaluation.sandbox import check_confinement
 
 OWN_TASKS, OWN = Path(__file__).with_name("tasks"), "llmdrop_"
@@ -34,18 +34,18 @@ class Harness:
 
     `prompting` "auto" asks a model that has a chat template through it, in tasks that say how (`metadata.chat`), and
     has all else completed; "chat" and "completion" ask so throughout. `runs_code` lets tasks run what models write.
+    `limit` rows of each task are asked at most.
     """
 
     manager: Any = None
     tasks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
-    prompting: Prompting | Literal["auto"] = "auto"
+    prompting: Asking = "auto"
     runs_code: bool = False
+    limit: int | None = None
 
-    def run(
-        self, model: Any, *, limit: int | None = None, bars: bool = True
-    ) -> tuple[tuple[TaskScore, ...], dict[str, Any]]:
-        """Scores and lm-eval's own results; `model` is one of its models, `limit` rows of each task at most."""
+    def run(self, model: Any, *, bars: bool = True) -> tuple[tuple[TaskScore, ...], dict[str, Any]]:
+        """Scores and lm-eval's own results; `model` is one of its models."""
         # Not `simple_evaluate`, which describes the machine each time: seconds of `pip list` and the like.
         from lm_eval.evaluator import evaluate
 
@@ -59,7 +59,7 @@ class Harness:
                 results = evaluate(
                     model,
                     task_dict=found,
-                    limit=limit,
+                    limit=self.limit,
                     bootstrap_iters=BOOTSTRAPS,
                     apply_chat_template=prompting == "chat",
                     fewshot_as_multiturn=prompting == "chat",
@@ -90,7 +90,7 @@ class Harness:
 
 
 def find_tasks(
-    names: Sequence[str], *, prompting: Prompting | Literal["auto"] = "auto", runs_code: bool = False
+    names: Sequence[str], *, prompting: Asking = "auto", runs_code: bool = False, limit: int | None = None
 ) -> Harness:
     """Load the data of these tasks.
 
@@ -126,7 +126,7 @@ def find_tasks(
                 if holders.setdefault(task, name) != name:
                     raise DataError(f"task {task} is in {holders[task]} and in {name}; expected it once")
     kept = tuple(name for name in names if name not in skipped)
-    return Harness(manager, kept, skipped, prompting, runs_code)
+    return Harness(manager, kept, skipped, prompting, runs_code, limit)
 
 
 def _prepare(task: Any, prompting: Prompting) -> None:
@@ -215,11 +215,10 @@ def _quiet(*, bars: bool = True) -> Iterator[None]:
     """lm-eval and the libraries of its data report on every step, and draw a bar for each, where `bars` lets them."""
     with (
         only_from(logging.ERROR, "lm_eval", "datasets", "huggingface_hub"),
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
         Path(os.devnull).open("w") as nowhere,
         redirect_stderr(sys.stderr if bars else nowhere),
     ):
-        warnings.simplefilter("ignore")
         yield
 
 

@@ -17,7 +17,6 @@ from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.writing.validation import checked_config
 
-BLOCK_TOKENS = 16  # vLLM hands out KV cache in blocks of so many tokens
 LONGEST_REQUEST = 8192
 # vLLM computes so many tokens of prompts together, and a window keeps them until they are done; and so many may do.
 IN_FLIGHT_TOKENS, SMALL_CHUNK_TOKENS = 2048, 512
@@ -69,31 +68,24 @@ class Inspection(Record):
     healing: Healing | None
 
     @property
-    def dtype_note(self) -> str:
-        """For people, of float32: what they asked for is not what vLLM does with it by itself."""
-        if self.kv_dtype != "float32":
-            return ""
-        return "counted in float32, for --dtype float32; without it vLLM holds weights and KV cache in half the bytes"
-
-    @property
-    def chunk_note(self) -> str:
-        """For people, of a mask with windows: what they hold beside their own tokens."""
-        if not self.mask.windows:
-            return ""
-        counted = f"counted with chunks of {self.chunk:,} tokens of prompts, which windows hold too"
-        if self.requests_in_small_chunks <= self.dropped.requests:
-            return counted
-        fewer = f"with --max-num-batched-tokens {SMALL_CHUNK_TOKENS}, which prefills more slowly"
-        return f"{counted}; {fewer}, {self.requests_in_small_chunks:,} requests fit"
-
-    @property
-    def keys_note(self) -> str:
-        """For people, of keys that 8-bit floats are too coarse for."""
-        if not self.coarse_keys:
-            return ""
-        layers, most = " ".join(map(str, self.coarse_keys)), max(self.coarse_keys.values())
-        told = f"keys of layers {layers} have biases of up to {most:.0f}, which 8-bit floats are too coarse for"
-        return f"{told}: serve with --kv-cache-dtype-skip-layers {layers}"
+    def notes(self) -> list[str]:
+        """For people: that vLLM does not serve float32 by itself, which keys 8-bit floats are too coarse for, and what
+        windows hold beside their own tokens.
+        """
+        said = []
+        if self.kv_dtype == "float32":
+            half = "without it vLLM holds weights and KV cache in half the bytes"
+            said.append(f"counted in float32, for --dtype float32; {half}")
+        if self.coarse_keys:
+            layers, most = " ".join(map(str, self.coarse_keys)), max(self.coarse_keys.values())
+            told = f"keys of layers {layers} have biases of up to {most:.0f}, which 8-bit floats are too coarse for"
+            said.append(f"{told}: serve with --kv-cache-dtype-skip-layers {layers}")
+        if self.mask.windows:
+            said.append(f"counted with chunks of {self.chunk:,} tokens of prompts, which windows hold too")
+            if self.requests_in_small_chunks > self.dropped.requests:
+                fewer = f"with --max-num-batched-tokens {SMALL_CHUNK_TOKENS}, which prefills more slowly"
+                said[-1] += f"; {fewer}, {self.requests_in_small_chunks:,} requests fit"
+        return said
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """For a table: what, full, dropped, dropped as a share of full."""
@@ -215,19 +207,17 @@ def _weight_of_gone(checkpoint: Checkpoint, whole: PreTrainedModel, all_left: in
 def _footprint(
     layout: KVLayout, parameters: int, weights: int, memory_bytes: int, value_bytes: int, context: int, chunk: int
 ) -> Footprint:
-    per_token, block = layout.token_values * value_bytes, layout.block_tokens(BLOCK_TOKENS)
-    block_bytes = layout.block_values * value_bytes * block
-    free_bytes = max(0, memory_bytes - weights)
-    blocks = layout.request_blocks(context, block, chunk)
+    free_bytes, request_bytes = max(0, memory_bytes - weights), layout.request_bytes(context, chunk, value_bytes)
+    block_bytes = layout.token_values * value_bytes * layout.block_tokens
     return Footprint(
         parameters=parameters,
         weight_bytes=weights,
         attention_layers=layout.layers,
         recurrent_layers=layout.recurrent_layers,
-        kv_bytes_per_token=int(per_token),
-        kv_tokens=int(free_bytes // (per_token * block)) * block,
-        request_bytes=blocks * block_bytes,
-        requests=free_bytes // block_bytes // blocks,
+        kv_bytes_per_token=layout.token_bytes(value_bytes),
+        kv_tokens=int(free_bytes // block_bytes) * layout.block_tokens,
+        request_bytes=request_bytes,
+        requests=free_bytes // request_bytes,
     )
 
 

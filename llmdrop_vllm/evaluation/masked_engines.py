@@ -1,15 +1,13 @@
 """Engines for many masks: one in which masks are switched, or one that is built with each."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, Masked, default_device, running, speeds_in_turns
+from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, default_device, running, speeds_in_turns
 from llmdrop_vllm.evaluation.records import Speed, SpeedWorkload
 from llmdrop_vllm.masks.mask import DropMask
-
-NUM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -44,50 +42,30 @@ class Engines:
             self.one.put_on(mask)
             yield self.one
 
-    def speeds(self, engine: Engine, mask: DropMask) -> tuple[Speed, Speed] | None:
+    def speeds(self, engine: Engine, mask: DropMask) -> list[Speed] | None:
         """Of the mask, whose engine is given, and of the full model in turns. None where they cannot be told here: on a
         GPU engines are served compiled, and one for switching is not.
         """
-        pair: tuple[Engine | Masked, Engine | Masked]
-        if self.one is not None and default_device() == "cpu":
-            pair = Masked(self.one, mask), Masked(self.one, self.plan.checkpoint.mask)
-        elif self.full is not None:
-            pair = engine, self.full
-        else:
+        other = self.full or (self.one if default_device() == "cpu" else None)
+        if other is None or self.plan.workload is None:
             return None
-        if self.plan.workload is None:
-            return None
-        own, full = speeds_in_turns(pair, self.plan.workload, num_rounds=NUM_ROUNDS)
-        return own, full
+        return speeds_in_turns(((engine, mask), (other, self.plan.checkpoint.mask)), self.plan.workload)
 
 
 @contextmanager
-def one_for_all(plan: Plan) -> Iterator[Engines | None]:
-    """None where masks cannot be switched, or what is wanted cannot be told that way."""
-    if default_device() == "cuda" and not plan.quality:
-        yield None
-        return
-    settings = replace(plan.settings, switching=True)
-    with running(plan.checkpoint, plan.checkpoint.mask, settings, harness=plan.harness) as engine:
-        yield Engines(plan, one=engine) if engine.can_switch() else None
-
-
-@contextmanager
-def one_for_each(plan: Plan) -> Iterator[Engines]:
-    """With the full model's engine for as long as there are others."""
+def any_engines(plan: Plan, *, switching: bool = True) -> Iterator[Engines]:
+    """One in which masks are switched, where they can be and what is wanted can be told that way; else one for each,
+    and the full model's for as long as there are others.
+    """
+    if switching and (plan.quality or default_device() != "cuda"):
+        settings = replace(plan.settings, switching=True)
+        with running(plan.checkpoint, plan.checkpoint.mask, settings, harness=plan.harness) as engine:
+            if engine.can_switch():
+                yield Engines(plan, one=engine)
+                return
     if plan.workload is None:
         yield Engines(plan)
         return
     plan = replace(plan, settings=replace(plan.settings, engines=2))
     with running(plan.checkpoint, plan.checkpoint.mask, plan.settings, harness=False) as full:
         yield Engines(plan, full=full)
-
-
-@contextmanager
-def any_engines(plan: Plan) -> Iterator[Engines]:
-    """The one in which masks are switched, where they can be."""
-    with ExitStack() as stack:
-        one = stack.enter_context(one_for_all(plan))
-        if one is None:
-            stack.close()  # its memory is needed
-        yield one or stack.enter_context(one_for_each(plan))

@@ -14,6 +14,7 @@ from llmdrop_vllm.selection.candidates import Kind
 
 TaskKind = Literal["multiple choice", "generation", "other"]
 Prompting = Literal["chat", "completion"]
+Asking = Prompting | Literal["auto"]
 DivergedOn = Literal["text", "own answers", "held-out answers"]
 
 
@@ -28,6 +29,11 @@ class Estimate(Record):
         """Of independent values; one alone has no standard error."""
         stderr = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(value=fmean(values), stderr=stderr)
+
+    def exp(self) -> Self:
+        """Of e to its power (delta method)."""
+        value = math.exp(self.value)
+        return type(self)(value=value, stderr=None if self.stderr is None else value * self.stderr)
 
 
 class Perplexity(Record):
@@ -47,20 +53,15 @@ class Perplexity(Record):
     @classmethod
     def of(cls, nll: list[float], context: int, data: DataIdentity) -> Self:
         """From the mean negative log-likelihood of each window, in nats per token."""
-        mean = Estimate.of(nll)
-        value = math.exp(mean.value)
-        stderr = None if mean.stderr is None else value * mean.stderr
-        tokens = len(nll) * (context - 1)
-        return cls(value=value, stderr=stderr, tokens=tokens, context=context, window_nll=tuple(nll), data=data)
+        its, tokens = Estimate.of(nll).exp(), len(nll) * (context - 1)
+        return cls(value=its.value, stderr=its.stderr, tokens=tokens, context=context, window_nll=tuple(nll), data=data)
 
     def relative_to(self, full: "Perplexity") -> Estimate:
         """This perplexity over another on the same windows, with the standard error of the difference window by window:
         most of what makes a window hard is in both, so it is much smaller than those of the two.
         """
         pairs = zip(self.window_nll, full.window_nll, strict=True)
-        difference = Estimate.of([own - other for own, other in pairs])
-        ratio = math.exp(difference.value)
-        return Estimate(value=ratio, stderr=None if difference.stderr is None else ratio * difference.stderr)
+        return Estimate.of([own - other for own, other in pairs]).exp()
 
 
 class Divergence(Record):
@@ -113,8 +114,7 @@ class Quality(Record):
 
     def task_average(self, kind: TaskKind | None = None) -> float | None:
         """Mean score over tasks, of one kind or all; None without any."""
-        found = [task.value for task in self.tasks_of(kind)]
-        return fmean(found) if found else None
+        return fmean(task.value for task in found) if (found := self.tasks_of(kind)) else None
 
 
 class Evaluation(Record):
@@ -188,7 +188,7 @@ class SweepRequest(Record):
     limit: int | None
     workload: SpeedWorkload | None
     dtype: str
-    prompting: Prompting | Literal["auto"] = "auto"
+    prompting: Asking = "auto"
     divergence_on: DivergedOn = "text"
     divergence_data: DataIdentity | None = None
 
@@ -227,13 +227,11 @@ class Sweep(Record):
         """Time of the full model over the point's, for the workload's prefill and decode: the median over rounds,
         in which both had the same prompts within seconds; None if unmeasured.
         """
-        found = self._speedups(point)
-        return median(found) if found else None
+        return median(found) if (found := self._speedups(point)) else None
 
     def speedup_spread(self, point: Point) -> tuple[float, float] | None:
         """Smallest and largest speedup over rounds."""
-        found = self._speedups(point)
-        return (min(found), max(found)) if found else None
+        return (min(found), max(found)) if (found := self._speedups(point)) else None
 
     def _speedups(self, point: Point) -> list[float]:
         workload = self.request.workload

@@ -50,15 +50,12 @@ def _run(program: str, seconds: int, memory_bytes: int) -> bool:
             done = subprocess.run(
                 command,
                 input=f"{secret}\n{program}",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
+                capture_output=True,
                 errors="replace",
                 timeout=2 * seconds + GRACE_S,
                 cwd=nothing,
                 env={"PYTHONHASHSEED": "0"},
                 start_new_session=True,
-                check=False,
             )
         except subprocess.TimeoutExpired:
             return False

@@ -1,8 +1,10 @@
 """Which masks a sweep measures: for each order of dropping, more and more of it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from typing import get_args
 
 from llmdrop_vllm.artifacts import Scores
@@ -10,7 +12,7 @@ from llmdrop_vllm.errors import InputError, MaskError
 from llmdrop_vllm.evaluation.records import Series, mask_id
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Kind
-from llmdrop_vllm.selection.orders import Deepest, LeastImportant, MostImportant, Order, Random
+from llmdrop_vllm.selection.orders import Deepest, MostImportant, Order, Random
 from llmdrop_vllm.selection.selection import Consecutive, Method, Ranked, select
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -42,30 +44,33 @@ def make_series(
     found: dict[str, Series] = {}
     masks: dict[str, DropMask] = {}
     for name in names:
-        for title, kind, methods in _methods(name, counts):
-            reached = dict(_reachable(scores, counts, methods))
+        for title, kind, method in _methods(name):
+            reached: dict[int, DropMask] = {}
+            for count in counts:
+                with suppress(MaskError):  # more than there is
+                    reached[count] = select(scores, method(count)).mask
             if not reached:
                 raise InputError(f"series {title}: none of {', '.join(map(str, counts))} can be dropped")
-            masks |= {mask_id(mask): mask for mask in reached.values()}
-            ids = tuple(mask_id(mask) for mask in reached.values())
-            order = str(methods[0]).split(maxsplit=2)[2]  # after what goes and how many
+            ids = tuple(map(mask_id, reached.values()))
+            masks |= dict(zip(ids, reached.values(), strict=True))
+            order = str(method(1)).split(maxsplit=2)[2]  # after what goes and how many
             found[title] = Series(name=title, what=kind, order=order, counts=tuple(reached), masks=ids)
     return tuple(found.values()), masks
 
 
-def _methods(name: str, counts: Sequence[int]) -> Iterator[tuple[str, Kind, list[Method]]]:
-    """Title, what goes, and one method per count."""
+def _methods(name: str) -> Iterator[tuple[str, Kind, Callable[[int], Method]]]:
+    """Title, what goes, and the method that drops so many of it."""
     if name == "consecutive":
-        yield name, "blocks", [Consecutive(count) for count in counts]
+        yield name, "blocks", Consecutive
     elif name in KINDS:
-        yield name, name, [Ranked(name, count, LeastImportant()) for count in counts]
+        yield name, name, partial(Ranked, name)
     else:
         order_name, slash, what = name.partition("/")
         what = what or "attention"
         for title, order in _orders(order_name, name):
             if what not in KINDS:
                 raise InputError(f"series {name}: {what} is not one of {', '.join(KINDS)}")
-            yield title + (slash and f"/{what}"), what, [Ranked(what, count, order) for count in counts]
+            yield title + (slash and f"/{what}"), what, partial(Ranked, what, order=order)
 
 
 def _orders(name: str, asked: str) -> list[tuple[str, Order]]:
@@ -75,11 +80,3 @@ def _orders(name: str, asked: str) -> list[tuple[str, Order]]:
         return [(name, ORDERS[name])]
     known = ", ".join((*KINDS, "consecutive", *ORDERS, "random:SEEDS"))
     raise InputError(f"series {asked} is unknown; expected {known}, an order also as in last/blocks")
-
-
-def _reachable(scores: Scores, counts: Sequence[int], methods: Sequence[Method]) -> Iterator[tuple[int, DropMask]]:
-    for count, method in zip(counts, methods, strict=True):
-        try:
-            yield count, select(scores, method).mask
-        except MaskError:  # more than there is
-            continue

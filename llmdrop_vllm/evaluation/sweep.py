@@ -1,8 +1,7 @@
 """Quality and speed against the number of sublayers dropped, every finished point kept at once."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from tqdm import tqdm
 from llmdrop_vllm.artifacts import Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.evaluation.answers import Answers, own_answers
-from llmdrop_vllm.evaluation.divergence import Reference
+from llmdrop_vllm.evaluation.divergence import Answers, Reference, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
-from llmdrop_vllm.evaluation.masked_engines import Engines, Plan, one_for_all, one_for_each
+from llmdrop_vllm.evaluation.masked_engines import Engines, Plan, any_engines
 from llmdrop_vllm.evaluation.records import (
     Divergence,
     Point,
@@ -33,8 +31,6 @@ from llmdrop_vllm.masks.mask import DropMask
 
 SWEEP_FILE, SCORES_FILE, ANSWERS_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "answers.json", "lm-eval"
 ELSEWHERE = "choose another directory"
-# The second for what the first cannot tell.
-WAYS: tuple[Callable[[Plan], AbstractContextManager[Engines | None]], ...] = (one_for_all, one_for_each)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class SweepPlan:
             context=self.measures.context,
             divergence_tokens=self.measures.divergence_tokens,
             tasks=self.measures.harness.tasks,
-            limit=self.measures.limit,
+            limit=self.measures.harness.limit,
             workload=self.workload,
             dtype=self.settings.dtype,
             prompting=self.measures.harness.prompting,
@@ -69,21 +65,18 @@ class SweepPlan:
 
     def begin(self, out: Path) -> Sweep:
         """What a file has already, with this plan's series. Raises OutputError if it was measured otherwise."""
-        fresh = Sweep(
-            request=self.request,
-            series=self.series,
-            base=mask_id(self.checkpoint.mask),
-            provenance=Provenance.of(self.checkpoint, data=self.scores.provenance.data, dtype=self.settings.dtype),
-        )
+        request, base = self.request, mask_id(self.checkpoint.mask)
         if not out.exists():
-            return fresh
+            data, dtype = self.scores.provenance.data, self.settings.dtype
+            provenance = Provenance.of(self.checkpoint, data=data, dtype=dtype)
+            return Sweep(request=request, series=self.series, base=base, provenance=provenance)
         kept = read_record(Sweep, out)
         # A sweep of quality alone may get its speeds later, and one with speeds go on without.
-        request = fresh.request.model_copy(update={"workload": self.workload or kept.request.workload})
+        request = request.model_copy(update={"workload": self.workload or kept.request.workload})
         if kept.request.model_copy(update={"workload": kept.request.workload or self.workload}) != request:
             raise OutputError(f"{out} was measured otherwise: {_difference(kept.request, request)}")
-        if kept.base != fresh.base:  # a config may say another mask for the same weights
-            raise OutputError(f"{out} begins with mask {kept.base}, and the model has {fresh.base}; {ELSEWHERE}")
+        if kept.base != base:  # a config may say another mask for the same weights
+            raise OutputError(f"{out} begins with mask {kept.base}, and the model has {base}; {ELSEWHERE}")
         before = {each.name: each for each in kept.series}
         own = [_united(before.pop(each.name, each), each) for each in self.series]
         return kept.model_copy(update={"request": request, "series": (*own, *before.values())})
@@ -98,18 +91,14 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
     lock = hold(directory, "measuring into it")
     try:
         keeper = _Keeper(plan, directory)
-        missing = [mask for mask in keeper.masks.values() if keeper.lacks(mask)]
-        divergences = keeper.divergences([mask for mask in missing if keeper.lacks_quality(mask)])
-        with tqdm(total=len(missing), unit="point", disable=not progress) as bar:
-            for way in WAYS:
-                if left := [mask for mask in missing if keeper.lacks(mask)]:
-                    with way(keeper.engines_for(left)) as engines:
-                        if engines is None:
-                            continue
-                        for mask in left:
-                            bar.set_description(mask_title(mask))
-                            keeper.measure(mask, divergences.get(mask_id(mask)), engines)
-                            bar.update(not keeper.lacks(mask))
+        divergences = keeper.divergences()
+        with tqdm(total=len(keeper.missing), unit="point", disable=not progress) as bar:
+            while left := keeper.missing:  # again for the speeds that engines for quality cannot tell
+                with any_engines(keeper.engines) as engines:
+                    for name, mask in left.items():
+                        bar.set_description(mask_title(mask))
+                        keeper.measure(name, divergences.get(name), engines)
+                        bar.update(name not in keeper.missing)
         return keeper.keep()
     finally:
         os.close(lock)
@@ -130,25 +119,34 @@ class _Keeper:
         write_record(plan.scores, directory / SCORES_FILE)
         self.masks = {self.found.base: plan.checkpoint.mask} | dict(plan.masks)
 
-    def lacks(self, mask: DropMask) -> bool:
-        """Whether a mask is to be measured, or its speed is."""
-        point = self.found.points.get(mask_id(mask))
-        return point is None or (self.plan.workload is not None and point.speed is None)
+    @property
+    def unknown(self) -> dict[str, DropMask]:
+        """Masks of which nothing was measured yet, by id."""
+        return {name: mask for name, mask in self.masks.items() if name not in self.found.points}
 
-    def lacks_quality(self, mask: DropMask) -> bool:
-        """Whether nothing of a mask was measured yet."""
-        return mask_id(mask) not in self.found.points
+    @property
+    def missing(self) -> dict[str, DropMask]:
+        """Those, and masks that are to be timed."""
+        if self.plan.workload is None:
+            return self.unknown
+        timed = {name for name, point in self.found.points.items() if point.speed is not None}
+        return {name: mask for name, mask in self.masks.items() if name not in timed}
 
-    def divergences(self, masks: Sequence[DropMask]) -> dict[str, Divergence]:
+    @property
+    def engines(self) -> Plan:
+        """For what is missing."""
+        plan, quality = self.plan, bool(self.unknown)
+        harness = quality and bool(plan.measures.harness.tasks)
+        return Plan(plan.checkpoint, plan.settings, plan.workload, quality=quality, harness=harness)
+
+    def divergences(self) -> dict[str, Divergence]:
         """By mask id, before the first engine of a mask needs the memory: the full model is loaded once for it."""
-        plan, measures = self.plan, self.plan.measures
-        windows = measures.windows(self._answers) if masks else ()
+        plan, masks = self.plan, self.unknown
+        windows = plan.measures.windows(self._answers) if masks else ()
         if not windows:
             return {}
-        base, dtype = plan.checkpoint.mask, plan.settings.dtype
-        on, data = measures.divergence_on, measures.divergence_data
-        reference = Reference(plan.checkpoint, base, windows, dtype=dtype, on=on, data=data)
-        return {mask_id(mask): reference.under(mask) for mask in masks}
+        reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
+        return {name: plan.measures.named(reference.under(mask)) for name, mask in masks.items()}
 
     def _answers(self) -> Answers:
         """The full model's, the same ones for all points: kept for a sweep that goes on."""
@@ -159,26 +157,23 @@ class _Keeper:
                 write_record(own_answers(engine, self.plan.measures.divergence_tokens), path)
         return read_record(Answers, path)
 
-    def engines_for(self, masks: Sequence[DropMask]) -> Plan:
-        """What is left to measure of them."""
-        plan, quality = self.plan, any(map(self.lacks_quality, masks))
-        harness = quality and bool(plan.measures.harness.tasks)
-        return Plan(plan.checkpoint, plan.settings, plan.workload, quality=quality, harness=harness)
-
-    def measure(self, mask: DropMask, divergence: Divergence | None, engines: Engines) -> None:
+    def measure(self, name: str, divergence: Divergence | None, engines: Engines) -> None:
         """One point, or its speed alone where its quality is there already."""
+        mask = self.masks[name]
         with engines.under(mask) as engine:
-            if (point := self.found.points.get(mask_id(mask))) is None:
-                point = self._point(engine, mask, divergence)
+            if (point := self.found.points.get(name)) is None:
+                point = self._point(engine, name, divergence)
             if (speeds := engines.speeds(engine, mask)) is not None:
                 point = point.model_copy(update=dict(zip(("speed", "full_speed"), speeds, strict=True)))
-        self.keep(points={**self.found.points, mask_id(mask): point})
+        self.keep(points={**self.found.points, name: point})
 
-    def _point(self, engine: Engine, mask: DropMask, divergence: Divergence | None) -> Point:
-        quality, raw = self.plan.measures.quality(engine, mask, divergence, bars=False)
+    def _point(self, engine: Engine, name: str, divergence: Divergence | None) -> Point:
+        checkpoint, mask = self.plan.checkpoint, self.masks[name]
+        quality, raw = self.plan.measures.quality(engine, mask, bars=False)
+        quality = quality.model_copy(update={"divergence": divergence})
         if raw is not None:
-            write_results(raw, self.directory / HARNESS_DIRECTORY / f"{mask_id(mask)}.json")
-        masked, base = (self.plan.checkpoint.under(each) for each in (mask, self.plan.checkpoint.mask))
+            write_results(raw, self.directory / HARNESS_DIRECTORY / f"{name}.json")
+        masked, base = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
         kv_share = float(masked.layout.token_values / base.layout.token_values)
         parameters = count_parameters(transformers_config(masked))
         return Point(quality=quality, speed=None, full_speed=None, kv_share=kv_share, parameters=parameters)

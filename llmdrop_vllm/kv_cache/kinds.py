@@ -18,13 +18,11 @@ SHARED = "shared"
 WHOLE_HEADS = frozenset({"minicpm3"})
 # Models whose values are of another size than their keys; elsewhere the entry is about latent attention.
 OWN_VALUE_SIZE = frozenset({"mimo_v2", "mimo_v2_flash"})
+# What attention is that sees less than all, and the entry that says how much.
+SPANS = {"sliding_attention": ("sliding", "sliding_window"), "chunked_attention": ("chunked", "attention_chunk_size")}
 # Entries that hold for all layers of one kind, and the entries that they stand in for there.
 ENTRIES_OF_KIND = {
-    "sliding_attention": {
-        "swa_num_key_value_heads": "num_key_value_heads",
-        "swa_head_dim": "head_dim",
-        "swa_v_head_dim": "v_head_dim",
-    },
+    "sliding_attention": {f"swa_{entry}": entry for entry in ("num_key_value_heads", "head_dim", "v_head_dim")},
     "full_attention": {"num_global_key_value_heads": "num_key_value_heads", "global_head_dim": "head_dim"},
 }
 
@@ -60,15 +58,10 @@ class LayerKind:
         if last.startswith("state "):
             state = int(last.removeprefix("state "))
             return replace(cls.parse(attention[0], values), state=state) if attention else cls(NO_MIXER, 0, state=state)
-        name, _, span = text.partition(" ")
+        name, _, number = text.partition(" ")
         if name == SHARED:
-            return cls.of_donor(int(span))
-        return cls(name, values, int(span) if span.isdecimal() else None)
-
-    @classmethod
-    def of_donor(cls, donor: int) -> Self:
-        """Of a layer that stores nothing and reads an earlier one's keys and values."""
-        return cls(SHARED, 0, donor=donor)
+            return cls(SHARED, 0, donor=int(number))
+        return cls(name, values, int(number) if number.isdecimal() else None)
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -87,11 +80,9 @@ class LayerKind:
 
         `in_flight` of them may be computed together, and what they push out of a window goes only after that.
         """
-        if self.span is None:
+        if self.seen_in_full is None:
             return context
-        if self.name == "window":
-            return min(context, STRETCH + span(self.span) - 1 + in_flight)
-        return min(context, self.span + in_flight - (self.name == "sliding"))
+        return min(context, self.seen_in_full - self.begins_anywhere + in_flight)
 
     @property
     def begins_anywhere(self) -> bool:
@@ -127,7 +118,7 @@ def layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     donors = {types[layer]: layer for layer in range(own)}
     if lacking := {*types[own:depth]} - donors.keys():
         raise CheckpointError(f"layers from {own} on read others' keys and values, and none before has {min(lacking)}")
-    return (*kinds, *(LayerKind.of_donor(donors[types[layer]]) for layer in range(own, depth)))
+    return (*kinds, *(LayerKind(SHARED, 0, donor=donors[types[layer]]) for layer in range(own, depth)))
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -149,18 +140,15 @@ def _settings(config: Mapping[str, Any], layer: int, kind: str) -> Mapping[str, 
         own |= {"num_key_value_heads": other["num_attention_groups"], "head_dim": other.get("head_dim")}
     if blocks := config.get("block_configs"):  # Nemotron-NAS
         # What is gone is taken for what is left.
-        groups = [
-            block_entry(block_entry(block, "attention"), "n_heads_in_group") for block in (blocks[layer], *blocks)
-        ]
-        if shared_by := next(filter(None, groups), None):
+        attention = (block_entry(block, "attention") for block in (blocks[layer], *blocks))
+        if shared_by := next(filter(None, (block_entry(each, "n_heads_in_group") for each in attention)), None):
             own["num_key_value_heads"] = config["num_attention_heads"] // shared_by
     layers = config.get("per_layer_config") or {}  # Transformers' heterogeneous configs
     return {**config, **own, **(layers.get(str(layer)) or layers.get(layer) or {})}
 
 
 def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
-    no_attention = layer_type in (RECURRENT, NO_MIXER)
-    kind = LayerKind(NO_MIXER, 0) if no_attention else _attention_kind(config, layer_type)
+    kind = LayerKind(NO_MIXER, 0) if layer_type in (RECURRENT, NO_MIXER) else _attention_kind(config, layer_type)
     if layer_type in (RECURRENT, HYBRID):
         kind = replace(kind, state=state_values(config), state_blocks=state_blocks(config))
     return kind
@@ -169,12 +157,8 @@ def _kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
 def _attention_kind(config: Mapping[str, Any], layer_type: str) -> LayerKind:
     if config.get("kv_lora_rank") and config.get("model_type") not in WHOLE_HEADS:
         return LayerKind("compressed", config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0))
-    values = _values_of_heads(config)
-    if layer_type == "sliding_attention":
-        return LayerKind("sliding", values, config.get("sliding_window"))
-    if layer_type == "chunked_attention":
-        return LayerKind("chunked", values, config.get("attention_chunk_size"))
-    return LayerKind("full", values)
+    name, entry = SPANS.get(layer_type, ("full", ""))
+    return LayerKind(name, _values_of_heads(config), config.get(entry))
 
 
 def _values_of_heads(config: Mapping[str, Any]) -> int:

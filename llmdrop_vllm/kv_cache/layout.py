@@ -14,6 +14,7 @@ from itertools import accumulate, product
 
 from llmdrop_vllm.kv_cache.kinds import LayerKind
 
+BLOCK_TOKENS = 16  # vLLM hands out the KV cache of attention alone in blocks of so many tokens
 # Known hybrid models have two kinds of KV cache; the search below tries all ways to share n drops between kinds.
 MAX_KINDS = 3
 
@@ -93,11 +94,17 @@ class KVLayout:
             for group in self.groups
         )
 
-    def block_tokens(self, least: int) -> int:
-        """vLLM's block size where it would be `least` for attention alone: a block must have room for a state."""
+    @property
+    def block_tokens(self) -> int:
+        """vLLM's block size: a block must have room for a state."""
         widest = max((kind.values for kind in self.kinds), default=0)
         state = max((kind.state for kind in self.kinds), default=0)
-        return least * max(1, -(-state // (least * widest))) if widest else least
+        return BLOCK_TOKENS * max(1, -(-state // (BLOCK_TOKENS * widest))) if widest else BLOCK_TOKENS
+
+    def request_bytes(self, context: int, in_flight: int, value_bytes: int) -> int:
+        """Bytes that vLLM keeps ready for a request, as `request_blocks`, with so many for each number."""
+        blocks = self.request_blocks(context, self.block_tokens, in_flight)
+        return blocks * self.block_tokens * self.block_values * value_bytes
 
     def describe(self) -> str:
         """For people: `KV cache stored as 34 layers for 30: 4 layers (13%) of padding`."""

@@ -38,14 +38,13 @@ def _convolution(channels: int, kernel: int) -> int:
 def _gated_delta_net(config: Config) -> int:
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
-    state: int = values * config["linear_key_head_dim"]
-    return _convolution(2 * keys + values, config["linear_conv_kernel_dim"]) + state
+    convolution = _convolution(2 * keys + values, config["linear_conv_kernel_dim"])
+    return convolution + int(values * config["linear_key_head_dim"])
 
 
 def _mamba(config: Config) -> int:
     inner = config["mamba_expand"] * config["hidden_size"]
-    state: int = inner * config["mamba_d_state"]
-    return _convolution(inner, config["mamba_d_conv"]) + state
+    return _convolution(inner, config["mamba_d_conv"]) + int(inner * config["mamba_d_state"])
 
 
 def _mamba2(inner: int, groups: int, state: int, kernel: int) -> int:

@@ -111,7 +111,7 @@ def with_cosine(space: Space, candidates: Candidates, checkpoint: Checkpoint) ->
     """
     for kind in KINDS:
         if count := getattr(space, kind):
-            candidates = candidates.without(Ranked(kind, count).pick(candidates).units)
+            candidates = Ranked(kind, count).pick(candidates)
     by_cosine, asked = candidates.mask, space.meets
     if len({*candidates.scores.kinds}) == 1 or isinstance(space, StateSpace):  # whose goal sees it
         return space, by_cosine

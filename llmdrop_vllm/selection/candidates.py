@@ -40,13 +40,14 @@ class Unit:
 @dataclass(frozen=True)
 class Candidates:
     """What a method picks from: the scores, the mask so far, and the layers that must stay as they are; of hybrids,
-    whether all that mixes tokens may go, or only attention, or only recurrent mixers.
+    whether all that mixes tokens may go, or only attention, or only recurrent mixers. `notes` tell of what went.
     """
 
     scores: Scores
     mask: DropMask
     protect: frozenset[int] = frozenset()
     mixers: Mixers = "all"
+    notes: tuple[str, ...] = ()
 
     def units(self, kind: Kind) -> list[Unit]:
         """All that may go, attention before MLP, each in layer order."""
@@ -76,24 +77,21 @@ class Candidates:
             if value is not None and layer not in gone
         ]
 
-    def without(self, units: Iterable[Unit]) -> Self:
+    def without(self, units: Sequence[Unit], *notes: str) -> Self:
         """What is left after these went, in this order."""
-        units = tuple(units)
         attention = (*self.mask.attention, *(unit.layer for unit in units if unit.attention))
         mlp = (*self.mask.mlp, *(unit.layer for unit in units if unit.mlp))
-        return replace(self, mask=replace(self.mask, attention=attention, mlp=mlp))
+        return replace(self, mask=replace(self.mask, attention=attention, mlp=mlp), notes=(*self.notes, *notes))
 
     def take(self, units: Iterable[Unit], count: int) -> list[Unit]:
         """The first `count` units, passing over one that would take the last attention sublayer: vLLM needs one."""
         taken: list[Unit] = []
         left = {layer for layer in self.mask.kept_attention if self.scores.kinds[layer].values}
         for unit in units:
-            if len(taken) == count:
-                break
             if not unit.attention or left != {unit.layer}:
                 taken.append(unit)
                 left -= {unit.layer} if unit.attention else set()
-        return taken
+        return taken[:count]
 
     def available(self, units: Sequence[Unit]) -> int:
         """How many of these can go, in whatever order."""

@@ -21,6 +21,9 @@ from llmdrop_vllm.selection.candidates import Candidates, Kind, Mixers, Unit
 from llmdrop_vllm.selection.orders import LeastImportant, Order
 from llmdrop_vllm.shares import parse_share
 
+Rescoring = Callable[[DropMask], Scores]
+SHARES = "expected a share of the full model's KV cache, above 0% and at most 100%, such as 50% or 0.5"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -31,19 +34,11 @@ class Selection:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Picked:
-    """What a method drops, first to go first, and what to say about it."""
-
-    units: tuple[Unit, ...]
-    notes: tuple[str, ...] = ()
-
-
 class Method(Protocol):
     """One way to choose; `str()` of it says which, for people and for the mask file."""
 
-    def pick(self, candidates: Candidates) -> Picked:
-        """Choose. Raises MaskError where there is not enough to choose from."""
+    def pick(self, candidates: Candidates) -> Candidates:
+        """What is left of them. Raises MaskError where there is not enough to choose from."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +59,16 @@ class Ranked:
     def __str__(self) -> str:
         return f"{self.kind} {self.count} {self.order}"
 
-    def pick(self, candidates: Candidates) -> Picked:
-        """The first `count` in order."""
+    def pick(self, candidates: Candidates) -> Candidates:
+        """Without the first `count` in order."""
         units = self.order.arrange(candidates.units(self.kind), candidates.mask.num_hidden_layers)
         candidates.check_count(self.kind, self.count, candidates.available(units))
         picked = candidates.take(units, self.count)
         if self.avoid_padding and self.kind == "attention" and self.order == LeastImportant():
-            return _avoid_padding(candidates, units, picked, self.padding_tolerance)
+            return _unpadded(candidates, units, picked, self.padding_tolerance)
         passed_over = [unit.layer for unit in units[: len(picked)] if unit not in picked]
         notes = (f"attention of layer {layer} stays, though it was its turn: vLLM needs one" for layer in passed_over)
-        return Picked(tuple(picked), tuple(notes))
+        return candidates.without(picked, *notes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Consecutive:
     def __str__(self) -> str:
         return f"consecutive {self.count} by block similarity"
 
-    def pick(self, candidates: Candidates) -> Picked:
+    def pick(self, candidates: Candidates) -> Candidates:
         """Among the runs in which every block has something to drop."""
         depth = candidates.mask.num_hidden_layers
         longest = max((count for count in range(1, depth + 1) if _runs(candidates, count)), default=0)
@@ -96,7 +91,7 @@ class Consecutive:
         # Gap g stands in column g - 1: a run of n blocks is the gap n from its first layer.
         similarity = candidates.scores.block_similarity_by_gap
         best = max(_runs(candidates, self.count), key=lambda run: similarity[run[0].layer][self.count - 1])
-        return Picked(best)
+        return candidates.without(best)
 
 
 @dataclass(frozen=True)
@@ -111,40 +106,40 @@ class KVBudget:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise _share_error(_percent(self.share))
+            raise MaskError(f"kv budget is {_percent(self.share)}; {SHARES}")
 
     @classmethod
     def parse(cls, text: str, avoid_padding: bool = True) -> Self:
         """From `50%` or `0.5`; a bare `50` or `1` could mean either and is refused."""
         share = parse_share(text)
         if share is None or not 0 < share <= 1:
-            raise _share_error(repr(text))
+            raise MaskError(f"kv budget is {text!r}; {SHARES}")
         return cls(share, avoid_padding)
 
     def __str__(self) -> str:
         return f"attention by importance until the KV cache is {_percent(self.share)}"
 
-    def pick(self, candidates: Candidates) -> Picked:
+    def pick(self, candidates: Candidates) -> Candidates:
         """The smallest number of drops that meets the budget: more of them may be stored in more layers. What stores
         nothing of a token stays: recurrent mixers, and attention that reads another layer's keys and values.
         """
         kinds = candidates.scores.kinds
         readers = {layer for layer, kind in enumerate(kinds) if kind.donor is not None}
-        candidates = replace(candidates, mixers="attention", protect=candidates.protect | readers)
-        full = kv_layout(kinds).token_values
-        most = candidates.available(candidates.units("attention"))
-        smallest = full
+        storing = replace(candidates, mixers="attention", protect=candidates.protect | readers)
+        smallest = full = kv_layout(kinds).token_values
+        most = storing.available(storing.units("attention"))
         for count in range(most + 1):
             ranked = Ranked("attention", count, avoid_padding=self.avoid_padding)
-            picked = ranked.pick(candidates) if count else Picked(())
-            stored = candidates.without(picked.units).kv_layout.token_values
+            left = ranked.pick(storing) if count else storing
+            stored = left.kv_layout.token_values
             smallest = min(smallest, stored)
             if stored <= self.share * full:
                 size = f"KV cache stored as {_in_layers(stored, kinds)} of the full model's {_in_layers(full, kinds)}"
-                return replace(picked, notes=(*picked.notes, f"{size} layers ({_percent(stored / full)})"))
+                notes = (*left.notes, f"{size} layers ({_percent(stored / full)})")
+                return replace(candidates, mask=left.mask, notes=notes)
         # Rounded up, so that the share it names can be met.
         least = _percent(Fraction(math.ceil(10_000 * smallest / full), 10_000))
-        limits = candidates.limits("attention", most)
+        limits = storing.limits("attention", most)
         raise MaskError(f"kv budget is {_percent(self.share)}; expected at least {least}: {limits}")
 
 
@@ -155,20 +150,11 @@ def select(scores: Scores, *methods: Method, protect: Iterable[int] = (), mixers
     candidates = _candidates(scores, protect, mixers)
     if not methods:
         raise MaskError("nothing was asked for; expected a number of sublayers or blocks, or a kv budget")
-    notes: list[str] = []
-    for method in methods:
-        picked = method.pick(candidates)
-        candidates = candidates.without(picked.units)
-        notes += picked.notes
-    return _selection(candidates, " + ".join(map(str, methods)), scores.dropped, notes)
+    return _chosen(candidates, methods, " + ".join(map(str, methods)))
 
 
 def iterative(
-    scores: Scores,
-    rescore: Callable[[DropMask], Scores],
-    *methods: Ranked,
-    protect: Iterable[int] = (),
-    mixers: Mixers = "all",
+    scores: Scores, rescore: Rescoring, *methods: Ranked, protect: Iterable[int] = (), mixers: Mixers = "all"
 ) -> Selection:
     """Drop one sublayer or block at a time; `rescore` measures the model under the mask so far between two drops.
 
@@ -177,42 +163,32 @@ def iterative(
     protect = tuple(protect)
     # What cannot be done is refused before the first slow pass.
     select(scores, *methods, protect=protect, mixers=mixers)
-    candidates = _candidates(scores, protect, mixers)
-    notes: list[str] = []
     steps = [replace(method, count=1, avoid_padding=False) for method in methods for _ in range(method.count)]
-    for number, step in enumerate(steps):
-        if number:
-            candidates = replace(candidates, scores=rescore(candidates.mask))
-        picked = step.pick(candidates)
-        candidates = candidates.without(picked.units)
-        notes += picked.notes
-    method = f"{' + '.join(map(str, methods))}, scored anew after each drop"
-    return _selection(candidates, method, scores.dropped, notes)
+    named = f"{' + '.join(map(str, methods))}, scored anew after each drop"
+    return _chosen(_candidates(scores, protect, mixers), steps, named, rescore)
 
 
-def _avoid_padding(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Picked:
-    """The plain choice, or one of as many layers that vLLM stores in less, with what it costs."""
-    before = candidates.without(plain).kv_layout
-    if not before.is_padded:
-        return Picked(tuple(plain))
+def _unpadded(candidates: Candidates, ranked: Sequence[Unit], plain: Sequence[Unit], tolerance: float) -> Candidates:
+    """Without the plain choice, or one of as many layers that vLLM stores in less, with what it costs."""
+    before = candidates.without(plain)
+    if not before.kv_layout.is_padded:
+        return before
     kinds = candidates.scores.kinds
-    costs: dict[LayerKind, list[float]] = defaultdict(list)
+    alike: dict[LayerKind, list[Unit]] = defaultdict(list)
     for unit in ranked:
-        costs[kinds[unit.layer]].append(unit.importance)
+        alike[kinds[unit.layer]].append(unit)
+    costs = {kind: [unit.importance for unit in units] for kind, units in alike.items()}
     numbers = cheapest_without_padding(costs, Counter(candidates.kinds), len(plain), tolerance)
-    chosen = []
-    for unit in ranked:
-        if numbers[kinds[unit.layer]]:
-            numbers[kinds[unit.layer]] -= 1
-            chosen.append(unit)
-    after = candidates.without(chosen).kv_layout
-    if after.token_values == before.token_values:
-        return Picked(tuple(plain))
+    going = {unit for kind, number in numbers.items() for unit in alike[kind][:number]}
+    chosen = [unit for unit in ranked if unit in going]
+    after = candidates.without(chosen)
+    sizes = [each.kv_layout.token_values for each in (after, before)]
+    if sizes[0] == sizes[1]:
+        return before
     swap = f"attention is dropped in layers [{_layers(chosen, plain)}] instead of [{_layers(plain, chosen)}]"
     cost = f"importance {_importance(chosen):.4f} instead of {_importance(plain):.4f} in all"
-    sizes = (_in_layers(each.token_values, kinds) for each in (after, before))
-    stored = f"KV cache stored as {' layers instead of '.join(sizes)}"
-    return Picked(tuple(chosen), (f"to avoid padding, {swap} ({cost}): {stored}",))
+    stored = f"KV cache stored as {' layers instead of '.join(_in_layers(size, kinds) for size in sizes)}"
+    return after.without((), f"to avoid padding, {swap} ({cost}): {stored}")
 
 
 def _in_layers(values: Fraction, kinds: Iterable[LayerKind]) -> str:
@@ -237,29 +213,27 @@ def _runs(candidates: Candidates, count: int) -> list[tuple[Unit, ...]]:
 
 
 def _candidates(scores: Scores, protect: Iterable[int], mixers: Mixers) -> Candidates:
-    protect = tuple(protect)
-    check_indices("protect", protect, scores.num_hidden_layers)
+    check_indices("protect", protect := tuple(protect), scores.num_hidden_layers)
     return Candidates(scores, scores.dropped, frozenset(protect), mixers)
 
 
-def _selection(candidates: Candidates, method: str, before: DropMask, notes: Iterable[str]) -> Selection:
-    if candidates.mixers != "all":
-        method += f", of {candidates.mixers} mixers only"
-    if candidates.protect:
-        method += f", protecting {', '.join(map(str, sorted(candidates.protect)))}"
-    if before:
-        notes = (f"extends the mask that the scores were measured with: {before.summary()}", *notes)
+def _chosen(candidates: Candidates, steps: Iterable[Method], named: str, rescore: Rescoring | None = None) -> Selection:
+    """What the steps pick in turn, each from what is left, by new scores of it where they can be had."""
+    if before := candidates.mask:
+        said = f"extends the mask that the scores were measured with: {before.summary()}"
+        candidates = candidates.without((), said)
+    for number, step in enumerate(steps):
+        if number and rescore is not None:
+            candidates = replace(candidates, scores=rescore(candidates.mask))
+        candidates = step.pick(candidates)
     if candidates.kv_layout.is_padded:
-        notes = (*notes, candidates.kv_layout.describe())
-    return Selection(candidates.mask, method, tuple(dict.fromkeys(notes)))
+        candidates = candidates.without((), candidates.kv_layout.describe())
+    if candidates.mixers != "all":
+        named += f", of {candidates.mixers} mixers only"
+    if candidates.protect:
+        named += f", protecting {', '.join(map(str, sorted(candidates.protect)))}"
+    return Selection(candidates.mask, named, tuple(dict.fromkeys(candidates.notes)))
 
 
 def _percent(share: Fraction) -> str:
     return f"{float(share * 100):.4g}%"
-
-
-def _share_error(found: str) -> MaskError:
-    return MaskError(
-        f"kv budget is {found}; expected a share of the full model's KV cache, above 0% and at most 100%, "
-        "such as 50% or 0.5"
-    )

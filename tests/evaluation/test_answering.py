@@ -20,8 +20,8 @@ from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.errors import DataError, InputError
 from llmdrop_vllm.evaluation import answering
 from llmdrop_vllm.evaluation.answering import AnswersRequest, plan_answers, sample_answers
-from llmdrop_vllm.evaluation.answers import TOKENS_PER_ANSWER
-from llmdrop_vllm.evaluation.answers import prompts as own_prompts
+from llmdrop_vllm.evaluation.divergence import TOKENS_PER_ANSWER
+from llmdrop_vllm.evaluation.divergence import prompts as own_prompts
 from llmdrop_vllm.evaluation.engine import EngineSettings, Question, Reply, running
 from llmdrop_vllm.evaluation.evaluate import DEFAULT_DIVERGENCE_TOKENS
 from tests.tiny import TINY_LLAMA, write_checkpoint

@@ -22,14 +22,14 @@ class Asked:
 
     tasks, prompting = ("a", "b"), "auto"
 
-    def __init__(self, scores, fails=None):
-        self.scores, self.fails, self.asked = scores, fails, []
+    def __init__(self, scores, fails=None, limit=None):
+        self.scores, self.fails, self.limit, self.asked = scores, fails, limit, []
 
     @contextmanager
     def under(self, mask):
         yield SimpleNamespace(harness=mask)
 
-    def run(self, mask, *, limit, bars):
+    def run(self, mask, *, bars):
         if mask == self.fails:
             raise KeyboardInterrupt
         self.asked.append(mask)
@@ -47,11 +47,11 @@ def decided(tmp_path, monkeypatch):
     file = MaskFile.of(FIRST, "search", Provenance(model=ModelIdentity.of(checkpoint)), evidence)
 
     def decided(scores, fails=None, limit=None):
-        asked = Asked(dict(zip((FULL, FIRST, SECOND, THIRD), scores, strict=True)), fails)
+        asked = Asked(dict(zip((FULL, FIRST, SECOND, THIRD), scores, strict=True)), fails, limit)
         monkeypatch.setattr(deciding, "any_engines", lambda _: nullcontext(asked))
         finals = tmp_path / "finals.jsonl"
-        check_finals(plan, asked, finals, limit)
-        return decide(file, (FIRST, SECOND, THIRD), plan, asked, finals, limit=limit), asked.asked
+        check_finals(plan, asked, finals)
+        return decide(file, (FIRST, SECOND, THIRD), plan, asked, finals), asked.asked
 
     return decided
 

@@ -22,7 +22,7 @@ ROWS = 40
 
 @pytest.fixture(scope="module")
 def harness():
-    return find_tasks(TASKS)
+    return find_tasks(TASKS, limit=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def scores(harness):
     checkpoint, found = Checkpoint.open(MODEL), {}
     for mask in (DropMask(12), MASK):
         with running(checkpoint, mask, EngineSettings(dtype="float32", max_model_len=1024), harness=True) as engine:
-            found[mask], raw = harness.run(engine.harness, limit=ROWS)
+            found[mask], raw = harness.run(engine.harness)
     return found, raw
 
 
@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_transformers_backend(scores, harness):
 
     model = hf.load(Checkpoint.open(MODEL).under(MASK), dtype="float32")
     backend = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(MODEL), batch_size=16)
-    theirs, _ = harness.run(backend, limit=ROWS)
+    theirs, _ = harness.run(backend)
     assert [score.value for score in theirs] == pytest.approx([score.value for score in scores[0][MASK]], abs=1e-3)
 
 
@@ -102,7 +102,7 @@ def manager(tmp_path, monkeypatch):
 def test_a_tag_and_a_group_that_is_not_summed_up_give_the_scores_of_their_tasks(manager, name, scored):
     from lm_eval.models.dummy import DummyLM
 
-    scores, _ = Harness(manager, (name,)).run(DummyLM(), limit=4)
+    scores, _ = Harness(manager, (name,), limit=4).run(DummyLM())
     assert [each.task for each in scores] == scored
     assert [each.samples for each in scores] == [4] * len(scored)
 

@@ -89,7 +89,7 @@ def test_float32_is_counted_as_asked_for_and_said_to_be_served_in_half(tmp_path,
     write_checkpoint(tmp_path, TINY_LLAMA)
     assert main(["inspect", str(tmp_path)]) == 0
     assert "without it vLLM holds weights and KV cache in half the bytes" in capsys.readouterr().out
-    assert inspected(tmp_path, kv_dtype="bfloat16").dtype_note == ""
+    assert inspected(tmp_path, kv_dtype="bfloat16").notes == []
     tokens = {}
     for dtype in ("float32", "auto"):
         with engine(tmp_path, dtype=dtype) as llm:
@@ -156,8 +156,9 @@ def test_keys_that_8_bit_floats_are_too_coarse_for_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"drop_attn_list": [3]}))
     found = inspected(tmp_path, kv_dtype="fp8")
     assert found.coarse_keys == {0: 300.0, 1: 100.0}
-    assert found.keys_note.endswith(
+    (note,) = found.notes
+    assert note.endswith(
         "up to 300, which 8-bit floats are too coarse for: serve with --kv-cache-dtype-skip-layers 0 1"
     )
-    assert inspected(tmp_path, kv_dtype="fp8", kv_wide=(0, 1)).keys_note == ""
-    assert inspected(tmp_path).keys_note == ""
+    assert inspected(tmp_path, kv_dtype="fp8", kv_wide=(0, 1)).notes == []
+    assert inspected(tmp_path, kv_dtype="bfloat16").notes == []

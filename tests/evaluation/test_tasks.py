@@ -1,11 +1,12 @@
 """Our tasks of real models: their rows, how they are judged, and how models are asked."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from llmdrop_vllm.evaluation.answers import own_answers, prompts
+from llmdrop_vllm.evaluation.divergence import own_answers, prompts
 from llmdrop_vllm.evaluation.engine import Reply
 from llmdrop_vllm.evaluation.harness import find_tasks
 from llmdrop_vllm.evaluation.tasks import rows
@@ -67,7 +68,7 @@ class Recorder:
 
 def test_models_with_a_chat_template_are_asked_through_it_where_the_task_says_how(harness):
     model = Recorder("a template")
-    scores, _ = harness.run(model, limit=1)
+    scores, _ = replace(harness, limit=1).run(model)
     assert {each.task: each.prompting for each in scores} == {
         "llmdrop_humaneval": "chat",
         "llmdrop_reasoning": "chat",
@@ -85,7 +86,7 @@ def test_models_with_a_chat_template_are_asked_through_it_where_the_task_says_ho
 
 def test_other_models_have_texts_to_complete(harness):
     model = Recorder(None)
-    scores, _ = harness.run(model, limit=1)
+    scores, _ = replace(harness, limit=1).run(model)
     assert {each.prompting for each in scores} == {"completion"}
     assert any(each.startswith("from typing import List") for each in model.asked)
     assert any(each.count("Question: ") == 5 and each.endswith("\nAnswer:") for each in model.asked)
@@ -105,10 +106,7 @@ def test_answers_are_asked_for_and_compared_where_they_are_predicted():
             return {"input_ids": [7] * (3 + len(text) % 2)}
 
     class Engine:
-        tokenizer = Tokenizer()
-
-        def room(self, tokens):
-            return 14 - tokens
+        tokenizer, context = Tokenizer(), 14
 
         def replies(self, questions, *, temperature):
             self.questions = questions

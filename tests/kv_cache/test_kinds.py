@@ -64,7 +64,7 @@ def test_a_window_keeps_what_is_computed_together_as_well():
 
 
 def test_what_a_kind_is_called_says_which_it_is():
-    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7), LayerKind.of_donor(13)):
+    for kind in (LayerKind("sliding", 7, 512), LayerKind("full", 7), LayerKind("shared", 0, donor=13)):
         assert LayerKind.parse(str(kind), kind.values) == kind
 
 
@@ -162,11 +162,9 @@ def test_inspect_says_what_smaller_chunks_of_prompts_give(tmp_path):
     found = inspect_checkpoint(checkpoint, memory_bytes=1 << 28)
     small = inspect_checkpoint(checkpoint, memory_bytes=1 << 28, chunk=512)
     assert found.full.requests < found.dropped.requests < small.dropped.requests == found.requests_in_small_chunks
-    assert (
-        f"--max-num-batched-tokens 512, which prefills more slowly, {small.dropped.requests} requests"
-        in found.chunk_note
-    )
-    assert small.chunk_note == "counted with chunks of 512 tokens of prompts, which windows hold too"
+    fewer = f"--max-num-batched-tokens 512, which prefills more slowly, {small.dropped.requests} requests"
+    assert fewer in found.notes[-1]
+    assert small.notes[-1] == "counted with chunks of 512 tokens of prompts, which windows hold too"
 
 
 def test_inspect_tells_recurrent_mixers_from_attention(tmp_path):

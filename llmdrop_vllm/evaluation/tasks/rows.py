@@ -46,11 +46,10 @@ def passes(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
 
 def reasoning(dataset: str, options: Mapping[str, Any], **metadata: Any) -> dict[str, Dataset]:
     """Rows of a reasoning task: question, answer, and what judges another answer; `shots` are other problems."""
-    problems = _problems(dataset, json.dumps(options))
+    asked = {"dataset": dataset, "options": json.dumps(options)}
     rows = [
-        {"question": each["question"].strip(), "answer": each["answer"], "number": number}
-        | {"dataset": dataset, "options": json.dumps(options)}
-        for number, each in enumerate(problems)
+        {"question": each["question"].strip(), "answer": each["answer"], "number": number, **asked}
+        for number, each in enumerate(_problems(**asked))
     ]
     return {"test": Dataset.from_list(rows[:NUM_PROBLEMS]), "shots": Dataset.from_list(rows[NUM_PROBLEMS:])}
 
