@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -198,6 +199,7 @@ def versions() -> dict[str, str]:
     return {package: found for package in PACKAGES if (found := installed(package))}
 
 
+@cache  # it reads the package's metadata
 def installed(package: str) -> str:
     """A package's version; empty where there is none."""
     try:
