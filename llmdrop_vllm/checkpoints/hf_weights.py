@@ -6,6 +6,7 @@ Transformers 5 merges, for one, a mixture's experts into one parameter; its own 
 import json
 import re
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -35,8 +36,9 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:
     """The model's parameters, all or those named, under the names and in the shapes that its checkpoints have."""
-    state = model.state_dict()
-    return revert_weight_conversion(model, state if names is None else {name: state[name] for name in names})
+    # The state of a whole model is long in the making, and this is asked for each of its layers.
+    state = model.state_dict() if names is None else {name: attrgetter(name)(model).detach() for name in names}
+    return revert_weight_conversion(model, state)
 
 
 def is_converted(model: PreTrainedModel, tensors: Mapping[str, StoredTensor] = MappingProxyType({})) -> bool:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmdrop_vllm.architectures.family import Sublayer
-from llmdrop_vllm.checkpoints.hf_weights import checkpoint_tensors
 from llmdrop_vllm.scoring.layers import LayerStream
 
 
@@ -78,7 +77,7 @@ def output_parameters(stream: LayerStream, index: int, sublayer: Sublayer) -> di
     return {
         name: parameter
         for name, parameter in layer.named_parameters()
-        if any(map(pattern.match, checkpoint_tensors(stream.model, [prefix + name])))
+        if any(map(pattern.match, stream.stored_names([prefix + name])))
     }
 
 

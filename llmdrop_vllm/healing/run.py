@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llmdrop_vllm import hf
 from llmdrop_vllm.architectures.family import Sublayer
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
-from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES, checkpoint_tensors
+from llmdrop_vllm.checkpoints.hf_weights import TORCH_DTYPES
 from llmdrop_vllm.checkpoints.shards import StoredTensor, stored_tensors
 from llmdrop_vllm.healing.mended import keep_mended
 from llmdrop_vllm.healing.outputs import output_parameters, projection
@@ -175,7 +175,7 @@ class Run:
         path = self.scratch.directory / f"healed-{unit.layer:05}-{unit.mends}.safetensors"
         named = {f"{stream.layers_prefix}{unit.layer}.{name}": parameter for name, parameter in parameters.items()}
         for name, parameter in named.items():
-            stored = stream.tensors[next(iter(checkpoint_tensors(stream.model, [name])))]
+            stored = stream.tensors[next(iter(stream.stored_names([name])))]
             parameter.copy_(parameter.to(TORCH_DTYPES[stored.dtype]))
         changed = tuple(sorted(keep_mended(stream.model, stream.tensors, named, path)))
         self._go_on_with(changed)

@@ -1,7 +1,7 @@
 """A model whose decoder layers are in memory one at a time, read from the shards when they are needed."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +141,10 @@ class LayerStream:
             layer.to("meta")
             _return_free_memory()
 
+    def stored_names(self, names: Collection[str]) -> Collection[str]:
+        """What the checkpoint calls these parameters of the model: of one, several names may be there."""
+        return checkpoint_tensors(self.model, names).keys() if self.is_converted else names
+
     def call(self, index: int, shape: tuple[int, int]) -> LayerCall:
         """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
         return self.calls[shape][index]
@@ -212,7 +216,7 @@ class LayerStream:
     def _read_ahead(self, index: int) -> None:
         if index < len(self.layers):
             names = [f"{self.layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
-            for name in checkpoint_tensors(self.model, names) if self.is_converted else names:
+            for name in self.stored_names(names):
                 self.tensors[name].read_ahead()
 
 
