@@ -5,6 +5,7 @@ Supporting a new architecture is one more row, or one more name in a row.
 """
 
 from types import MappingProxyType
+from typing import Any
 
 from llmdrop_vllm.architectures.family import Family, attention, mlp
 from llmdrop_vllm.architectures.hybrids import HYBRIDS
@@ -12,7 +13,27 @@ from llmdrop_vllm.architectures.refused import REFUSED, UNTRIED
 from llmdrop_vllm.masks.mask import config_dict
 
 NEOX = ("GPTNeoXForCausalLM", attention("attention", output="dense"), mlp(output="dense_4h_to_h"))
+# Where both sublayers have a norm on either side, by the names that several have for them.
+SANDWICHED = (
+    attention(post_norm="post_attention_layernorm"),
+    mlp(pre_norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
+)
 PANGU = "PanguEmbeddedForCausalLM PanguProMoEV2ForCausalLM PanguUltraMoEForCausalLM"
+
+
+def _falcon(name: str, norms: tuple[str | None, str | None], when: dict[str, tuple[Any, ...]]) -> Family:
+    """By the norms before attention and MLP, which return a bias beside their output in vLLM."""
+    return Family(
+        name,
+        "FalconForCausalLM",
+        attention("self_attention", norms[0], "dense", vllm_tuple=2),
+        mlp(pre_norm=norms[1], output="dense_4h_to_h", vllm_tuple=2),
+        when=when,
+        parallel=True in when["parallel_attn"],
+        transformers_layer_tuple=True,
+    )
+
+
 FAMILIES = (
     Family(
         "llama",
@@ -56,14 +77,7 @@ FAMILIES = (
         scales_outputs=True,
     ),
     Family("pangu", PANGU, when={"sandwich_norm": (False, None)}, scales_outputs=True),
-    Family(
-        "pangu_sandwich",
-        PANGU,
-        attention(post_norm="post_attention_layernorm"),
-        mlp(pre_norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
-        when={"sandwich_norm": (True,)},
-        scales_outputs=True,
-    ),
+    Family("pangu_sandwich", PANGU, *SANDWICHED, when={"sandwich_norm": (True,)}, scales_outputs=True),
     # Mixtures of experts; some have dense MLPs in their first layers, under the same name.
     Family(
         "moe",
@@ -115,12 +129,7 @@ FAMILIES = (
     Family(
         "glm4", "Glm4ForCausalLM", attention(post_norm="post_self_attn_layernorm"), mlp(post_norm="post_mlp_layernorm")
     ),
-    Family(
-        "afmoe",
-        "AfmoeForCausalLM",
-        attention(post_norm="post_attention_layernorm"),
-        mlp(pre_norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
-    ),
+    Family("afmoe", "AfmoeForCausalLM", *SANDWICHED),
     Family(
         "hyperclovax",
         "HyperCLOVAXForCausalLM",
@@ -165,36 +174,16 @@ FAMILIES = (
     ),
     Family("gpt_neox", *NEOX, when={"use_parallel_residual": (True, None)}, parallel=True),
     Family("gpt_neox_sequential", *NEOX, when={"use_parallel_residual": (False,)}),
-    # Falcon's sublayers return a bias beside their output in vLLM.
-    Family(
+    _falcon(
         "falcon_two_norms",
-        "FalconForCausalLM",
-        attention("self_attention", "ln_attn", "dense", vllm_tuple=2),
-        mlp(pre_norm="ln_mlp", output="dense_4h_to_h", vllm_tuple=2),
-        when={"parallel_attn": (True, None), "new_decoder_architecture": (True,), "num_ln_in_parallel_attn": (2, None)},
-        parallel=True,
-        transformers_layer_tuple=True,
+        ("ln_attn", "ln_mlp"),
+        {"parallel_attn": (True, None), "new_decoder_architecture": (True,), "num_ln_in_parallel_attn": (2, None)},
     ),
-    Family(
-        "falcon",
-        "FalconForCausalLM",
-        attention("self_attention", None, "dense", vllm_tuple=2),
-        mlp(pre_norm=None, output="dense_4h_to_h", vllm_tuple=2),
-        when={"parallel_attn": (True, None), "num_ln_in_parallel_attn": (1, None)},
-        parallel=True,
-        transformers_layer_tuple=True,
-    ),
-    Family(
+    _falcon("falcon", (None, None), {"parallel_attn": (True, None), "num_ln_in_parallel_attn": (1, None)}),
+    _falcon(
         "falcon_sequential",
-        "FalconForCausalLM",
-        attention("self_attention", output="dense", vllm_tuple=2),
-        mlp(output="dense_4h_to_h", vllm_tuple=2),
-        when={
-            "parallel_attn": (False,),
-            "new_decoder_architecture": (False, None),
-            "num_ln_in_parallel_attn": (1, None),
-        },
-        transformers_layer_tuple=True,
+        ("input_layernorm", "post_attention_layernorm"),
+        {"parallel_attn": (False,), "new_decoder_architecture": (False, None), "num_ln_in_parallel_attn": (1, None)},
     ),
     Family(
         "bloom",

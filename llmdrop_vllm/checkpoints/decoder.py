@@ -149,7 +149,11 @@ class Decoder:
 
     def check_attention_is_left(self, mask: DropMask) -> None:
         """Raise MaskError where a mask leaves no attention, or recurrent mixers only."""
-        mask.check_attention_is_left()
+        if not mask.kept_attention:
+            raise MaskError(
+                f"every one of the {mask.num_hidden_layers} attention sublayers is dropped; vLLM schedules requests by "
+                "their KV cache, so at least one must remain"
+            )
         is_hybrid = self.family is not None and self.family.layers
         if is_hybrid and not any(self._own_kinds[layer].values for layer in mask.kept_attention):
             raise MaskError(

@@ -28,10 +28,10 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 READABLE = TORCH_DTYPES | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 
 
-def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """A stored tensor of one of the types above, in memory of its own."""
-    stored.read_into(content := bytearray(stored.num_bytes))
-    return torch.frombuffer(content, dtype=READABLE[stored.dtype]).view(stored.shape)
+def read_tensor(stored: StoredTensor, buffer: bytearray | None = None) -> torch.Tensor:
+    """A stored tensor of one of the types above, in memory of its own or in this buffer of its size."""
+    stored.read_into(buffer := bytearray(stored.num_bytes) if buffer is None else buffer)
+    return torch.frombuffer(buffer, dtype=READABLE[stored.dtype]).view(stored.shape)
 
 
 def checkpoint_tensors(model: PreTrainedModel, names: Collection[str] | None = None) -> Mapping[str, torch.Tensor]:

@@ -100,18 +100,15 @@ def load_answers(
         _check(each, path, vocab_size(checkpoint), checkpoint.context)
     chosen.sort(key=lambda each: -len(each.token_ids))
     sequences = tuple(np.array(each.token_ids, np.int64) for each in chosen)
-    return Calibration(
-        sequences,
-        DataIdentity(
-            source=str(path),
-            sequences=len(sequences),
-            tokens=sum(len(each.answer) for each in chosen),
-            seq_len=None,
-            seed=header.seed,
-            sha256=sha256((list(each.prompt), list(each.answer)) for each in chosen),
-        ),
-        starts=tuple(len(each.prompt) - 1 for each in chosen),
+    identity = DataIdentity(
+        source=str(path),
+        sequences=len(sequences),
+        tokens=sum(len(each.answer) for each in chosen),
+        seq_len=None,
+        seed=header.seed,
+        sha256=sha256((list(each.prompt), list(each.answer)) for each in chosen),
     )
+    return Calibration(sequences, identity, starts=tuple(len(each.prompt) - 1 for each in chosen))
 
 
 def _check(answer: Answer, path: Path, size: int, context: int | None) -> None:

@@ -114,14 +114,6 @@ class DropMask:
         gone = set(self.attention)
         return tuple(layer for layer in range(self.num_hidden_layers) if layer not in gone)
 
-    def check_attention_is_left(self) -> None:
-        """Raise MaskError if every attention sublayer is dropped."""
-        if not self.kept_attention:
-            raise MaskError(
-                f"every one of the {self.num_hidden_layers} attention sublayers is dropped; vLLM schedules requests by "
-                "their KV cache, so at least one must remain"
-            )
-
     def __bool__(self) -> bool:
         """Whether anything is dropped or windowed."""
         return bool(self.attention or self.mlp or self.windows)

@@ -11,16 +11,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmdrop_vllm.checkpoints import hf_weights
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.dequantizing import dequantized
-from llmdrop_vllm.checkpoints.hf_weights import (
-    TORCH_DTYPES,
-    checkpoint_tensors,
-    declare_dtype,
-    find_tensors,
-    is_converted,
-    load_converted,
-)
 from llmdrop_vllm.checkpoints.shards import StoredTensor
 from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
@@ -67,15 +60,15 @@ class LayerStream:
         config._attn_implementation = _implementation(made, config, attention)
         with torch.device("meta"):
             self.model = made(config).eval()
-        declare_dtype(self.model, dtype)
+        hf_weights.declare_dtype(self.model, dtype)
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.layers = decoder_layers(self.model, masked.mask.num_hidden_layers)
         names = {id(module): name for name, module in self.model.named_modules()}
         self.decoder_prefix, self.layers_prefix = (
             f"{names[id(each)]}.".lstrip(".") for each in (self.decoder, self.layers)
         )
-        self.tensors = find_tensors(dequantized(checkpoint), self.model)
-        self.is_converted = is_converted(self.model, self.tensors)
+        self.tensors = hf_weights.find_tensors(dequantized(checkpoint), self.model)
+        self.is_converted = hf_weights.is_converted(self.model, self.tensors)
         self.buffers: dict[tuple[str, int], bytearray] = {}
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
         text = config.get_text_config()
@@ -143,7 +136,7 @@ class LayerStream:
 
     def stored_names(self, names: Collection[str]) -> Collection[str]:
         """What the checkpoint calls these parameters of the model: of one, several names may be there."""
-        return checkpoint_tensors(self.model, names).keys() if self.is_converted else names
+        return hf_weights.checkpoint_tensors(self.model, names).keys() if self.is_converted else names
 
     def call(self, index: int, shape: tuple[int, int]) -> LayerCall:
         """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
@@ -178,9 +171,9 @@ class LayerStream:
 
     def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         if self.is_converted:
-            wanted = checkpoint_tensors(self.model, [prefix + name for name in names])
+            wanted = hf_weights.checkpoint_tensors(self.model, [prefix + name for name in names])
             tensors = {name: self._tensor(self.tensors[name], name.removeprefix(prefix)) for name in wanted}
-            load_converted(self.model, tensors, self.device)
+            hf_weights.load_converted(self.model, tensors, self.device)
             return
         dtypes = {name: parameter.dtype for name, parameter in module.state_dict().items()}
         state = {name: self._tensor(self.tensors[prefix + name], name).to(self.device, dtypes[name]) for name in names}
@@ -191,9 +184,7 @@ class LayerStream:
         key = name, stored.num_bytes
         if key not in self.buffers:
             self.buffers[key] = bytearray(stored.num_bytes)
-        buffer = self.buffers[key]
-        stored.read_into(buffer)
-        tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[stored.dtype]).view(stored.shape)
+        tensor = hf_weights.read_tensor(stored, self.buffers[key])
         if tensor.max().isnan():  # in bfloat16 several times as fast as the check in stream.py
             raise CheckpointError(
                 f"{stored.name} in {stored.path} holds NaN; the model cannot compute anything with it"

@@ -67,17 +67,12 @@ def score(
 
 class _Run:
     def __init__(
-        self,
-        masked: MaskedCheckpoint,
-        calibration: Calibration,
-        device: torch.device,
-        dtype: torch.dtype,
-        directory: Path,
+        self, masked: MaskedCheckpoint, data: Calibration, device: torch.device, dtype: torch.dtype, directory: Path
     ) -> None:
         self.checkpoint, self.mask, self.family = masked.checkpoint, masked.mask, masked.checkpoint.family
-        self.calibration = calibration
+        self.data = data.identity
         self.kinds = self.checkpoint.decoder.kinds  # asked first: it refuses a config that contradicts itself
-        self.batches = Batches(calibration, TOKENS_PER_CHUNK[device.type])
+        self.batches = Batches(data, TOKENS_PER_CHUNK[device.type])
         self.stream = LayerStream(masked, device=device, dtype=dtype, attention=PROBED_ATTENTION)
         hidden_size, counted = self.stream.hidden_size, self.batches.counted_positions()
         gap_token_bytes = (self.mask.num_hidden_layers + 1) * hidden_size * 4
@@ -86,7 +81,7 @@ class _Run:
         self.hidden = HiddenStates(directory, hidden_size, dtype)
         self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
         needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes + count * gap_token_bytes
-        asked = [__version__, self.checkpoint.fingerprint, calibration.identity.sha256, asdict(self.mask)]
+        asked = [__version__, self.checkpoint.fingerprint, self.data.sha256, asdict(self.mask)]
         asked += [str(device), str(dtype), *self.stream.cannot_go_on]
         self.scratch = Scratch(directory, sha256(asked), needed_bytes, SCRATCH_FILES)
 
@@ -110,23 +105,22 @@ class _Run:
         probed = [layer["probe"] or (None, None) for layer in layers]
         concentration, first_token = zip(*probed, strict=True)
         attention = sublayer("attention", no_attention) | {"concentration": concentration, "first_token": first_token}
+        diagnostics = {"attention": attention, "mlp": sublayer("mlp", no_mlp)}
         by_depth = [history for layer in layers for history in layer["history"]]
         block = tuple(layer["means"]["block"] for layer in layers)
         by_gap = ((block[i], *(by_depth[end][i] for end in range(i + 2, depth + 1))) for i in range(depth))
+        dtype, device = self.stream.dtype, self.stream.device
         similarity = Similarities(attention=column("attention", no_attention), mlp=column("mlp", no_mlp), block=block)
-        stream, data = self.stream, self.calibration.identity
         return Scores(
             num_hidden_layers=depth,
             similarity=similarity,
             block_similarity_by_gap=tuple(by_gap),
             gap_tokens=len(self.gap_tokens),
-            diagnostics=Diagnostics.model_validate(
-                {"attention": attention, "mlp": sublayer("mlp", no_mlp)}, strict=False
-            ),
+            diagnostics=Diagnostics.model_validate(diagnostics, strict=False),
             kv_groups=tuple(map(str, self.kinds)),
             kv_values=tuple(kind.values for kind in self.kinds),
             dropped=self.mask,
-            provenance=Provenance.of(self.checkpoint, data=data, dtype=stream.dtype, device=stream.device),
+            provenance=Provenance.of(self.checkpoint, data=self.data, dtype=dtype, device=device),
         )
 
     def _embed(self, begins: bool) -> None:

@@ -48,13 +48,8 @@ def agree(decoder: Decoder | None, vllm_config: VllmConfig) -> None:
     if vllm_config.model_config.runner == "draft" or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     store = dist.PrefixStore(f"llmdrop/{next(_engines)}", _get_default_store())
-    mine = Statement(
-        socket.gethostname(),
-        __version__,
-        "no mask" if decoder is None else decoder.mask.summary(),
-        users_stages(),
-        stage_memory_bytes(vllm_config),
-    )
+    mask = "no mask" if decoder is None else decoder.mask.summary()
+    mine = Statement(socket.gethostname(), __version__, mask, users_stages(), stage_memory_bytes(vllm_config))
     store.set(str(dist.get_rank()), json.dumps(asdict(mine)))
     if decoder is None:
         return

@@ -4,8 +4,12 @@ All of them subclass vLLM's PPMissingLayer, which makes every vLLM weight loader
 checkpoint still has them or not.
 """
 
+from typing import TypeAlias
+
 import torch
 from vllm.model_executor.models.utils import PPMissingLayer
+
+Normed: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # and the residual, if given
 
 
 class DroppedSublayer(PPMissingLayer):
@@ -51,9 +55,7 @@ class DroppedNorm(PPMissingLayer):
     them.
     """
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
         """x and residual: [tokens, hidden]."""
         if residual is None:
             # The caller keeps x itself as the residual: in a first layer, and where layers add the residual themselves.
@@ -64,9 +66,7 @@ class DroppedNorm(PPMissingLayer):
 class AddingNorm(DroppedNorm):
     """A dropped norm for layers that multiply what a sublayer returned, which must not reach what is handed on."""
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Normed:
         """As a kept norm, the residual that is returned holds the whole stream; x and residual: [tokens, hidden]."""
         return super().forward(x) if residual is None else (torch.zeros_like(x), x + residual)
 
