@@ -60,14 +60,9 @@ class Sublayer:
         return rf"(?:{self.output})(?:\.weight|\.bias|_bias)?"
 
     @property
-    def vllm_module(self) -> str:
-        """The module's name in vLLM's decoder layer."""
-        return self.in_vllm or self.module
-
-    @property
     def vllm_modules(self) -> tuple[str, ...]:
-        """All modules of the sublayer in vLLM's decoder layer."""
-        return self.vllm_module, *dict(self.vllm_parts), *self.also, *dict(self.inner)
+        """All modules of the sublayer in vLLM's decoder layer, its own first."""
+        return self.in_vllm or self.module, *dict(self.vllm_parts), *self.also, *dict(self.inner)
 
     @property
     def transformers_module(self) -> str:

@@ -70,6 +70,7 @@ class LayerStream:
         self.tensors = hf_weights.find_tensors(dequantized(checkpoint), self.model)
         self.is_converted = hf_weights.is_converted(self.model, self.tensors)
         self.buffers: dict[tuple[str, int], bytearray] = {}
+        # What each layer gets beside hidden states of a shape [batch, tokens], known once `embedding` saw that shape.
         self.calls: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
         text = config.get_text_config()
         self.hidden_size: int = text.hidden_size
@@ -138,13 +139,9 @@ class LayerStream:
         """What the checkpoint calls these parameters of the model: of one, several names may be there."""
         return hf_weights.checkpoint_tensors(self.model, names).keys() if self.is_converted else names
 
-    def call(self, index: int, shape: tuple[int, int]) -> LayerCall:
-        """What layer `index` gets beside hidden states of shape [batch, tokens]; known once `begin` saw that shape."""
-        return self.calls[shape][index]
-
     def through(self, layer: nn.Module, index: int, chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
         """Layer `index`, which is in memory, run on a chunk's [batch, tokens, hidden]; `embed` must have seen it."""
-        call = self.call(index, chunk.shape)
+        call = self.calls[chunk.shape][index]
         own = self.by_chunk[chunk][index] if self.is_by_chunk else call
         return first_of(layer(hidden, *own.args, **(call.kwargs | own.kwargs)))
 

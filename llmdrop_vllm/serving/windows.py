@@ -57,9 +57,7 @@ def _look_back(attention: Attention, window: int) -> None:
 
     def spec(vllm_config: VllmConfig) -> KVCacheSpec | None:
         full = own(vllm_config)
-        if type(full) is not FullAttentionSpec:
-            return full
-        return WindowSpec.of(full, window)
+        return WindowSpec.of(full, window) if type(full) is FullAttentionSpec else full
 
     attention.get_kv_cache_spec = spec
 

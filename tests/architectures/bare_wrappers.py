@@ -162,7 +162,7 @@ def last_projections(family: Family, mask: DropMask) -> Callable[[str], bool]:
     """Whether a parameter of vLLM's belongs to the last projection of a sublayer that the mask drops."""
     patterns = [
         (
-            rf"{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join((sublayer.vllm_module, *sublayer.also))})",
+            rf"{BEFORE_LAYER}({'|'.join(map(str, dropped))})\.({'|'.join((sublayer.vllm_modules[0], *sublayer.also))})",
             sublayer,
         )
         for sublayer, dropped in family.sublayers(mask)
