@@ -171,13 +171,13 @@ class _Run:
         if attention is None or mlp is None:  # the stream is the same before what the layer lacks and behind it
             yield lambda x, z: [x if attention is None else z, z]
             return
+
+        def add_output(_: nn.Module, args: Any, output: Any) -> None:
+            added.append(first_of(output).clone())  # for Falcon's layer adds attention's output to the MLP's in place
+
         if self.family.parallel:
             modules = [getattr(layer, each.transformers_module) for each in (attention, mlp)]
-            # A copy, for Falcon's layer adds attention's output to the MLP's in place.
-            handles = [
-                each.register_forward_hook(lambda _m, _args, out: added.append(first_of(out).clone()))
-                for each in modules
-            ]
+            handles = [each.register_forward_hook(add_output) for each in modules]
         else:
             module = getattr(layer, name := mlp.pre_norm or mlp.transformers_module)
             if module is None:
