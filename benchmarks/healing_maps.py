@@ -25,7 +25,7 @@ from benchmarks.record import RESULTS, add_out, finish
 from benchmarks.table import rows
 from llmdrop_vllm import DropMask, InputError, hf
 from llmdrop_vllm.healing.ridge import Sums, fit
-from llmdrop_vllm.healing.split import held_out_sequences
+from llmdrop_vllm.healing.task import held_out_sequences
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
 from llmdrop_vllm.scoring.scratch import Chunk

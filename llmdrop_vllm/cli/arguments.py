@@ -169,15 +169,13 @@ def _add_measuring(add: Add) -> None:
     example = "llmdrop evaluate MODEL --attention 25,26 --tasks arc_easy,gsm8k --out dropped.json"
     evaluate = add("evaluate", "measure what is left of a model's quality under a mask", example, MEASURING)
     take(evaluate, options.model, partial(options.file, what="the measurements"), options.mask, options.measures)
-    option(
-        evaluate, "--full MODEL", "the full model, where MODEL is dropped already: agreement and KL are to its answers"
-    )
+    what = "the full model, where MODEL is dropped already: agreement and KL are to its answers"
+    option(evaluate, "--full MODEL", what)
 
 
 def _add_sweeping(add: Add) -> None:
-    sweep = add(
-        "sweep", "measure quality and speed of many masks", "llmdrop sweep MODEL --tasks arc_easy,gsm8k", MEASURING
-    )
+    example = "llmdrop sweep MODEL --tasks arc_easy,gsm8k"
+    sweep = add("sweep", "measure quality and speed of many masks", example, MEASURING)
     take(sweep, options.model, options.windows, options.results)
     masks = sweep.add_argument_group("masks")
     what = "attention, mlp, blocks, joint, consecutive, last, last-but-one, reverse, random:SEEDS; the last four "

@@ -126,11 +126,10 @@ def show_evaluation(found: Evaluation) -> None:
 
 def show_comparison(found: Comparison) -> None:
     """What each form takes, and how often it says what the full model says."""
-    same = [sum(map(eq, form.answers, found.forms[0].answers)) for form in found.forms]
-    rows = (
-        (form.name, f"{form.weight_bytes:,}", f"{form.kv_bytes_per_token:,}", f"{count} of {len(form.answers)}")
-        for form, count in zip(found.forms, same, strict=True)
-    )
+    rows = []
+    for form in found.forms:
+        same = f"{sum(map(eq, form.answers, found.forms[0].answers))} of {len(form.answers)}"
+        rows.append((form.name, f"{form.weight_bytes:,}", f"{form.kv_bytes_per_token:,}", same))
     print_table(("", "weights, bytes", f"KV bytes per token ({found.kv_dtype})", "answers as in full"), rows)
 
 

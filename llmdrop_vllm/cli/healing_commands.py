@@ -13,7 +13,7 @@ from llmdrop_vllm.cli.commands import opened, plan_of, write_plan
 from llmdrop_vllm.cli.console import show_next, show_search, show_selection, warn
 from llmdrop_vllm.cli.evaluation_commands import ask, evaluate, measures_of
 from llmdrop_vllm.cli.scoring import Scoring, beside, forget, mask_file, selected, selection_of
-from llmdrop_vllm.cli.search_commands import SearchData, check_answers, check_search_options, given, searched
+from llmdrop_vllm.cli.search_commands import by_answers, check_answers, check_search_options, given, searched
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
@@ -54,17 +54,17 @@ def drop(args: Namespace) -> None:
         _space(checkpoint, Scores.unmeasured(checkpoint), args)
     check_search_options(args, searches=args.search)
     answers, text = _learnt_from(checkpoint, args)
-    data = SearchData.of(checkpoint, answers, args) if args.search and answers is not None else None
+    searching = by_answers(checkpoint, answers, args) if args.search and answers is not None else None
     if answers is not None and text is args.data is args.samples is args.seq_len is None:
         args.data = str(answers)  # what healing mends shows there
     scoring = Scoring.asked(checkpoint, args, args.out)
     scores = scoring.kept("scores")
-    if data is None:
+    if searching is None:
         show_selection(chosen := selection_of(scores, args, scoring))
         file = mask_file(chosen.mask, chosen.method, scores.provenance)
     else:
         spaces = [_space(checkpoint, scores, args)]
-        file = searched(checkpoint, spaces, data, scores, args, beside(args.out, "trials.jsonl"))
+        file = searched(*searching, spaces, scores, args, beside(args.out, "trials.jsonl"))
         show_search(file)
     plan = plan_of(args, checkpoint, file.mask)
     records: dict[str, Record] = {SCORES_FILE: scores, MASK_FILE: file}

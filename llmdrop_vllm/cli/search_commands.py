@@ -2,9 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
@@ -16,11 +15,11 @@ from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
 from llmdrop_vllm.evaluation.deciding import check_finals, decide
-from llmdrop_vllm.evaluation.goals import Sizes, Wanted, mixes, wanted
+from llmdrop_vllm.evaluation.goals import Sizes, Wanted, mixes
 from llmdrop_vllm.evaluation.inspection import request_context
 from llmdrop_vllm.evaluation.masked_engines import Plan
 from llmdrop_vllm.healing.parents import check_plain
-from llmdrop_vllm.healing.split import held_out_sequences
+from llmdrop_vllm.healing.task import held_out_sequences
 from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
@@ -50,17 +49,19 @@ def search(args: Namespace) -> None:
     goal = wanted_of(checkpoint, args)
     # Refused before the scores: how many go depends on these only where layers differ in size.
     _spaces(checkpoint, Scores.unmeasured(checkpoint), goal, args)
-    texts = long_texts(checkpoint, str(args.answers), args.window) if args.window else None
-    data = SearchData(*texts) if texts else SearchData.of(checkpoint, args.answers, args)
+    if args.window:
+        judging, to_heal = judging_by(checkpoint, long_texts(checkpoint, str(args.answers), args.window), args), None
+    else:
+        judging, to_heal = by_answers(checkpoint, args.answers, args)
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
     refuse_skipped(harness)  # without them something else would decide
     plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
     if harness.tasks:
         check_finals(plan, harness, finals)
-    scores = _scores(checkpoint, data, args)
+    scores = _scores(judging, args)
     spaces = _spaces(checkpoint, scores, goal, args)
-    found = searched(checkpoint, spaces, data, scores, args, trials)
+    found = searched(judging, to_heal, spaces, scores, args, trials)
     show_search(found, "long texts" if args.window else "answers")
     if harness.tasks:
         masks = _finalists(found, Searched.read(trials), spaces, args.finalists or FINALISTS)
@@ -72,10 +73,29 @@ def search(args: Namespace) -> None:
 
 
 def wanted_of(checkpoint: Checkpoint, args: Namespace) -> Wanted | None:
-    """What the arguments say that a mask is wanted for."""
-    goals = {"kv_share": args.kv_budget, "requests": args.requests, "decode_speedup": args.decode_speedup}
-    load = {"memory_bytes": args.memory, "batch": args.batch, "context": args.context}
-    return wanted(checkpoint, **goals, **load, windows=bool(args.window))
+    """What the arguments say that a mask is wanted for; None where they do not. With windows a share of the KV cache is
+    that of a request; a speedup counts bytes, which bound decoding.
+
+    Raises InputError for more than one goal, and for more tokens than the model takes.
+    """
+    share, requests, speedup, batch = args.kv_budget, args.requests, args.decode_speedup, args.batch
+    if sum(each is not None for each in (share, requests, speedup)) > 1:
+        raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
+    sizes = Sizes(checkpoint, request_context(checkpoint, args.context))
+    of_context = f"of {sizes.context:,} tokens"
+    if share is not None:
+        stored, of = sizes.kv_share, "the KV cache"
+        if args.window:
+            stored, of = sizes.request_share, f"the KV cache of a request {of_context}"
+        return Wanted(stored, share, f"{of} is {{:.0%}} of the full one", more_is_better=False)
+    if requests is not None:
+        fit = f"{{:.0f}} requests {of_context} fit in {args.memory / 2**30:g} GiB"
+        return Wanted(lambda mask: sizes.requests(mask, args.memory), requests, fit)
+    if speedup is not None:
+        full = sizes.step_bytes(checkpoint.mask, batch)
+        fast = f"decoding {batch} requests {of_context} is {{:.2f}} times as fast, by the bytes it reads"
+        return Wanted(lambda mask: full / sizes.step_bytes(mask, batch), speedup, fast)
+    return None
 
 
 def windows(args: Namespace) -> None:
@@ -87,7 +107,7 @@ def windows(args: Namespace) -> None:
         raise InputError("give --count, or one of --kv-budget, --requests and --decode-speedup")
     own = len(checkpoint.mask.windows)
     texts = long_texts(checkpoint, args.data, args.window, args.samples, args.seq_len, args.seed)
-    judging = Judging(checkpoint, *texts, *precision(checkpoint, args.device, args.dtype))
+    judging = judging_by(checkpoint, texts, args)
     plan = WindowsPlan(judging, args.window, goal or (lambda mask: len(mask.windows) - own >= args.count))
     _announce_windows(plan)
     found = choose_windows(plan, args.out.with_suffix(".trials.jsonl"), progress=True)
@@ -141,42 +161,43 @@ def check_search_options(args: Namespace, *, searches: bool) -> None:
         raise InputError("--beam and --heal-aware exclude each other: one mask is healed at each step")
 
 
-@dataclass(frozen=True)
-class SearchData:
-    """Answers that masks are chosen by, those that decide, and those that healing on the way learns from."""
+def judging_by(checkpoint: Checkpoint, texts: tuple[Calibration, Calibration], args: Namespace) -> Judging:
+    """By texts to choose by and those that decide, computed as the arguments say."""
+    return Judging(checkpoint, *texts, *precision(checkpoint, args.device, args.dtype))
 
-    learnt: Calibration
-    held_out: Calibration
-    to_heal: Calibration | None = None
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, path: Path, args: Namespace) -> Self:
-        """Raises DataError unless a file holds enough answers of these weights, CheckpointError where they are to be
-        healed on the way and are quantized.
-        """
-        check_answers(checkpoint, path)
-        sizes = ((False, args.tokens or TOKENS), (True, args.held_out_tokens or HELD_OUT_TOKENS))
-        learnt, held_out = (
-            load_answers(checkpoint, path, held_out=judging, tokens=tokens, tokens_each=TOKENS_OF_EACH)
-            for judging, tokens in sizes
-        )
-        to_heal = None
-        if args.heal_aware is not None:
-            check_plain(checkpoint)
-            to_heal = load_answers(checkpoint, path, held_out=False, tokens=args.heal_aware)
-            held_out_sequences(to_heal)
-        return cls(learnt, held_out, to_heal)
+def by_answers(checkpoint: Checkpoint, path: Path, args: Namespace) -> tuple[Judging, Calibration | None]:
+    """By a file's answers; and those that healing on the way learns from.
+
+    Raises DataError unless the file holds enough answers of these weights, CheckpointError where they are to be healed
+    on the way and are quantized.
+    """
+    check_answers(checkpoint, path)
+    sizes = ((False, args.tokens or TOKENS), (True, args.held_out_tokens or HELD_OUT_TOKENS))
+    learnt, held_out = (
+        load_answers(checkpoint, path, held_out=judging, tokens=tokens, tokens_each=TOKENS_OF_EACH)
+        for judging, tokens in sizes
+    )
+    to_heal = None
+    if args.heal_aware is not None:
+        check_plain(checkpoint)
+        to_heal = load_answers(checkpoint, path, held_out=False, tokens=args.heal_aware)
+        held_out_sequences(to_heal)
+    return judging_by(checkpoint, (learnt, held_out), args), to_heal
 
 
 def searched(
-    checkpoint: Checkpoint, spaces: Sequence[Space], data: SearchData, scores: Scores, args: Namespace, trials: Path
+    judging: Judging,
+    to_heal: Calibration | None,
+    spaces: Sequence[Space],
+    scores: Scores,
+    args: Namespace,
+    trials: Path,
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}
     options = SearchOptions(**{name: value for name, value in asked.items() if value is not None})
-    judging = Judging(checkpoint, data.learnt, data.held_out, *precision(checkpoint, args.device, args.dtype))
-    plan = plan_search(scores, judging, spaces, options, data.to_heal)
-    return search_masks(plan, trials, progress=True)
+    return search_masks(plan_search(scores, judging, spaces, options, to_heal), trials, progress=True)
 
 
 def _check_options(args: Namespace) -> None:
@@ -229,11 +250,11 @@ def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count
     return [*{mask.dropped: mask for mask in (found.mask, *asked_for)}.values()][:count]
 
 
-def _scores(checkpoint: Checkpoint, data: SearchData, args: Namespace) -> Scores:
+def _scores(judging: Judging, args: Namespace) -> Scores:
     """As given, or on the answers or texts that masks are chosen by."""
+    checkpoint, learnt = judging.checkpoint, judging.answers
     if args.scores is not None:
         return checked(read_record(Scores, args.scores), checkpoint)
-    learnt = data.learnt
     if not args.window:
         learnt = load_answers(checkpoint, args.answers, held_out=False, tokens=SCORED_TOKENS)
     return Scoring.asked(checkpoint, args, args.out, learnt).kept("scores")

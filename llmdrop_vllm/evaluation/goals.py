@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
-from llmdrop_vllm.errors import InputError, MaskError
-from llmdrop_vllm.evaluation.inspection import IN_FLIGHT_TOKENS, request_context
+from llmdrop_vllm.errors import MaskError
+from llmdrop_vllm.evaluation.inspection import IN_FLIGHT_TOKENS
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.selection.candidates import Candidates, Kind
@@ -62,42 +62,6 @@ class Sizes:
     def step_bytes(self, mask: DropMask, requests: int) -> float:
         """What decoding reads for a token of each of so many requests: all weights, and their KV cache."""
         return self.checkpoint.under(mask).weight_bytes + requests * self.request_bytes(mask, in_flight=1)
-
-
-def wanted(
-    checkpoint: Checkpoint,
-    *,
-    kv_share: float | None = None,
-    requests: int | None = None,
-    memory_bytes: int = 0,
-    decode_speedup: float | None = None,
-    batch: int = 1,
-    context: int | None = None,
-    windows: bool = False,
-) -> Wanted | None:
-    """What the one argument that is given asks for; None where none is. `decode_speedup` counts bytes, which bound
-    decoding, of a batch of requests of `context` tokens. With `windows` a share of the KV cache is that of a request.
-
-    Raises InputError for more than one, and for more tokens than the model takes.
-    """
-    asked = [each for each in (kv_share, requests, decode_speedup) if each is not None]
-    if len(asked) > 1:
-        raise InputError("--kv-budget, --requests and --decode-speedup exclude each other")
-    sizes = Sizes(checkpoint, request_context(checkpoint, context))
-    if kv_share is not None:
-        share, of = sizes.kv_share, "the KV cache"
-        if windows:
-            share, of = sizes.request_share, f"the KV cache of a request of {sizes.context:,} tokens"
-        return Wanted(share, kv_share, f"{of} is {{:.0%}} of the full one", more_is_better=False)
-    if requests is not None:
-        fit = f"{{:.0f}} requests of {sizes.context:,} tokens fit in {memory_bytes / 2**30:g} GiB"
-        return Wanted(lambda mask: sizes.requests(mask, memory_bytes), requests, fit)
-    if decode_speedup is not None:
-        full = sizes.step_bytes(checkpoint.mask, batch)
-        decoding = f"decoding {batch} requests of {sizes.context:,} tokens"
-        fast = f"{decoding} is {{:.2f}} times as fast, by the bytes it reads"
-        return Wanted(lambda mask: full / sizes.step_bytes(mask, batch), decode_speedup, fast)
-    return None
 
 
 def mixes(candidates: Candidates, goal: Wanted, stages: int = 1, mlps: int | None = None) -> list[DropMask]:

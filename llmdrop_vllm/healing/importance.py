@@ -17,8 +17,7 @@ from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.healing.outputs import output_parameters
 from llmdrop_vllm.healing.parents import check_plain
 from llmdrop_vllm.healing.refit import Refit, refit
-from llmdrop_vllm.healing.split import held_out_sequences
-from llmdrop_vllm.healing.task import Streams, Task, Unit
+from llmdrop_vllm.healing.task import Streams, Task, Unit, held_out_sequences
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
 from llmdrop_vllm.versions import __version__

@@ -15,9 +15,8 @@ from llmdrop_vllm.architectures.family import Family
 from llmdrop_vllm.artifacts import sha256
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.data.tokens import Calibration
-from llmdrop_vllm.errors import CheckpointError
+from llmdrop_vllm.errors import CheckpointError, DataError
 from llmdrop_vllm.healing.outputs import Recorded
-from llmdrop_vllm.healing.split import held_out_sequences
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream
@@ -26,6 +25,8 @@ from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates, Scratch, Step
 
 # A projection's constant in the residual stream is told by its effect; this near to 1 it is 1.
 CONSTANT_TO = 0.05
+# One in so many prompts judges.
+HELD_OUT_EVERY = 8
 SCRATCH_FILES = (
     *("teacher-?.bin", "student-?.bin", "healed-*.safetensors", "trained.safetensors"),
     *(".*.safetensors.*.partial", "targets-*", "training-*"),
@@ -57,6 +58,25 @@ def units(family: Family, teacher: DropMask, student: DropMask) -> tuple[Unit, .
         names = tuple(f"{kind} {each}" for each in layers for kind, gone in lost.items() if each in gone)
         found.append(Unit(layer, behind - 1, names, "attention" if layer in mlp else "mlp"))
     return tuple(found)
+
+
+def held_out_sequences(data: Calibration) -> tuple[bool, ...]:
+    """Per sequence, whether it judges. Answers to one prompt are on one side; windows of text are spread evenly.
+
+    Raises DataError for fewer than two prompts.
+    """
+    starts = data.starts or (None,) * len(data.sequences)
+    prompts: dict[object, int] = {}
+    found = []
+    for place, (start, sequence) in enumerate(zip(starts, data.sequences, strict=True)):
+        key = place if start is None else tuple(sequence[: start + 1].tolist())
+        found.append(prompts.setdefault(key, len(prompts)))
+    if len(prompts) < 2:
+        raise DataError(
+            f"{data.identity.source} has {len(prompts)} prompt or text; healing needs one to learn, one to judge"
+        )
+    every = min(HELD_OUT_EVERY, len(prompts))
+    return tuple(number % every == every // 2 for number in found)
 
 
 class Streams:

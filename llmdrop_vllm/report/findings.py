@@ -89,8 +89,21 @@ class Findings:
 
     @cached_property
     def mended(self) -> list[Curve]:
-        """What became of the sweep's masks by healing or search."""
-        return _mended(self.sweep, self.evaluations)
+        """What became of the sweep's masks: a curve for each way of healing a series' masks, and for other masks of as
+        many sublayers. What is healed has the shape, and so the speed, of its mask; other masks have those of the
+        series' where all layers are of one kind.
+        """
+        found: dict[str, tuple[Series, dict[int, Point]]] = {}
+        for each in self.evaluations:
+            series, n, point, how = _place(self.sweep, each)
+            _check_alike(point, each)
+            entries = {"name": f"{series.name}, {how}", "order": f"{series.order}, {how}"}
+            _, points = found.setdefault(entries["name"], (series.model_copy(update=entries), {}))
+            if n in points:
+                raise InputError(f"two evaluations are of {series.name} {n}, {how}; a report shows one of them")
+            points[n] = point.model_copy(update={"quality": each.quality})
+        full = self.sweep.full
+        return [Curve(series, ((0, full), *sorted(points.items()))) for series, points in found.values()]
 
     @property
     def depth(self) -> int:
@@ -125,22 +138,6 @@ class Findings:
             for n, mask in series.steps.items():
                 found.setdefault(mask, f"{series.name} {n}")
         return found
-
-
-def _mended(sweep: Sweep, evaluations: Sequence[Evaluation]) -> list[Curve]:
-    """A curve for each way of healing a series' masks, and for other masks of as many sublayers. What is healed has the
-    shape, and so the speed, of its mask; other masks have those of the series' where all layers are of one kind.
-    """
-    found: dict[str, tuple[Series, dict[int, Point]]] = {}
-    for each in evaluations:
-        series, n, point, how = _place(sweep, each)
-        _check_alike(point, each)
-        entries = {"name": f"{series.name}, {how}", "order": f"{series.order}, {how}"}
-        _, points = found.setdefault(entries["name"], (series.model_copy(update=entries), {}))
-        if n in points:
-            raise InputError(f"two evaluations are of {series.name} {n}, {how}; a report shows one of them")
-        points[n] = point.model_copy(update={"quality": each.quality})
-    return [Curve(series, ((0, sweep.full), *sorted(points.items()))) for series, points in found.values()]
 
 
 def _place(sweep: Sweep, evaluation: Evaluation) -> tuple[Series, int, Point, str]:

@@ -1,7 +1,6 @@
 """Figures from and for Prometheus: what vLLM counts, read back, and what is dropped, as gauges beside it."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 from prometheus_client import Gauge
 from vllm.config import CacheConfig
@@ -40,7 +39,7 @@ def publish(drop: Drop) -> None:
 
 def kv_now(cache: CacheConfig) -> KV | None:
     """The KV cache in use, as of the engine's last step; None where vLLM keeps no statistics."""
-    found = _samples((USAGE, RUNNING, WAITING, QUERIES, HITS, PREEMPTIONS))
+    found = _samples()
     if not found[USAGE]:
         return None
     # One value per engine replica; vLLM counts the blocks of all of them, and keeps one of each for itself.
@@ -61,10 +60,9 @@ def kv_now(cache: CacheConfig) -> KV | None:
     )
 
 
-def _samples(names: Iterable[str]) -> dict[str, list[float]]:
-    wanted, found = set(names), defaultdict[str, list[float]](list)
+def _samples() -> dict[str, list[float]]:
+    found = defaultdict[str, list[float]](list)
     for metric in get_prometheus_registry().collect():
         for sample in metric.samples:
-            if sample.name in wanted:
-                found[sample.name].append(sample.value)
+            found[sample.name].append(sample.value)
     return found
