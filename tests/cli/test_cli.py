@@ -54,9 +54,7 @@ def test_drop_leaves_a_whole_checkpoint_with_its_scores_and_mask_and_nothing_els
 def fail_to_write(monkeypatch, command):
     """Run a command while the disk is full."""
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "llmdrop_vllm.writing.write._write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
-        )
+        patch.setattr("llmdrop_vllm.writing.write.write_shard", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         assert main(command) == 1
 
 

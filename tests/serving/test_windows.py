@@ -18,7 +18,7 @@ from llmdrop_vllm.serving.window_cache import WindowManager
 from tests.engines import engine as any_engine
 from tests.engines import greedy
 from tests.serving.engine_process import run_job
-from tests.serving.test_parallel import TWO_WORKERS
+from tests.serving.test_parallel import TRACED, TWO_WORKERS
 from tests.tiny import TINY_LLAMA, write_checkpoint
 
 WINDOW = 24
@@ -168,7 +168,9 @@ def test_padding_at_the_left_changes_nothing(checkpoint):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("ranks", [{"tensor_parallel_size": 2, "enforce_eager": True}, {"pipeline_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "ranks", [{"tensor_parallel_size": 2, "enforce_eager": True}, {"pipeline_parallel_size": 2} | TRACED]
+)
 def test_every_rank_has_its_windows(ranks, checkpoint, expected):
     result = run_job(TWO_WORKERS, model=checkpoint, prompt=LONG, max_model_len=700, **ranks)
     assert len(result["tokens"]) >= 4
