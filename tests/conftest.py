@@ -10,11 +10,15 @@ import hypothesis
 import pytest
 import torch
 
+from tests import warm
+
 LACKING = re.compile("has no attribute 'cpu_gemm_wna16'|FP8 KV cache on CPU requires x86 with AVX-512")
 
 # What an example takes is the machine's and its neighbours' business.
 hypothesis.settings.register_profile("without a deadline", deadline=None)
 hypothesis.settings.load_profile("without a deadline")
+
+warm.install()
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)

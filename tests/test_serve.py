@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from benchmarks.servers import SUMMARY, serving
+from tests.warm import cold
 
 pytestmark = pytest.mark.processes
 QUESTION = [{"role": "user", "content": "What is os.path.join?"}]
@@ -15,10 +16,13 @@ QUESTION = [{"role": "user", "content": "What is os.path.join?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Four attention sublayers dropped by vLLM's own option; VLLM_PLUGINS names the plugin, so its routes are there."""
+    """Four attention sublayers dropped by vLLM's own option; VLLM_PLUGINS names the plugin, so its routes are there.
+
+    Of all servers of the tests it is the one that starts as it does for its users, whatever other tests' may share.
+    """
     mask = ["--hf-overrides", '{"drop_attn_list": [11, 7, 8, 10]}']
     directory, env = tmp_path_factory.mktemp("server"), {"VLLM_PLUGINS": "llmdrop"}
-    with serving(directory, *mask, command=("vllm", "serve"), env=env) as served:
+    with cold(), serving(directory, *mask, command=("vllm", "serve"), env=env) as served:
         yield served
 
 

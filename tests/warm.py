@@ -1,0 +1,226 @@
+"""Servers and engines of the tests that start in two seconds instead of half a minute.
+
+`vllm serve` is three processes one after the other, and each imports vLLM for ten seconds. Here they are forked from a
+zygote: a process that has imported vLLM and done nothing since, so it has one thread, no plugin and no engine. Each
+process that was forked keeps a zygote of its own for those it spawns. All else is as ever: command line, environment,
+descriptors, session, parent and exit status. Commands that the tests do not start often, and those whose environment is
+read while modules are imported, start as ever, and so does what stands within `cold()`.
+"""
+
+import _posixsubprocess
+import ctypes
+import gc
+import importlib
+import os
+import pickle
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import spawn
+from pathlib import Path
+
+IMPORTED = (
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+)
+COMMANDS = {str(Path(sys.executable).with_name(name)) for name in ("vllm", "llmdrop")}
+ENGINE = ("-m", "tests.serving.engine_process")
+SPAWNED = re.compile(r"from multiprocessing.spawn import spawn_main; spawn_main\((.*)\)")
+READ_AT_IMPORT = re.compile("PYTHON|HF_HOME|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|VLLM_LOGGING")
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: an orphan below goes to this process and not to the machine's first
+MESSAGE_BYTES, DESCRIPTORS = 1 << 20, 250
+fork_exec = _posixsubprocess.fork_exec
+
+
+@dataclass
+class Job:
+    """What a process is started with, beside its descriptors."""
+
+    words: list[str]
+    directory: str
+    environment: dict[bytes, bytes]
+    cores: set[int]
+    session: bool
+    group: int
+    numbers: list[int]  # of the descriptors in the new process
+
+
+class Zygote:
+    """This process's end of one: `fork` starts a process as a child of this one."""
+
+    def __init__(
+        self, channel: socket.socket, environment: dict[bytes, bytes], process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.channel, self.imported, self.process = channel, read_at_import(environment), process
+        self.lock = threading.Lock()
+
+    def fork(self, job: Job, descriptors: Sequence[int]) -> int:
+        prctl = ctypes.CDLL(None).prctl
+        with self.lock:
+            prctl(SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self.channel, [pickle.dumps(job)], descriptors)
+                pid = self.channel.recv(MESSAGE_BYTES)
+            finally:
+                prctl(SUBREAPER, 0, 0, 0, 0)
+        assert pid, "the zygote has ended; what it said stands above"
+        return int(pid)
+
+
+def read_at_import(environment: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    return {name: value for name, value in environment.items() if READ_AT_IMPORT.match(os.fsdecode(name))}
+
+
+def install() -> None:
+    """From now on this process starts its servers warm."""
+    _posixsubprocess.fork_exec = subprocess._fork_exec = _fork_exec
+
+
+@contextmanager
+def cold() -> Iterator[None]:
+    """Processes start as users start them."""
+    _posixsubprocess.fork_exec = subprocess._fork_exec = fork_exec
+    try:
+        yield
+    finally:
+        install()
+
+
+_zygote: Zygote | None = None
+_zygote_lock = threading.Lock()
+
+
+def _zygote_of_this_process() -> Zygote:
+    global _zygote
+    with _zygote_lock:
+        if _zygote is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+            # Threads of numpy and Arrow would not be there after a fork.
+            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            root = Path(__file__).parents[1]
+            with theirs:
+                process = subprocess.Popen(
+                    command, stdout=subprocess.DEVNULL, env=environment, cwd=root, pass_fds=[theirs.fileno()]
+                )
+            _zygote = Zygote(ours, dict(os.environb), process)
+        return _zygote
+
+
+def _fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest):
+    """For CPython's function of this name, which is what `subprocess` and `multiprocessing` start a process by."""
+    stdin, _, _, stdout, _, stderr, _, errors, _, session, group, gid, gids, uid, umask, preexec, *_ = rest
+    words = [os.fsdecode(word) for word in args]
+    environment = dict(os.environb) if env is None else dict(entry.split(b"=", 1) for entry in env)
+    plain = close_fds and (gid, gids, uid, umask, preexec) == (None, None, None, -1, None)
+    spawned = SPAWNED.fullmatch(words[-2]) if len(words) > 2 else None
+    asked = words[0] in COMMANDS or (words[0] == sys.executable and tuple(words[1:3]) == ENGINE)
+    if not (plain and (spawned or asked)):
+        return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
+    zygote = _zygote_of_this_process()
+    # What is spawned belongs to a process that is warm already, and vLLM sets some of these for its workers.
+    if not spawned and read_at_import(environment) != zygote.imported:
+        return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
+    kept = [descriptor for descriptor in pass_fds if descriptor != errors]
+    standard = [number if given == -1 else given for number, given in enumerate((stdin, stdout, stderr))]
+    directory = str(Path.cwd()) if cwd is None else os.fsdecode(cwd)
+    job = Job(words, directory, environment, os.sched_getaffinity(0), session, group, [0, 1, 2, *kept])
+    return zygote.fork(job, [*standard, *kept])
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if number not in kept:
+            with suppress(OSError):  # the listing's own
+                os.close(number)
+
+
+def _wait_for_job(channel: socket.socket) -> tuple[Job, list[int]]:
+    """In a zygote, for as long as it lives. Returns in a process that was forked, as its parent's child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, DESCRIPTORS)
+        if not message:  # who would ask has ended
+            os._exit(0)
+        told, tells = os.pipe()
+        if between := os.fork():
+            for descriptor in (*descriptors, tells):
+                os.close(descriptor)
+            pid = os.read(told, MESSAGE_BYTES)
+            os.close(told)
+            os.waitpid(between, 0)  # and with it the new process is an orphan, and the asking one's child
+            channel.send(pid)
+        elif pid := os.fork():
+            os.write(tells, str(pid).encode())
+            os._exit(0)
+        else:
+            channel.close()
+            return pickle.loads(message), descriptors
+
+
+def _become(job: Job, descriptors: list[int]) -> None:
+    if job.session:
+        os.setsid()
+    elif job.group >= 0:
+        os.setpgid(0, job.group)
+    free = max(*job.numbers, *descriptors) + 1
+    for place, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, free + place)
+    for place, number in enumerate(job.numbers):
+        os.dup2(free + place, number)
+    _close_all_but(set(job.numbers))
+    os.sched_setaffinity(0, job.cores)
+    os.chdir(job.directory)
+    os.environb.clear()
+    os.environb.update(job.environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(words: list[str]) -> None:
+    if spawned := SPAWNED.fullmatch(words[-2]):
+        sys.argv = ["-c", words[-1]]
+        arguments = (argument.split("=") for argument in spawned[1].split(", "))
+        spawn.spawn_main(**{name: int(value) for name, value in arguments})
+    elif words[0] in COMMANDS:
+        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        sys.argv, sys.path[0] = words[2:], str(Path.cwd())
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
+    gc.collect()
+    gc.freeze()  # or the first collection in each process would copy all pages
+    while True:
+        job, descriptors = _wait_for_job(channel)
+        _become(job, descriptors)
+        ours, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork():
+            break
+        ours.close()
+    channel.close()
+    # The module by its name, for this one is `__main__` and will make way for the command's.
+    warm = importlib.import_module("tests.warm")
+    warm._zygote = warm.Zygote(ours, job.environment)
+    warm.install()
+    _run(job.words)
+
+
+if __name__ == "__main__":
+    main()
