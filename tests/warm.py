@@ -3,11 +3,12 @@
 `vllm serve` is three processes one after the other, and each imports vLLM for ten seconds. Here they are forked from a
 zygote: a process that has imported vLLM and done nothing since, so it has one thread, no plugin and no engine. Each
 process that was forked keeps a zygote of its own for those it spawns. All else is as ever: command line, environment,
-descriptors, session, parent and exit status. Commands that the tests do not start often, and those whose environment is
-read while modules are imported, start as ever, and so does what stands within `cold()`.
+descriptors, session, parent and exit status. Where modules read an environment while they are imported, it has a zygote
+of its own. Commands that the tests do not start often start as ever, and so does what stands within `cold()`.
 """
 
 import _posixsubprocess
+import atexit
 import ctypes
 import gc
 import importlib
@@ -37,7 +38,7 @@ IMPORTED = (
 COMMANDS = {str(Path(sys.executable).with_name(name)) for name in ("vllm", "llmdrop")}
 ENGINE = ("-m", "tests.serving.engine_process")
 SPAWNED = re.compile(r"from multiprocessing.spawn import spawn_main; spawn_main\((.*)\)")
-READ_AT_IMPORT = re.compile("PYTHON|HF_HOME|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|VLLM_LOGGING")
+READ_AT_IMPORT = re.compile("PYTHON(?!PATH)|HF_HOME|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|VLLM_LOGGING")
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: an orphan below goes to this process and not to the machine's first
 MESSAGE_BYTES, DESCRIPTORS = 1 << 20, 250
 fork_exec = _posixsubprocess.fork_exec
@@ -59,13 +60,26 @@ class Job:
 class Zygote:
     """This process's end of one: `fork` starts a process as a child of this one."""
 
-    def __init__(
-        self, channel: socket.socket, environment: dict[bytes, bytes], process: subprocess.Popen[bytes] | None = None
-    ) -> None:
-        self.channel, self.imported, self.process = channel, read_at_import(environment), process
+    def __init__(self, channel: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.channel, self.process = channel, process
         self.lock = threading.Lock()
 
+    @classmethod
+    def new(cls, environment: dict[bytes, bytes]) -> "Zygote":
+        """One that imports under an environment, in a process of its own."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+        # Threads of numpy and Arrow would not be there after a fork.
+        single = {b"OPENBLAS_NUM_THREADS": b"1", b"JE_ARROW_MALLOC_CONF": b"background_thread:false"}
+        with theirs:
+            root, kept = Path(__file__).parents[1], [theirs.fileno()]
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, env=environment | single, cwd=root, pass_fds=kept
+            )
+        return cls(ours, process)
+
     def fork(self, job: Job, descriptors: Sequence[int]) -> int:
+        """The new process's id."""
         prctl = ctypes.CDLL(None).prctl
         with self.lock:
             prctl(SUBREAPER, 1, 0, 0, 0)
@@ -78,8 +92,20 @@ class Zygote:
         return int(pid)
 
 
-def read_at_import(environment: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    return {name: value for name, value in environment.items() if READ_AT_IMPORT.match(os.fsdecode(name))}
+_own: Zygote | None = None  # of a process that was forked itself
+_zygotes: dict[tuple[tuple[bytes, bytes], ...], Zygote] = {}
+_zygotes_lock = threading.Lock()
+
+
+def _zygote(environment: dict[bytes, bytes]) -> Zygote:
+    """This process's own, or the one whose modules have read the same of an environment."""
+    if _own is not None:
+        return _own
+    with _zygotes_lock:
+        read = tuple(sorted(item for item in environment.items() if READ_AT_IMPORT.match(os.fsdecode(item[0]))))
+        if read not in _zygotes:
+            _zygotes[read] = Zygote.new(environment)
+        return _zygotes[read]
 
 
 def install() -> None:
@@ -97,27 +123,6 @@ def cold() -> Iterator[None]:
         install()
 
 
-_zygote: Zygote | None = None
-_zygote_lock = threading.Lock()
-
-
-def _zygote_of_this_process() -> Zygote:
-    global _zygote
-    with _zygote_lock:
-        if _zygote is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
-            # Threads of numpy and Arrow would not be there after a fork.
-            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-            root = Path(__file__).parents[1]
-            with theirs:
-                process = subprocess.Popen(
-                    command, stdout=subprocess.DEVNULL, env=environment, cwd=root, pass_fds=[theirs.fileno()]
-                )
-            _zygote = Zygote(ours, dict(os.environb), process)
-        return _zygote
-
-
 def _fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest):
     """For CPython's function of this name, which is what `subprocess` and `multiprocessing` start a process by."""
     stdin, _, _, stdout, _, stderr, _, errors, _, session, group, gid, gids, uid, umask, preexec, *_ = rest
@@ -128,15 +133,11 @@ def _fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest):
     asked = words[0] in COMMANDS or (words[0] == sys.executable and tuple(words[1:3]) == ENGINE)
     if not (plain and (spawned or asked)):
         return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
-    zygote = _zygote_of_this_process()
-    # What is spawned belongs to a process that is warm already, and vLLM sets some of these for its workers.
-    if not spawned and read_at_import(environment) != zygote.imported:
-        return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
     kept = [descriptor for descriptor in pass_fds if descriptor != errors]
     standard = [number if given == -1 else given for number, given in enumerate((stdin, stdout, stderr))]
     directory = str(Path.cwd()) if cwd is None else os.fsdecode(cwd)
     job = Job(words, directory, environment, os.sched_getaffinity(0), session, group, [0, 1, 2, *kept])
-    return zygote.fork(job, [*standard, *kept])
+    return _zygote(environment).fork(job, [*standard, *kept])
 
 
 def _close_all_but(kept: set[int]) -> None:
@@ -169,6 +170,10 @@ def _wait_for_job(channel: socket.socket) -> tuple[Job, list[int]]:
             return pickle.loads(message), descriptors
 
 
+def _paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 def _become(job: Job, descriptors: list[int]) -> None:
     if job.session:
         os.setsid()
@@ -182,8 +187,10 @@ def _become(job: Job, descriptors: list[int]) -> None:
     _close_all_but(set(job.numbers))
     os.sched_setaffinity(0, job.cores)
     os.chdir(job.directory)
+    ours = _paths()
     os.environb.clear()
     os.environb.update(job.environment)
+    sys.path[1:] = [*_paths(), *(path for path in sys.path[1:] if path not in ours)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -203,7 +210,8 @@ def _run(words: list[str]) -> None:
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     for name in IMPORTED:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # what another vLLM has elsewhere is imported when it is wanted
+            importlib.import_module(name)
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
     gc.collect()
     gc.freeze()  # or the first collection in each process would copy all pages
@@ -217,8 +225,9 @@ def main() -> None:
     channel.close()
     # The module by its name, for this one is `__main__` and will make way for the command's.
     warm = importlib.import_module("tests.warm")
-    warm._zygote = warm.Zygote(ours, job.environment)
+    warm._own = warm.Zygote(ours)
     warm.install()
+    atexit.register(gc.unfreeze)
     _run(job.words)
 
 

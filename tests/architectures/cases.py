@@ -75,7 +75,12 @@ YARN = {
 }
 RECURRENT, FULL = "linear_attention", "full_attention"
 HYBRID = {"layer_types": [RECURRENT, RECURRENT, FULL, FULL, RECURRENT]}
-MAMBA2 = HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+# A prompt is of several chunks; Transformers fills the last one up, and published chunks are of 256 tokens.
+CHUNK = 32
+MAMBA2 = HYBRID | {
+    **{"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1},
+    "mamba_chunk_size": CHUNK,
+}
 SHORT_CONVOLUTION = {
     "layer_types": ["conv", "conv", FULL, FULL, "conv"],
     "conv_L_cache": 3,
@@ -278,7 +283,7 @@ CASES = {
             "NemotronHForCausalLM",
             "nemotron_h",
             {"hybrid_override_pattern": "*M-*-", "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16}
-            | {"n_groups": 1},
+            | {"n_groups": 1, "chunk_size": CHUNK},
         ),
         Case("Lfm2ForCausalLM", "lfm2", SHORT_CONVOLUTION | {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 96}),
         Case("Lfm2MoeForCausalLM", "lfm2_moe", SHORT_CONVOLUTION | {"num_dense_layers": 1}),

@@ -97,12 +97,13 @@ def lent(tmp_path, monkeypatch):
     (tmp_path / "lent-1.dist-info" / "entry_points.txt").write_text("[vllm.general_plugins]\nlent = lent:lend\n")
     (tmp_path / "lent.py").write_text(
         "import os\nfrom llmdrop_vllm.serving import agreement, stages\n\n\ndef lend():\n"
-        "    agreement.PATIENCE_S = 20\n"
+        "    agreement.PATIENCE_S = int(os.environ['LENT_PATIENCE_S'])\n"
         "    for module in (agreement, stages):\n"
         "        module.stage_memory_bytes = lambda config: float(os.environ['LENT_BYTES'])\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "server")]))
     monkeypatch.setenv("LENT_BYTES", "1e9")
+    monkeypatch.setenv("LENT_PATIENCE_S", "20")
 
 
 def test_tensor_parallel_nodes_answer_as_one_and_the_second_ends_with_the_first(case, model, tmp_path):
@@ -133,7 +134,8 @@ def test_pipeline_nodes_of_unequal_memory_choose_the_same_stages_and_the_first_e
 
 
 @pytest.mark.usefixtures("lent")
-def test_a_node_without_the_plugin_serves_nothing(model, tmp_path):
+def test_a_node_without_the_plugin_serves_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LENT_PATIENCE_S", "5")
     options, env = both("--tensor-parallel-size", "2", "--enforce-eager")
     with second_node(tmp_path, model, *options, env=env | {"VLLM_PLUGINS": ""}) as other:
         with (
@@ -142,7 +144,7 @@ def test_a_node_without_the_plugin_serves_nothing(model, tmp_path):
         ):
             pytest.fail("served")
         other.process.wait(timeout=END_S)
-    assert "after 20 s, rank 1 has not said which mask it has" in (tmp_path / "log").read_text()
+    assert "after 5 s, rank 1 has not said which mask it has" in (tmp_path / "log").read_text()
     assert MASKED not in other.log.read_text()
 
 
