@@ -68,7 +68,7 @@ class Zygote:
     def new(cls, environment: dict[bytes, bytes]) -> "Zygote":
         """One that imports under an environment, in a process of its own."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+        command = [sys.executable, "-c", f"from tests.warm import main; main({theirs.fileno()})"]
         # Threads of numpy and Arrow would not be there after a fork.
         single = {b"OPENBLAS_NUM_THREADS": b"1", b"JE_ARROW_MALLOC_CONF": b"background_thread:false"}
         with theirs:
@@ -129,7 +129,7 @@ def _fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest):
     words = [os.fsdecode(word) for word in args]
     environment = dict(os.environb) if env is None else dict(entry.split(b"=", 1) for entry in env)
     plain = close_fds and (gid, gids, uid, umask, preexec) == (None, None, None, -1, None)
-    spawned = SPAWNED.fullmatch(words[-2]) if len(words) > 2 else None
+    spawned = SPAWNED.fullmatch(words[-2:][0])
     asked = words[0] in COMMANDS or (words[0] == sys.executable and tuple(words[1:3]) == ENGINE)
     if not (plain and (spawned or asked)):
         return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
@@ -195,20 +195,22 @@ def _become(job: Job, descriptors: list[int]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if spawned := SPAWNED.fullmatch(words[-2]):
+    if spawned := SPAWNED.fullmatch(words[-2:][0]):
         sys.argv = ["-c", words[-1]]
         arguments = (argument.split("=") for argument in spawned[1].split(", "))
         spawn.spawn_main(**{name: int(value) for name, value in arguments})
-    elif words[0] in COMMANDS:
-        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-        runpy.run_path(words[0], run_name="__main__")
-    else:
+    elif words[0] == sys.executable:
         sys.argv, sys.path[0] = words[2:], str(Path.cwd())
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
-def main() -> None:
-    channel = socket.socket(fileno=int(sys.argv[1]))
+def main(descriptor: int) -> None:
+    """A zygote; what is forked of it becomes its job in here."""
+    global _own
+    channel = socket.socket(fileno=descriptor)
     for name in IMPORTED:
         with suppress(ModuleNotFoundError):  # what another vLLM has elsewhere is imported when it is wanted
             importlib.import_module(name)
@@ -223,13 +225,7 @@ def main() -> None:
             break
         ours.close()
     channel.close()
-    # The module by its name, for this one is `__main__` and will make way for the command's.
-    warm = importlib.import_module("tests.warm")
-    warm._own = warm.Zygote(ours)
-    warm.install()
+    _own = Zygote(ours)
+    install()
     atexit.register(gc.unfreeze)
     _run(job.words)
-
-
-if __name__ == "__main__":
-    main()
