@@ -5,14 +5,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from tqdm import tqdm
 
 from llmdrop_vllm.artifacts import MASK_FILE, Provenance, Record, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.console import show_inspection, show_next, show_scores, show_selection, warn
-from llmdrop_vllm.cli.scoring import Scoring, beside, forget, mask_file, selection_of
+from llmdrop_vllm.cli.scoring import Scoring, beside, forget, mask_file, other_weights, selection_of
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
 from llmdrop_vllm.mask_file import MaskFile
@@ -67,7 +66,7 @@ def convert(args: Namespace) -> None:
     check_free(args.out, overwrite=args.overwrite)
     if args.dialect is None and not args.renumber:
         raise InputError("nothing to convert: give --dialect, --renumber or both")
-    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True, renumber=args.renumber), args)
+    write_plan(plan_surgery(args.model, dialect=args.dialect, keep_dropped=True, renumber=args.renumber), args, {})
 
 
 def inspect(args: Namespace) -> None:
@@ -140,11 +139,8 @@ def given_mask(args: Namespace, checkpoint: Checkpoint) -> tuple[DropMask, dict[
 
 def _check_same_model(file: MaskFile, checkpoint: Checkpoint, path: Path) -> None:
     if file.provenance is not None and file.provenance.model.fingerprint != checkpoint.fingerprint:
-        chosen_for = file.provenance.model
-        raise MaskError(
-            f"{path} was chosen for {chosen_for.path} (weights {chosen_for.fingerprint}), and {checkpoint.directory} "
-            f"has other weights ({checkpoint.fingerprint}); --other-model takes it all the same"
-        )
+        others = other_weights(file.provenance.model, checkpoint)
+        raise MaskError(f"{path} was chosen for {others}; --other-model takes it all the same")
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -163,7 +159,7 @@ def plan_of(args: Namespace, checkpoint: Checkpoint, mask: DropMask, **others: b
     return plan_surgery(checkpoint, mask, dialect=args.dialect, **how)
 
 
-def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record] = MappingProxyType({})) -> None:
+def write_plan(plan: SurgeryPlan, args: Namespace, records: Mapping[str, Record]) -> None:
     """Write to OUT with progress, and say what was written."""
     for warning in plan.warnings:
         warn(warning)

@@ -83,10 +83,8 @@ def show_search(found: MaskFile, on: str = "answers") -> None:
     )
     for each in evidence.compared:
         low, high = each.difference
-        print(
-            f"  {each.name:34} KL {each.held_out_kl:.4f}, {low:+.4f} to {high:+.4f} of {evidence.compared[0].name}'s; "
-            f"{_said(each)}"
-        )
+        lost = f"KL {each.held_out_kl:.4f}, {low:+.4f} to {high:+.4f} of {evidence.compared[0].name}'s"
+        print(f"  {each.name:34} {lost}; {_said(each)}")
     print(f"{found.method}: {found.mask.summary()}")
 
 
@@ -163,15 +161,13 @@ def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> Non
     print(f"{'recommended' if meets else 'nearest'} for {goal}: {quality.mask.summary()}")
     before = {name: value for name, value, *_ in _rows(full)}
     losses = {name: f"{loss:+.1%}" for name, loss in choice.losses.items()}
-    rows: list[tuple[str, ...]] = [
-        (name, before.get(name, "-"), value, losses.get(name, "")) for name, value, *_ in _rows(quality)
-    ]
+    rows = [[name, before.get(name, "-"), value, losses.get(name, "")] for name, value, *_ in _rows(quality)]
     for kind in TASK_KINDS:
         if kind in losses:
             means = (_score(each.task_average(kind)) for each in (full, quality))
-            rows.append((f"{kind}, mean", *means, losses[kind]))
-    rows.append(("KV cache", "100%", f"{choice.point.kv_share:.0%}", ""))
-    rows.append(("speed", "1.00x", f"{choice.speedup:.2f}x" if choice.speedup else "not measured", ""))
+            rows.append([f"{kind}, mean", *means, losses[kind]])
+    rows.append(["KV cache", "100%", f"{choice.point.kv_share:.0%}", ""])
+    rows.append(["speed", "1.00x", f"{choice.speedup:.2f}x" if choice.speedup else "not measured", ""])
     print_table(("", "full", "dropped", "loss"), rows)
     if full.task_average("generation") is None:
         print("note: the sweep measured no generation task, and generation breaks first; give one with --tasks")

@@ -10,12 +10,6 @@ from llmdrop_vllm.evaluation.harness import Harness, find_tasks
 LONGEST_TASK = 4096  # prompt and answer; lm-eval cuts what is longer
 
 
-def engine_for_tasks(checkpoint: Checkpoint, args: Namespace) -> EngineSettings:
-    """An engine that answers tasks and does nothing else."""
-    longest = min(checkpoint.context or LONGEST_TASK, LONGEST_TASK)
-    return EngineSettings(dtype=dtype_of(checkpoint, args), max_model_len=longest)
-
-
 def harness_of(args: Namespace) -> Harness:
     """The tasks that the arguments name; lm-eval is an extra, and not needed where they name none."""
     if not args.tasks:
@@ -23,18 +17,19 @@ def harness_of(args: Namespace) -> Harness:
     return find_tasks(args.tasks, prompting=args.prompting, runs_code=args.run_generated_code, limit=args.limit)
 
 
-def max_model_len(checkpoint: Checkpoint, context: int, args: Namespace) -> int:
-    """For a window of text, for the requests that speed is measured with, and for the tasks' own prompts.
+def settings_of(checkpoint: Checkpoint, args: Namespace, context: int = 0) -> EngineSettings:
+    """An engine for windows of text of `context` tokens, for the requests that speed is measured with, and for the
+    tasks' own prompts, where the arguments ask for these.
 
     Raises DataError for requests that are longer than the model's context.
     """
     most = checkpoint.context
     request = 0 if getattr(args, "no_speed", True) else args.prompt_tokens + args.output_tokens
     if most is not None and request > most:
-        raise DataError(
-            f"--prompt-tokens and --output-tokens are {request} together; the model's context is {most} tokens"
-        )
-    return max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
+        asked = f"--prompt-tokens and --output-tokens are {request} together"
+        raise DataError(f"{asked}; the model's context is {most} tokens")
+    longest = max(context + 1, request, min(most or LONGEST_TASK, LONGEST_TASK) if args.tasks else 0)
+    return EngineSettings(dtype_of(checkpoint, args), longest, options=getattr(args, "engine_args", {}))
 
 
 def dtype_of(checkpoint: Checkpoint, args: Namespace) -> str:

@@ -9,7 +9,7 @@ from llmdrop_vllm.artifacts import COMPARISON_FILE, Scores, make_directory, read
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import console
 from llmdrop_vllm.cli.commands import check_new, given_mask, opened
-from llmdrop_vllm.cli.engines import dtype_of, harness_of, max_model_len, refuse_skipped
+from llmdrop_vllm.cli.engines import dtype_of, harness_of, refuse_skipped, settings_of
 from llmdrop_vllm.cli.scoring import Scoring, checked, forget, mask_file
 from llmdrop_vllm.cli.search_commands import search_instead
 from llmdrop_vllm.data.answers import load_answers, read_answers
@@ -176,8 +176,7 @@ def measures_of(checkpoint: Checkpoint, args: Namespace) -> tuple[Measures, Engi
         file = Path(args.divergence_on)
         held_out = load_answers(checkpoint, file, held_out=True, tokens=args.divergence_tokens)
     measures = Measures(text, context, args.divergence_tokens, harness, on, held_out)
-    dtype, longest = dtype_of(checkpoint, args), max_model_len(checkpoint, context, args)
-    return measures, EngineSettings(dtype=dtype, max_model_len=longest, options=args.engine_args)
+    return measures, settings_of(checkpoint, args, context)
 
 
 def _scores(checkpoint: Checkpoint, args: Namespace, kept: Path) -> Scores:
@@ -201,7 +200,5 @@ def _check_calibration(scores: Scores, args: Namespace, kept: Path) -> None:
     asked = {"source": args.data, "sequences": args.samples, "seq_len": args.seq_len, "seed": args.seed}
     for name, value in {**asked, "after_healing": args.after_healing}.items():
         if value is not None and value != (found := kept_as.get(name, value)):
-            raise OutputError(
-                f"{kept} was measured otherwise: {name} was {found} and is {value}; choose another directory, or give "
-                f"--scores {kept} to go on with it"
-            )
+            differs = f"{kept} was measured otherwise: {name} was {found} and is {value}"
+            raise OutputError(f"{differs}; choose another directory, or give --scores {kept} to go on with it")

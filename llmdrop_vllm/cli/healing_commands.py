@@ -18,7 +18,7 @@ from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import InputError, MaskError, OutputError
-from llmdrop_vllm.healing.cost import closed_form_cost, training_cost
+from llmdrop_vllm.healing.cost import Cost, closed_form_cost, training_cost
 from llmdrop_vllm.healing.distill import TrainOptions
 from llmdrop_vllm.healing.heal import healed
 from llmdrop_vllm.healing.parents import check_parent, check_plain
@@ -189,18 +189,17 @@ def _write_healed(
 def _announce(run: Run, train: TrainOptions | None) -> None:
     """What it will take, and whether the data suffices."""
     data = run.data.identity
+    learnt = f"{data.tokens:,} tokens of {data.source}"
     if run.steps:
-        cost, disk = closed_form_cost(run), run.streams.disk_bytes / 2**30
-        print(
-            f"healing {run.lost} lost sublayers on {data.tokens:,} tokens of {data.source}, a part held out: about "
-            f"{cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory, {disk:.1f} GiB on disk"
-        )
+        cost, disk = closed_form_cost(run), f"{run.streams.disk_bytes / 2**30:.1f} GiB on disk"
+        print(f"healing {run.lost} lost sublayers on {learnt}, a part held out: {_takes(cost)}, {disk}")
         if data.tokens < (enough := TOKENS_PER_COLUMN * cost.columns):
             few = f"{data.tokens:,} tokens for {cost.columns:,} columns are few"
             warn(f"{few}, so little can be learnt; {enough:,} would do better")
     if train is not None:
-        its = training_cost(run, train)
-        print(
-            f"training ({train.method}) on {data.tokens:,} tokens of {data.source}, {train.epochs:g} "
-            f"times: about {its.seconds / 60:,.0f} min, {its.memory_bytes / 2**30:.1f} GiB of memory"
-        )
+        takes = _takes(training_cost(run, train))
+        print(f"training ({train.method}) on {learnt}, {train.epochs:g} times: {takes}")
+
+
+def _takes(cost: Cost) -> str:
+    return f"about {cost.seconds / 60:,.0f} min, {cost.memory_bytes / 2**30:.1f} GiB of memory"

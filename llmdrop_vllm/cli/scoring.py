@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from llmdrop_vllm.artifacts import Provenance, Scores, read_record, write_record
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance, Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
 from llmdrop_vllm.data.tokens import Calibration
@@ -132,6 +132,12 @@ def checked(scores: Scores, checkpoint: Checkpoint) -> Scores:
     if checkpoint.fingerprint != scored:
         raise MaskError(f"{checkpoint.directory} has the weights {checkpoint.fingerprint}; the scores are of {scored}")
     return scores
+
+
+def other_weights(theirs: ModelIdentity, checkpoint: Checkpoint) -> str:
+    """For an error: whose weights something is of, and that the checkpoint has others."""
+    own = f"{checkpoint.directory} has other weights ({checkpoint.fingerprint})"
+    return f"{theirs.path} (weights {theirs.fingerprint}), and {own}"
 
 
 def _scoring_of(scores: Scores, args: Namespace) -> Scoring:

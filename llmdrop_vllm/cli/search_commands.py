@@ -1,16 +1,16 @@
 """`llmdrop search | windows`: each makes values of its arguments, calls the library and prints."""
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from llmdrop_vllm.artifacts import Scores, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli.commands import check_new
 from llmdrop_vllm.cli.console import show_finals, show_next, show_search, warn
-from llmdrop_vllm.cli.engines import engine_for_tasks, harness_of, refuse_skipped
-from llmdrop_vllm.cli.scoring import Scoring, checked, forget
+from llmdrop_vllm.cli.engines import harness_of, refuse_skipped, settings_of
+from llmdrop_vllm.cli.scoring import Scoring, checked, forget, other_weights
 from llmdrop_vllm.data.answers import is_answers, load_answers, read_answers
 from llmdrop_vllm.data.tokens import Calibration
 from llmdrop_vllm.errors import DataError, InputError, MaskError
@@ -56,7 +56,7 @@ def search(args: Namespace) -> None:
     trials, finals = (args.out.with_suffix(f".{kind}.jsonl") for kind in ("trials", "finals"))
     harness = harness_of(args)
     refuse_skipped(harness)  # without them something else would decide
-    plan = Plan(checkpoint, engine_for_tasks(checkpoint, args), None, quality=True, harness=True)
+    plan = Plan(checkpoint, settings_of(checkpoint, args), None, quality=True, harness=True)
     if harness.tasks:
         check_finals(plan, harness, finals)
     scores = _scores(judging, args)
@@ -173,11 +173,9 @@ def by_answers(checkpoint: Checkpoint, path: Path, args: Namespace) -> tuple[Jud
     on the way and are quantized.
     """
     check_answers(checkpoint, path)
-    sizes = ((False, args.tokens or TOKENS), (True, args.held_out_tokens or HELD_OUT_TOKENS))
-    learnt, held_out = (
-        load_answers(checkpoint, path, held_out=judging, tokens=tokens, tokens_each=TOKENS_OF_EACH)
-        for judging, tokens in sizes
-    )
+    load = partial(load_answers, checkpoint, path, tokens_each=TOKENS_OF_EACH)
+    learnt = load(held_out=False, tokens=args.tokens or TOKENS)
+    held_out = load(held_out=True, tokens=args.held_out_tokens or HELD_OUT_TOKENS)
     to_heal = None
     if args.heal_aware is not None:
         check_plain(checkpoint)
@@ -187,12 +185,7 @@ def by_answers(checkpoint: Checkpoint, path: Path, args: Namespace) -> tuple[Jud
 
 
 def searched(
-    judging: Judging,
-    to_heal: Calibration | None,
-    spaces: Sequence[Space],
-    scores: Scores,
-    args: Namespace,
-    trials: Path,
+    judging: Judging, to_heal: Calibration | None, spaces: list[Space], scores: Scores, args: Namespace, trials: Path
 ) -> MaskFile:
     """What the arguments' search finds; its trials are gone on with."""
     asked = {"most": args.masks, "seconds": args.minutes and 60 * args.minutes, "beam": args.beam, "seed": args.seed}
@@ -243,7 +236,7 @@ def _spaces(checkpoint: Checkpoint, scores: Scores, goal: Wanted | None, args: N
     return [Space(start, *each, protect, stages, meets=goal) for each in counts]
 
 
-def _finalists(found: MaskFile, judged: Searched, spaces: Sequence[Space], count: int) -> list[DropMask]:
+def _finalists(found: MaskFile, judged: Searched, spaces: list[Space], count: int) -> list[DropMask]:
     """The search's own, which wins where others are only as good, and the best by KL beside it that were asked for."""
     ranked = [mask for mask, _ in sorted(judged.masks, key=lambda each: each[1])]
     asked_for = (mask for mask in ranked if any(space.holds(mask) for space in spaces))
@@ -267,7 +260,5 @@ def check_answers(checkpoint: Checkpoint, path: Path) -> None:
     header, _ = read_answers(path)
     theirs = header.provenance.model
     if theirs.fingerprint != checkpoint.fingerprint:
-        raise DataError(
-            f"{path} holds answers of {theirs.path} (weights {theirs.fingerprint}), and {checkpoint.directory} has "
-            f"other weights ({checkpoint.fingerprint}); a mask is searched for by the model's own"
-        )
+        others = other_weights(theirs, checkpoint)
+        raise DataError(f"{path} holds answers of {others}; a mask is searched for by the model's own")

@@ -103,7 +103,7 @@ class Reference:
             kl.append((full.exp() * (full - masked)).sum(-1).mean().item())
             agreement.append((full.argmax(-1) == masked.argmax(-1)).float().mean().item())
         tokens = sum(map(len, self.full))
-        return Divergence(kl=Estimate.of(kl), agreement=Estimate.of(agreement), tokens=tokens)
+        return Divergence(kl=Estimate.mean(kl), agreement=Estimate.mean(agreement), tokens=tokens)
 
 
 def _load(checkpoint: Checkpoint, mask: DropMask, dtype: str) -> Any:

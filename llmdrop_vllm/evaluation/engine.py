@@ -151,9 +151,8 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": window.tolist()} for window in windows]
         found = []
-        for request in self.llm.generate(prompts, sampling, use_tqdm=False):
+        for request in self.llm.generate([window.tolist() for window in windows], sampling, use_tqdm=False):
             pairs = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
             found.append(-float(np.mean([logprobs[token].logprob for token, logprobs in pairs])))
         return found
@@ -176,7 +175,7 @@ class Engine:
         common = {"temperature": temperature, "output_kind": RequestOutputKind.FINAL_ONLY}
         for place, question in enumerate(questions):
             sampling = SamplingParams(max_tokens=question.max_tokens, seed=question.seed, **common)
-            engine.add_request(str(place), {"prompt_token_ids": list(question.prompt)}, sampling)
+            engine.add_request(str(place), list(question.prompt), sampling)
         waiting: dict[int, Reply] = {}
         given = 0
         while engine.has_unfinished_requests():
@@ -198,10 +197,9 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         self._forget_prompts()
         start = time.perf_counter()
-        self.llm.generate(requests, sampling, use_tqdm=False)
+        self.llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start
 
 

@@ -1,6 +1,6 @@
 """Perplexity, agreement with the full model and tasks, of one model under one mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,16 @@ class Measures:
         if not found:
             raise DataError("the full model's answers are empty; compare on text: --divergence-on text")
         return tuple(each.window for each in found)
+
+    def divergences(
+        self, checkpoint: Checkpoint, masks: Mapping[str, DropMask], answers: Callable[[], Answers], *, dtype: str
+    ) -> dict[str, Divergence]:
+        """By name, of these masks' next tokens and those of the checkpoint as it is, which is loaded once for all."""
+        windows = self.windows(answers) if masks else ()
+        if not windows:
+            return {}
+        reference = Reference(checkpoint, checkpoint.mask, windows, dtype=dtype)
+        return {name: self.named(reference.under(mask)) for name, mask in masks.items()}
 
     def quality(self, engine: Engine, mask: DropMask, *, bars: bool = True) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""

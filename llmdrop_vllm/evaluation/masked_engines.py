@@ -35,8 +35,7 @@ class Engines:
     def under(self, mask: DropMask) -> Iterator[Engine]:
         """An engine that answers as under a mask within the context."""
         if self.one is None:
-            plan = self.plan
-            with running(plan.checkpoint, mask, plan.settings, harness=plan.harness) as engine:
+            with running(self.plan.checkpoint, mask, self.plan.settings, harness=self.plan.harness) as engine:
                 yield engine
         else:
             self.one.put_on(mask)

@@ -19,32 +19,30 @@ DivergedOn = Literal["text", "own answers", "held-out answers"]
 
 
 class Estimate(Record):
-    """A mean with its standard error."""
+    """A value with its standard error."""
 
     value: float
     stderr: float | None = None
 
-    @classmethod
-    def of(cls, values: list[float]) -> Self:
+    @staticmethod
+    def mean(values: list[float]) -> "Estimate":
         """Of independent values; one alone has no standard error."""
         stderr = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(value=fmean(values), stderr=stderr)
+        return Estimate(value=fmean(values), stderr=stderr)
 
-    def exp(self) -> Self:
+    def exp(self) -> "Estimate":
         """Of e to its power (delta method)."""
         value = math.exp(self.value)
-        return type(self)(value=value, stderr=None if self.stderr is None else value * self.stderr)
+        return Estimate(value=value, stderr=None if self.stderr is None else value * self.stderr)
 
 
-class Perplexity(Record):
+class Perplexity(Estimate):
     """exp of the mean negative log-likelihood per token, over windows of `context` tokens of held-out text.
 
     `stderr` is of the perplexity: perplexity x the standard error of the mean over windows (delta method). `tokens`
     counts those predicted: all of a window but its first. `window_nll` has each window's mean, in nats per token.
     """
 
-    value: float
-    stderr: float | None
     tokens: int
     context: int
     window_nll: tuple[float, ...]
@@ -53,7 +51,7 @@ class Perplexity(Record):
     @classmethod
     def of(cls, nll: list[float], context: int, data: DataIdentity) -> Self:
         """From the mean negative log-likelihood of each window, in nats per token."""
-        its, tokens = Estimate.of(nll).exp(), len(nll) * (context - 1)
+        its, tokens = cls.mean(nll).exp(), len(nll) * (context - 1)
         return cls(value=its.value, stderr=its.stderr, tokens=tokens, context=context, window_nll=tuple(nll), data=data)
 
     def relative_to(self, full: "Perplexity") -> Estimate:
@@ -61,7 +59,7 @@ class Perplexity(Record):
         most of what makes a window hard is in both, so it is much smaller than those of the two.
         """
         pairs = zip(self.window_nll, full.window_nll, strict=True)
-        return Estimate.of([own - other for own, other in pairs]).exp()
+        return self.mean([own - other for own, other in pairs]).exp()
 
 
 class Divergence(Record):

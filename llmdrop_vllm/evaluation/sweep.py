@@ -11,21 +11,12 @@ from tqdm import tqdm
 from llmdrop_vllm.artifacts import Provenance, Scores, hold, make_directory, read_record, write_record
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.errors import OutputError
-from llmdrop_vllm.evaluation.divergence import Answers, Reference, own_answers
+from llmdrop_vllm.evaluation.divergence import Answers, own_answers
 from llmdrop_vllm.evaluation.engine import Engine, EngineSettings, running
 from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.masked_engines import Engines, Plan, any_engines
-from llmdrop_vllm.evaluation.records import (
-    Divergence,
-    Point,
-    Series,
-    SpeedWorkload,
-    Sweep,
-    SweepRequest,
-    mask_id,
-    scores_id,
-)
+from llmdrop_vllm.evaluation.records import Point, Series, SpeedWorkload, Sweep, SweepRequest, mask_id, scores_id
 from llmdrop_vllm.hf import count_parameters, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 
@@ -67,8 +58,7 @@ class SweepPlan:
         """What a file has already, with this plan's series. Raises OutputError if it was measured otherwise."""
         request, base = self.request, mask_id(self.checkpoint.mask)
         if not out.exists():
-            data, dtype = self.scores.provenance.data, self.settings.dtype
-            provenance = Provenance.of(self.checkpoint, data=data, dtype=dtype)
+            provenance = Provenance.of(self.checkpoint, data=self.scores.provenance.data, dtype=self.settings.dtype)
             return Sweep(request=request, series=self.series, base=base, provenance=provenance)
         kept = read_record(Sweep, out)
         # A sweep of quality alone may get its speeds later, and one with speeds go on without.
@@ -91,13 +81,12 @@ def measure_sweep(plan: SweepPlan, directory: Path, *, progress: bool = False) -
     lock = hold(directory, "measuring into it")
     try:
         keeper = _Keeper(plan, directory)
-        divergences = keeper.divergences()
         with tqdm(total=len(keeper.missing), unit="point", disable=not progress) as bar:
             while left := keeper.missing:  # again for the speeds that engines for quality cannot tell
                 with any_engines(keeper.engines) as engines:
                     for name, mask in left.items():
                         bar.set_description(mask_title(mask))
-                        keeper.measure(name, divergences.get(name), engines)
+                        keeper.measure(name, engines)
                         bar.update(name not in keeper.missing)
         return keeper.keep()
     finally:
@@ -118,6 +107,9 @@ class _Keeper:
         self.found = plan.begin(directory / SWEEP_FILE)
         write_record(plan.scores, directory / SCORES_FILE)
         self.masks = {self.found.base: plan.checkpoint.mask} | dict(plan.masks)
+        # Before the first engine of a mask needs the memory.
+        dtype = plan.settings.dtype
+        self.divergences = plan.measures.divergences(plan.checkpoint, self.unknown, self._answers, dtype=dtype)
 
     @property
     def unknown(self) -> dict[str, DropMask]:
@@ -139,15 +131,6 @@ class _Keeper:
         harness = quality and bool(plan.measures.harness.tasks)
         return Plan(plan.checkpoint, plan.settings, plan.workload, quality=quality, harness=harness)
 
-    def divergences(self) -> dict[str, Divergence]:
-        """By mask id, before the first engine of a mask needs the memory: the full model is loaded once for it."""
-        plan, masks = self.plan, self.unknown
-        windows = plan.measures.windows(self._answers) if masks else ()
-        if not windows:
-            return {}
-        reference = Reference(plan.checkpoint, plan.checkpoint.mask, windows, dtype=plan.settings.dtype)
-        return {name: plan.measures.named(reference.under(mask)) for name, mask in masks.items()}
-
     def _answers(self) -> Answers:
         """The full model's, the same ones for all points: kept for a sweep that goes on."""
         path = self.directory / ANSWERS_FILE
@@ -157,20 +140,20 @@ class _Keeper:
                 write_record(own_answers(engine, self.plan.measures.divergence_tokens), path)
         return read_record(Answers, path)
 
-    def measure(self, name: str, divergence: Divergence | None, engines: Engines) -> None:
+    def measure(self, name: str, engines: Engines) -> None:
         """One point, or its speed alone where its quality is there already."""
         mask = self.masks[name]
         with engines.under(mask) as engine:
             if (point := self.found.points.get(name)) is None:
-                point = self._point(engine, name, divergence)
+                point = self._point(engine, name)
             if (speeds := engines.speeds(engine, mask)) is not None:
                 point = point.model_copy(update=dict(zip(("speed", "full_speed"), speeds, strict=True)))
         self.keep(points={**self.found.points, name: point})
 
-    def _point(self, engine: Engine, name: str, divergence: Divergence | None) -> Point:
+    def _point(self, engine: Engine, name: str) -> Point:
         checkpoint, mask = self.plan.checkpoint, self.masks[name]
         quality, raw = self.plan.measures.quality(engine, mask, bars=False)
-        quality = quality.model_copy(update={"divergence": divergence})
+        quality = quality.model_copy(update={"divergence": self.divergences.get(name)})
         if raw is not None:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{name}.json")
         masked, base = checkpoint.under(mask), checkpoint.under(checkpoint.mask)

@@ -52,12 +52,10 @@ class Findings:
     def __post_init__(self) -> None:
         depth = self.depth  # asked first: there is none without a point
         for name, scores in self.calibrations.items():
-            model = scores.provenance.model
+            model, layers = scores.provenance.model, scores.num_hidden_layers
             self._check_weights(f"the scores on {name} are of {model.path}", model.fingerprint)
-            if scores.num_hidden_layers != depth:
-                raise InputError(
-                    f"the scores on {name} are for {scores.num_hidden_layers} layers, the sweep for {depth}"
-                )
+            if layers != depth:
+                raise InputError(f"the scores on {name} are for {layers} layers, the sweep for {depth}")
         if self.searched is not None:
             model = self.searched.header.provenance.model
             self._check_weights(f"the search is of {model.path}", model.fingerprint)
@@ -70,11 +68,9 @@ class Findings:
             )
 
     def _check_weights(self, said: str, fingerprint: str) -> None:
-        request, path = self.sweep.request, self.sweep.provenance.model.path
-        if fingerprint != request.fingerprint:
-            raise InputError(
-                f"{said} with the weights {fingerprint}; the sweep is of {path} with the weights {request.fingerprint}"
-            )
+        own, path = self.sweep.request.fingerprint, self.sweep.provenance.model.path
+        if fingerprint != own:
+            raise InputError(f"{said} with the weights {fingerprint}; the sweep is of {path} with the weights {own}")
 
     @cached_property
     def calibrations(self) -> Mapping[str, Scores]:

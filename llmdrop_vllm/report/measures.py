@@ -109,8 +109,7 @@ def _cell(measure: Measure) -> Cell:
 
 
 def _perplexity(point: Point) -> Estimate:
-    found = point.quality.perplexity
-    return Estimate(value=found.value, stderr=found.stderr)
+    return point.quality.perplexity
 
 
 def _agreement(point: Point) -> Estimate | None:

@@ -32,19 +32,18 @@ def look_of(findings: Findings, curve: Curve) -> Look:
 def quality(findings: Findings) -> tuple[Figure, str]:
     """A panel for perplexity and for each kind of task."""
     measures = [each for each in (PERPLEXITY, *TASK_MEASURES) if each.of(findings.sweep.full) is not None]
-    return _by_importance(findings, measures, "Quality as the least important go first", baseline=True)
+    return _by_importance(findings, measures, "Quality as the least important go first", levels=True)
 
 
 def divergence(findings: Findings) -> tuple[Figure, str]:
     """Agreement and KL divergence; the full model against itself would be 100% and 0, and says nothing."""
     if not any(AGREEMENT.of(point) for curve in findings.by_importance for n, point in curve.points if n):
         raise NothingToShow("the next-token distributions were not compared with the full model's")
-    return _by_importance(findings, [AGREEMENT, KL], "How often the next token stays the same", baseline=False)
+    return _by_importance(findings, [AGREEMENT, KL], "How often the next token stays the same", levels=False)
 
 
-def _by_importance(
-    findings: Findings, measures: Sequence[Measure], title: str, *, baseline: bool
-) -> tuple[Figure, str]:
+def _by_importance(findings: Findings, measures: Sequence[Measure], title: str, *, levels: bool) -> tuple[Figure, str]:
+    """With the full model's values, or from the first sublayer that goes on."""
     curves = [*findings.by_importance, *findings.mended]
     if not findings.by_importance:
         raise NothingToShow("no series that drops the least important first is measured yet")
@@ -54,11 +53,11 @@ def _by_importance(
         shown: list[float] = []
         for curve in curves:
             # What was healed does not begin at the full model: a line from there would tell of numbers between.
-            begins = baseline and curve not in findings.mended
+            begins = levels and curve not in findings.mended
             if pairs := [(n, value) for n, value in values(curve, measure) if n or begins]:
                 said.append(_draw(each, curve, pairs, measure, look_of(findings, curve)))
                 shown += [value.value for _, value in pairs]
-        if baseline:
+        if levels:
             _levels(each, measure, findings)
         each.set(xlabel=DROPPED, ylabel=measure.axis, title=measure.name)
         if measure.lower_is_better:
@@ -91,11 +90,8 @@ def _levels(axes: Axes, measure: Measure, findings: Findings) -> None:
 
 def controls(findings: Findings) -> tuple[Figure, str]:
     """The same number dropped in another order: a panel for each kind of sublayer that has several orders."""
-    kinds = {
-        what: curves
-        for what in LOOK_OF
-        if len(curves := [curve for curve in findings.curves if curve.series.what == what]) > 1
-    }
+    orders = {what: [curve for curve in findings.curves if curve.series.what == what] for what in LOOK_OF}
+    kinds = {what: curves for what, curves in orders.items() if len(curves) > 1}
     if not kinds:
         raise NothingToShow("only one order is measured")
     measures = [PERPLEXITY, *([ALL_TASKS] if ALL_TASKS.of(findings.sweep.full) else [])]

@@ -1,8 +1,7 @@
 """Pictures of what is gained: speed against quality, and the KV cache."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,8 +12,6 @@ from llmdrop_vllm.report.findings import Curve, Findings
 from llmdrop_vllm.report.measures import ALL_TASKS, PERPLEXITY, Measure
 from llmdrop_vllm.report.quality import DROPPED, look_of
 from llmdrop_vllm.report.style import GREY, INK, LOOK_OF, Look, NothingToShow, legend, look, panels, scale
-
-K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def speedup(findings: Findings) -> tuple[Figure, str]:
     return figure, f"Speedup against quality. {' '.join(said)}"
 
 
-def pareto_front(points: Mapping[K, tuple[float, float]]) -> list[K]:
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Those that no other one beats, slowest first, of (speedup, quality): more of both is better.
 
     To beat is to be at least as good in both and better in one; equals stay together.

@@ -7,15 +7,7 @@ from itertools import takewhile
 
 from llmdrop_vllm.evaluation.records import Estimate, Perplexity, Point, Sweep
 from llmdrop_vllm.report.findings import Curve, Findings
-from llmdrop_vllm.report.measures import (
-    DASH,
-    GENERATION,
-    MULTIPLE_CHOICE,
-    PERPLEXITY,
-    TASK_MEASURES,
-    Measure,
-    speedup_text,
-)
+from llmdrop_vllm.report.measures import DASH, PERPLEXITY, TASK_MEASURES, Measure, speedup_text
 from llmdrop_vllm.selection.candidates import NOUNS
 
 # What may be lost, and how that is said: perplexity grows, an average of tasks falls.
@@ -63,13 +55,11 @@ def blind(measure: Measure, full: Point) -> str | None:
     estimate, chance = measure.of(full), measure.chance(full)
     if measure is PERPLEXITY or estimate is None:
         return None
+    score = f"{measure.text(estimate)} in {measure.name}"
     if estimate.value <= 0:
-        return f"the full model scores {measure.text(estimate)} in {measure.name}, so no loss can show there"
+        return f"the full model scores {score}, so no loss can show there"
     if chance is not None and estimate.value - chance <= 2 * (estimate.stderr or 0):
-        return (
-            f"the full model's {measure.text(estimate)} in {measure.name} is not clearly above guessing "
-            f"({chance:.1f}), so a loss can hardly show there"
-        )
+        return f"the full model's {score} is not clearly above guessing ({chance:.1f}), so a loss can hardly show there"
     return None
 
 
@@ -87,11 +77,12 @@ def verdicts(sweep: Sweep, curve: Curve) -> list[Verdict]:
         if full is None:
             continue
         limit, unit = PERPLEXITY_LIMIT if measure is PERPLEXITY else TASK_LIMIT
-        losses = {n: loss(measure, full, value) for n, point in curve.points if (value := measure.of(point))}
-        n, points = largest_within(losses.items(), limit), dict(curve.points)
-        after = min((each for each in losses if each > n), default=None)
-        then = described(measure, sweep.full, points[n]) if n else DASH
-        beyond = "not measured" if after is None else described(measure, sweep.full, points[after])
+        values = {n: value for n, point in curve.points if (value := measure.of(point))}
+        losses = {n: loss(measure, full, value) for n, value in values.items()}
+        n = largest_within(losses.items(), limit)
+        after = min((each for each in values if each > n), default=None)
+        then = described(measure, full, values[n]) if n else DASH
+        beyond = "not measured" if after is None else described(measure, full, values[after])
         found.append(Verdict(measure, f"at most {limit:g}{unit}", full, n, then, beyond, blind(measure, sweep.full)))
     return found
 
@@ -112,16 +103,13 @@ def change_of_perplexity(full: Perplexity, found: Perplexity) -> str:
     return f"{100 * (ratio.value - 1):+.1f}{'' if stderr is None else f' ± {100 * stderr:.1f}'}%"
 
 
-def described(measure: Measure, full: Point, found: Point) -> str:
+def described(measure: Measure, full: Estimate, found: Estimate) -> str:
     """`12.30 ± 0.30 (+3.4 ± 0.2%)`."""
-    before, after = measure.of(full), measure.of(found)
-    if before is None or after is None:
-        return measure.text(after)
-    if measure is PERPLEXITY:
-        changed = change_of_perplexity(full.quality.perplexity, found.quality.perplexity)
+    if isinstance(full, Perplexity) and isinstance(found, Perplexity):
+        changed = change_of_perplexity(full, found)
     else:
-        changed = change_of_score(before, after)
-    return f"{measure.text(after)} ({changed})"
+        changed = change_of_score(full, found)
+    return f"{measure.text(found)} ({changed})"
 
 
 def agreed(found: Iterable[Verdict]) -> int:
@@ -162,10 +150,10 @@ def _gains(sweep: Sweep, point: Point) -> str:
 def _caveats(found: list[Verdict]) -> list[str]:
     """What the numbers alone would let a reader believe."""
     said = [f"{each.blind[0].upper()}{each.blind[1:]}." for each in found if each.blind is not None]
-    by = {each.measure.name: each for each in found if each.blind is None}
-    choice, generation = by.get(MULTIPLE_CHOICE.name), by.get(GENERATION.name)
+    by = {each.measure.kind: each for each in found if each.blind is None}
+    choice, generation = by.get("multiple choice"), by.get("generation")
     if choice and generation and generation.n < choice.n:
         said.append(f"Multiple choice alone would allow {choice.n}; generation suffers first: {generation.n}.")
-    if not any(each.measure is GENERATION for each in found):
+    if not any(each.measure.kind == "generation" for each in found):
         said.append("No generation task was measured. It usually suffers first, so other figures may flatter a mask.")
     return said

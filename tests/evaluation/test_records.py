@@ -13,10 +13,10 @@ ONE = DropMask(DEPTH, attention=(6,))
 
 
 def test_an_estimate_has_the_standard_error_of_the_mean():
-    found = Estimate.of([1.0, 2.0, 3.0, 4.0])
+    found = Estimate.mean([1.0, 2.0, 3.0, 4.0])
     assert found.value == 2.5
     assert found.stderr == pytest.approx(math.sqrt(5 / 3) / 2)  # sample deviation over sqrt(4)
-    assert Estimate.of([3.0]).stderr is None
+    assert Estimate.mean([3.0]).stderr is None
 
 
 def test_perplexity_is_the_exponential_of_the_mean_with_its_error_carried_over():
