@@ -13,7 +13,7 @@ from llmdrop_vllm.data.answers import Answer
 from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.errors import command
 from llmdrop_vllm.evaluation.recommend import TASK_KINDS, Choice, Goal
-from llmdrop_vllm.evaluation.records import Evaluation, Point, Quality, Sweep
+from llmdrop_vllm.evaluation.records import Evaluation, Perplexity, Point, Quality, Sweep
 from llmdrop_vllm.mask_file import Compared, Finalist, MaskFile
 from llmdrop_vllm.selection.selection import Selection
 
@@ -119,7 +119,10 @@ def show_answers(found: Sequence[Answer], max_tokens: int) -> None:
 def show_evaluation(found: Evaluation) -> None:
     """One line per measure."""
     print(found.quality.mask.summary())
-    print_table(("", "value", "standard error", "chance", "over"), _rows(found.quality))
+    rows = _rows(found.quality)
+    if found.full_perplexity is not None:
+        rows.insert(1, _perplexity_row("of the full model", found.full_perplexity))
+    print_table(("", "value", "standard error", "chance", "over"), rows)
 
 
 def show_comparison(found: Comparison) -> None:
@@ -173,12 +176,14 @@ def show_choice(found: Sweep, choice: Choice, goal: Goal, *, meets: bool) -> Non
         print("note: the sweep measured no generation task, and generation breaks first; give one with --tasks")
 
 
+def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str, str]:
+    return name, _score(found.value, ".3f"), _score(found.stderr, ".3f"), "", f"{found.tokens:,} tokens"
+
+
 def _rows(quality: Quality) -> list[tuple[str, str, str, str, str]]:
     """Name, value, standard error, chance, over what."""
-    perplexity, divergence = quality.perplexity, quality.divergence
-    tokens, value, error = f"{perplexity.tokens:,} tokens", perplexity.value, perplexity.stderr
-    rows = [("perplexity", _score(value, ".3f"), _score(error, ".3f"), "", tokens)]
-    if divergence is not None:
+    rows = [_perplexity_row("perplexity", quality.perplexity)]
+    if (divergence := quality.divergence) is not None:
         over = f"{divergence.tokens:,} tokens of {divergence.on}"
         agreement, kl = divergence.agreement, divergence.kl
         rows.append(("agreement", _score(agreement.value), _score(agreement.stderr), "", over))

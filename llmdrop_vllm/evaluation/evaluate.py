@@ -71,11 +71,14 @@ class Measures:
         reference = Reference(checkpoint, checkpoint.mask, windows, dtype=dtype)
         return {name: self.named(reference.under(mask)) for name, mask in masks.items()}
 
+    def perplexity(self, engine: Engine) -> Perplexity:
+        """An engine's on the text."""
+        return Perplexity.of(engine.negative_log_likelihoods(self.text.sequences), self.context, self.text.identity)
+
     def quality(self, engine: Engine, mask: DropMask, *, bars: bool = True) -> tuple[Quality, dict[str, Any] | None]:
         """What an engine under this mask is worth, and lm-eval's own results; `bars` lets lm-eval show progress."""
-        nll = engine.negative_log_likelihoods(self.text.sequences)
+        perplexity = self.perplexity(engine)
         tasks, raw = self.harness.run(engine.harness, bars=bars) if self.harness.tasks else ((), None)
-        perplexity = Perplexity.of(nll, self.context, self.text.identity)
         return Quality(mask=mask, perplexity=perplexity, tasks=tasks), raw
 
 
@@ -108,7 +111,7 @@ def evaluate_checkpoint(
     """Measure a model under a mask; the second value is lm-eval's own results, where tasks were asked for.
 
     `full` has the full model's weights, where the checkpoint lacks what the mask drops; without it there is no
-    divergence then. Raises CheckpointError as `check_full`.
+    divergence then, and with it its perplexity is measured too. Raises CheckpointError as `check_full`.
     """
     check_full(full, checkpoint)
     whole, nothing = full or checkpoint, DropMask(mask.num_hidden_layers)
@@ -116,14 +119,20 @@ def evaluate_checkpoint(
     answers = measures.divergence_tokens > 0 and measures.divergence_on == "own answers"
     # One engine for both where the weights are the same: it is built with nothing gone, and switches no windows.
     alike = answers and full is None and not (checkpoint.mask or mask.windows)
+    windows: tuple[Window, ...] = ()
+    full_perplexity = None
+    if full is not None:
+        with running(full, nothing, settings, harness=False) as engine:
+            full_perplexity = measures.perplexity(engine)
+            windows = measures.windows(lambda: own_answers(engine, measures.divergence_tokens))
     with any_engines(plan, switching=alike) as engines:
 
         def ask() -> Answers:
-            full_model = engines.under(nothing) if full is None else running(full, nothing, settings, harness=False)
-            with full_model as engine:
+            with engines.under(nothing) as engine:
                 return own_answers(engine, measures.divergence_tokens)
 
-        windows = () if full is None and checkpoint.is_stripped else measures.windows(ask)
+        if full is None and not checkpoint.is_stripped:
+            windows = measures.windows(ask)
         with engines.under(mask) as engine:
             quality, raw = measures.quality(engine, mask)
     if windows:
@@ -136,6 +145,7 @@ def evaluate_checkpoint(
         skipped=measures.harness.skipped,
         healed=healing.method if healing else None,
         full=None if full is None else ModelIdentity.of(full),
+        full_perplexity=full_perplexity,
         provenance=Provenance.of(checkpoint, data=measures.text.identity, dtype=settings.dtype),
     )
     return found, raw

@@ -43,6 +43,7 @@ class Perplexity(Estimate):
     counts those predicted: all of a window but its first. `window_nll` has each window's mean, in nats per token.
     """
 
+    stderr: float | None
     tokens: int
     context: int
     window_nll: tuple[float, ...]
@@ -117,7 +118,7 @@ class Quality(Record):
 
 class Evaluation(Record):
     """What `llmdrop evaluate` writes. `skipped`: task to why not; `healed`: how the checkpoint was, if so; `full`: what
-    it was compared with, where that is another one.
+    it was compared with, where that is another one, and its perplexity on the same text.
     """
 
     kind: Literal["llmdrop-evaluation"] = "llmdrop-evaluation"
@@ -125,6 +126,7 @@ class Evaluation(Record):
     skipped: Mapping[str, str] = Field(default_factory=dict)
     healed: Literal["healed", "trained"] | None = None
     full: ModelIdentity | None = None
+    full_perplexity: Perplexity | None = None
     provenance: Provenance
 
 

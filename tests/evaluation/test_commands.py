@@ -1,6 +1,7 @@
 """`llmdrop evaluate | sweep | recommend` as their user meets them, on the embedded model."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -243,12 +244,19 @@ def test_evaluate_says_that_nothing_was_compared_and_what_was(stripped, tmp_path
     assert "llmdrop: warning: " in (said := capsys.readouterr().err)
     assert "agreement and KL want the full model" in said
     assert read_record(Evaluation, alone).full is None
+    assert read_record(Evaluation, alone).full_perplexity is None
     on = ["--divergence-on", "text", "--full", str(MODEL)]
     assert main(["evaluate", str(stripped / "7"), *QUICK, *on, "--out", str(beside)]) == 0
-    assert "agreement and KL want" not in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "agreement and KL want" not in captured.err
     found = read_record(Evaluation, beside)
     assert found.full.fingerprint == Checkpoint.open(MODEL).fingerprint
     assert found.quality.divergence.kl.value > 0
+    full = tmp_path / "full.json"
+    assert main(["evaluate", str(MODEL), *QUICK, "--divergence-tokens", "0", "--out", str(full)]) == 0
+    of_full = read_record(Evaluation, full).quality.perplexity
+    assert found.full_perplexity == of_full
+    assert re.search(rf"of the full model *│ *{of_full.value:.3f} ", captured.out)
 
 
 def test_evaluate_says_in_one_line_what_vllm_does_not_start_with(tmp_path, capsys):
