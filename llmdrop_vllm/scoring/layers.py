@@ -20,6 +20,7 @@ from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+from llmdrop_vllm.versions import __version__
 
 SHARED_STATES = "shared_kv_states"  # what Transformers' layers leave keys and values for later ones in
 
@@ -54,6 +55,7 @@ class LayerStream:
 
     def __init__(self, masked: MaskedCheckpoint, *, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         checkpoint = self.checkpoint = masked.checkpoint
+        self.mask = masked.mask
         check_stream(checkpoint)
         self.device, self.dtype = device, dtype
         config = transformers_config(masked)
@@ -117,11 +119,13 @@ class LayerStream:
                 call.kwargs[SHARED_STATES].update(other.by_chunk[chunk][0].kwargs[SHARED_STATES])
 
     @property
-    def cannot_go_on(self) -> list[str]:
-        """For what identifies a run: makes it unlike any other where keys and values would be lost that it has in
-        memory only.
+    def identity(self) -> list[Any]:
+        """JSON values that tell which runs may go on with one another's: those alike, and none where keys and values
+        would be lost that are in memory only.
         """
-        return [uuid4().hex] if self.shares_keys else []
+        gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
+        own = [__version__, self.checkpoint.fingerprint, gone, str(self.device), str(self.dtype)]
+        return [*own, uuid4().hex] if self.shares_keys else own
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
