@@ -18,7 +18,6 @@ from llmdrop_vllm.errors import DataError, refusing
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 ACCEPTED = 'a string, a list of messages, or an OpenAI request with "messages" or "prompt"'
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 @dataclass(frozen=True)
@@ -115,13 +114,13 @@ def _text(content: object) -> object:
 
 
 def _part(part: object) -> str:
-    if isinstance(part, str):
-        return part
+    match part:
+        case str(text) | {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return text
+        case {"type": "refusal", "refusal": str(text)}:
+            return text
     kind = part.get("type") if isinstance(part, dict) else part
-    text = part.get(TEXT_PARTS.get(str(kind), "")) if isinstance(part, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"a part of type {kind!r}; expected text, which is all that can be asked")
-    return text
+    raise ValueError(f"a part of type {kind!r}; expected text, which is all that can be asked")
 
 
 def _arguments(found: object) -> object:

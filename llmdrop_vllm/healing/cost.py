@@ -1,9 +1,9 @@
 """What healing and training take, told before they begin: memory, and about how long."""
 
-import time
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from llmdrop_vllm.healing.distill import TrainOptions, multiplies_in_bfloat16, sequences_per_step, trained_names
 from llmdrop_vllm.healing.outputs import output_parameters, projection
@@ -99,13 +99,5 @@ def training_cost(run: Run, options: TrainOptions) -> Cost:
 def flops_per_second(width: int, device: torch.device, dtype: torch.dtype) -> float:
     """Of products of matrices on this machine, in a moment's measurement."""
     one, other = (torch.ones(size, device=device, dtype=dtype) for size in ((PROBE_TOKENS, width), (width, 4 * width)))
-
-    def multiply() -> None:
-        float((one @ other)[0, 0])  # waits for a GPU
-
-    multiply()  # the first makes ready
-    begin, done = time.monotonic(), 0
-    while (spent := time.monotonic() - begin) < PROBE_SECONDS:
-        multiply()
-        done += 1
-    return 2 * len(one) * other.numel() * done / spent
+    timer = Timer("one @ other", globals={"one": one, "other": other}, num_threads=torch.get_num_threads())
+    return 2 * len(one) * other.numel() / timer.blocked_autorange(min_run_time=PROBE_SECONDS).median

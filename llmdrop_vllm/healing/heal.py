@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmdrop_vllm.artifacts import ModelIdentity, Provenance, sha256
+from llmdrop_vllm.artifacts import ModelIdentity, Provenance
 from llmdrop_vllm.checkpoints.checkpoint import MaskedCheckpoint
 from llmdrop_vllm.checkpoints.hf_weights import find_tensors
 from llmdrop_vllm.checkpoints.shards import StoredTensor
@@ -27,7 +27,6 @@ from llmdrop_vllm.healing.run import HealOptions, Run
 from llmdrop_vllm.healing.targets import teach
 from llmdrop_vllm.healing.task import Streams
 from llmdrop_vllm.scoring.scoring import precision
-from llmdrop_vllm.versions import __version__
 
 DEFAULT = HealOptions()
 TEACHER_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -67,12 +66,9 @@ def healed(
     """
     where, what = precision(student.checkpoint, device, dtype)
     _check(student, teacher, None if train is None else where)
-    weights = [each.checkpoint.fingerprint for each in (student, teacher)]
-    asked = [__version__, *weights, data.identity.sha256, str(where), str(what)]
-    asked = [sha256([*asked, *(asdict(each) for each in (student.mask, teacher.mask, options))])]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         directory = scratch or Path(temporary) / "scratch"
-        streams = Streams(teacher, student, data, where, what, directory, asked, options.weighting)
+        streams = Streams(teacher, student, data, where, what, directory, [asdict(options)], options.weighting)
         run = Run(student, teacher, options, streams)
         with run.scratch.in_use():
             if announce is not None:
@@ -88,7 +84,6 @@ def healed(
             if train is not None:
                 found = _trained(found, run, train, log_directory, progress=progress)
             yield found
-            run.scratch.remove()
 
 
 def _check(student: MaskedCheckpoint, teacher: MaskedCheckpoint, trains_on: torch.device | None) -> None:
@@ -105,16 +100,14 @@ def _check(student: MaskedCheckpoint, teacher: MaskedCheckpoint, trains_on: torc
 
 
 def _record(run: Run, layers: tuple[HealedLayer, ...]) -> Healing:
-    batches, stream = run.streams.batches, run.streams.student
-    counted = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
-    tokens, held_out_tokens = map(sum, run.streams.parted(counted))
-    data = run.data.identity
+    stream = run.streams.student
+    tokens, held_out_tokens = map(sum, run.streams.parted(run.streams.batches.counts))
     return Healing(
         teacher=ModelIdentity.of(run.teacher.checkpoint),
         tokens=tokens,
         held_out_tokens=held_out_tokens,
         layers=layers,
-        provenance=Provenance.of(run.student.checkpoint, data=data, dtype=stream.dtype, device=stream.device),
+        provenance=Provenance.of(stream.checkpoint, data=run.data.identity, dtype=stream.dtype, device=stream.device),
     )
 
 

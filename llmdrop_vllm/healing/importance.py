@@ -20,7 +20,6 @@ from llmdrop_vllm.healing.refit import Refit, refit
 from llmdrop_vllm.healing.task import Streams, Task, Unit, held_out_sequences
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.scoring import precision
-from llmdrop_vllm.versions import __version__
 
 KINDS = ("attention", "mlp")
 PASSES = 1 + 2  # of a layer, and of what is left of it without either sublayer
@@ -50,14 +49,11 @@ def after_healing(
     """
     check_can_heal(checkpoint, data)
     masked, (where, what) = checkpoint.under(scores.dropped), precision(checkpoint, device, dtype)
-    asked = ["after healing", __version__, checkpoint.fingerprint, data.identity.sha256, str(where), str(what)]
-    gone = [*map(sorted, masked.mask.dropped), *masked.mask.windows]
     with tempfile.TemporaryDirectory(prefix="llmdrop-") as temporary:
         directory = scratch or Path(temporary) / "scratch"
-        streams = Streams(masked, masked, data, where, what, directory, [*asked, gone])
+        streams = Streams(masked, masked, data, where, what, directory, ["after healing"])
         with streams.scratch.in_use():
             shares = _Run(masked.mask, checkpoint.family, streams).layers(progress=progress)
-            streams.scratch.remove()
     left = {kind: tuple(None if each[kind] is None else 1 - min(each[kind], 2.0) for each in shares) for kind in KINDS}
     similarity = scores.similarity.model_copy(update=left)
     return scores.model_copy(update={"similarity": similarity, "importance": "left after healing"})

@@ -183,13 +183,6 @@ class Run:
 
 
 def _result(unit: Unit, found: Refit, before: float) -> dict[str, Any]:
-    told = HealedLayer(
-        **asdict(unit),
-        tensors=found.tensors,
-        columns=found.columns,
-        ridge=found.ridge,
-        steps=found.steps,
-        error_before=before,
-        error_after=before * found.left,
-    )
-    return told.model_dump(mode="json")
+    """What a `HealedLayer` is made of."""
+    refitted = {"tensors": found.tensors, "columns": found.columns, "ridge": found.ridge, "steps": found.steps}
+    return asdict(unit) | refitted | {"error_before": before, "error_after": before * found.left}

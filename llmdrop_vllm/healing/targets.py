@@ -47,8 +47,7 @@ def teach(load: Callable[[], Any], batches: Batches, directory: Path, *, progres
 
     Raises CheckpointError for logits that are not finite.
     """
-    counts = (len(each) - start for each, start in zip(batches.sequences, batches.starts, strict=True))
-    first = [*accumulate(counts, initial=0)]
+    first = [*accumulate(batches.counts, initial=0)]
     shape, ready = (first[-1], TOP_K), directory / "targets-ready"
     mode: Literal["r", "w+"] = "r" if ready.exists() else "w+"
     token_ids = np.memmap(directory / "targets-ids.bin", np.int32, mode, shape=shape)

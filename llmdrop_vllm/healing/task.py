@@ -107,7 +107,8 @@ class Streams:
         self.batches, self.held_out = Batches(data, TOKENS_PER_CHUNK[device.type]), held_out_sequences(data)
         self.chunks = self.batches.chunks
         self.disk_bytes = (2 if student is teacher else 4) * self.batches.tokens * self.truth.token_bytes
-        self.scratch = Scratch(directory, sha256([*asked, *self.student.cannot_go_on]), self.disk_bytes, SCRATCH_FILES)
+        run = sha256([*asked, data.identity.sha256, *self.teacher.identity, *self.student.identity])
+        self.scratch = Scratch(directory, run, self.disk_bytes, SCRATCH_FILES)
 
     def go_on(self, steps: Sequence[Step], *, progress: bool) -> tuple[dict[str, Any], ...]:
         """What all steps of a run give; those that are done are not done again."""

@@ -168,9 +168,8 @@ def rank_order(config: Entries, gone: Gone, num_layers: int) -> Gone:
     return ranked
 
 
-def windows_of(layers: Iterable[int], tokens: int | None) -> Windows:
+def windows_of(layers: Sequence[int], tokens: int | None) -> Windows:
     """One window for each of the layers. Raises MaskError unless both are given, or neither."""
-    layers = tuple(layers)
     if bool(layers) != (tokens is not None):
         raise MaskError("--window-attention says in which layers, --window how many tokens; give both")
     check_indices("--window-attention", layers, max(layers, default=0) + 1)

@@ -17,8 +17,8 @@ PADDED_TO_MULTIPLES_OF = 32
 
 @dataclass
 class Batches:
-    """Token ids by chunk. `starts` are, per sequence, the first position that counts. `chunks` are in the order of the
-    sequences, and positions in them count padding, as `tokens` does: what goes through a layer.
+    """Token ids by chunk. `starts` are, per sequence, the first position that counts, `counts` how many do. `chunks`
+    are in the order of the sequences, and positions in them count padding, as `tokens` does: what goes through a layer.
     """
 
     calibration: Calibration
@@ -28,6 +28,7 @@ class Batches:
         self.sequences = self.calibration.sequences
         # Where it does not say what counts, everything does.
         self.starts = self.calibration.starts or (0,) * len(self.sequences)
+        self.counts = [len(each) - start for each, start in zip(self.sequences, self.starts, strict=True)]
         lengths = [len(sequence) for sequence in self.sequences]
         if len({*lengths}) > 1:
             lengths = [-(-length // PADDED_TO_MULTIPLES_OF) * PADDED_TO_MULTIPLES_OF for length in lengths]

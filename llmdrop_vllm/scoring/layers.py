@@ -1,9 +1,10 @@
 """A model whose decoder layers are in memory one at a time, read from the shards when they are needed."""
 
 import ctypes
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.hf import decoder_layers, model_class, transformers_config
 from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.scratch import Chunk, HiddenStates
+from llmdrop_vllm.versions import __version__
 
 SHARED_STATES = "shared_kv_states"  # what Transformers' layers leave keys and values for later ones in
 
@@ -53,6 +55,7 @@ class LayerStream:
 
     def __init__(self, masked: MaskedCheckpoint, *, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         checkpoint = self.checkpoint = masked.checkpoint
+        self.mask = masked.mask
         check_stream(checkpoint)
         self.device, self.dtype = device, dtype
         config = transformers_config(masked)
@@ -116,11 +119,13 @@ class LayerStream:
                 call.kwargs[SHARED_STATES].update(other.by_chunk[chunk][0].kwargs[SHARED_STATES])
 
     @property
-    def cannot_go_on(self) -> list[str]:
-        """For what identifies a run: makes it unlike any other where keys and values would be lost that it has in
-        memory only.
+    def identity(self) -> list[Any]:
+        """JSON values that tell which runs may go on with one another's: those alike, and none where keys and values
+        would be lost that are in memory only.
         """
-        return [uuid4().hex] if self.shares_keys else []
+        gone = [*map(sorted, self.mask.dropped), *self.mask.windows]
+        own = [__version__, self.checkpoint.fingerprint, gone, str(self.device), str(self.dtype)]
+        return [*own, uuid4().hex] if self.shares_keys else own
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -148,20 +153,12 @@ class LayerStream:
     def _begin(self, token_ids: torch.Tensor) -> torch.Tensor:
         recorded: dict[int, tuple[torch.Tensor, LayerCall]] = {}
 
-        def recorder(index: int) -> Callable[..., Any]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                recorded[index] = hidden_states, LayerCall(args, kwargs)
-                return (hidden_states, None) if self.checkpoint.family.transformers_layer_tuple else hidden_states
+        def record(index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorded[index] = hidden_states, LayerCall(args, kwargs)
+            return (hidden_states, None) if self.checkpoint.family.transformers_layer_tuple else hidden_states
 
-            return forward
-
-        try:
-            for index, layer in enumerate(self.layers):
-                layer.forward = recorder(index)
+        with running_instead({layer: partial(record, index) for index, layer in enumerate(self.layers)}):
             self.decoder(input_ids=token_ids.to(self.device), use_cache=False)
-        finally:
-            for layer in self.layers:
-                layer.__dict__.pop("forward", None)
         batch, tokens = token_ids.shape
         self.calls[batch, tokens] = tuple(recorded[index][1] for index in range(len(self.layers)))
         return recorded[0][0]
@@ -206,6 +203,18 @@ class LayerStream:
             names = [f"{self.layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
             for name in self.stored_names(names):
                 self.tensors[name].read_ahead()
+
+
+@contextmanager
+def running_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within this context, each of the modules runs what is given in place of its own code."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def first_of(output: Any) -> torch.Tensor:

@@ -8,7 +8,6 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from llmdrop_vllm.scoring.batches import Batches
 from llmdrop_vllm.scoring.layers import LayerStream, first_of
 from llmdrop_vllm.scoring.scratch import GapHistory, HiddenStates, Scratch
 from llmdrop_vllm.scoring.similarity import ResidualSums
-from llmdrop_vllm.versions import __version__
 
 # Similarities across gaps compare every pair of depths, so they are measured on a sample of tokens whose history at all
 # depths stays below this size on disk.
@@ -60,9 +58,7 @@ def score(
         directory = scratch or Path(temporary) / "scratch"
         run = _Run(masked, calibration, *precision(checkpoint, device, dtype), directory)
         with run.scratch.in_use():
-            scores = run.scores(progress)
-            run.scratch.remove()
-    return scores
+            return run.scores(progress)
 
 
 class _Run:
@@ -81,9 +77,8 @@ class _Run:
         self.hidden = HiddenStates(directory, hidden_size, dtype)
         self.gaps = GapHistory(directory / "gaps.bin", self.gap_tokens, hidden_size)
         needed_bytes = 2 * self.batches.tokens * self.hidden.token_bytes + count * gap_token_bytes
-        asked = [__version__, self.checkpoint.fingerprint, self.data.sha256, asdict(self.mask)]
-        asked += [str(device), str(dtype), *self.stream.cannot_go_on]
-        self.scratch = Scratch(directory, sha256(asked), needed_bytes, SCRATCH_FILES)
+        asked = sha256([self.data.sha256, *self.stream.identity])
+        self.scratch = Scratch(directory, asked, needed_bytes, SCRATCH_FILES)
 
     def scores(self, progress: bool) -> Scores:
         """One pass, or what is left of it."""
@@ -201,9 +196,8 @@ class _Run:
 
 def precision(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """What `score` computes on and in. Raises InputError for what cannot be had here."""
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *here]
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    here = ["cuda", *gpus, "cpu"] if torch.cuda.is_available() else ["cpu"]
     if device is not None and device not in here:
         raise InputError(f"device is {device!r}; here is {', '.join(here)}")
     where = torch.device(device or here[0])

@@ -7,7 +7,7 @@ system's page cache holds the files as far as memory is free.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -124,9 +124,10 @@ class Scratch:
 
     def __init__(self, directory: Path, run: str, needed_bytes: int, files: Sequence[str]) -> None:
         self.directory, self.state, self.files = directory, directory / "progress.json", (*files, *OWN_FILES)
+        self.lock = ExitStack()
         make_directory(directory)
         with refusing(f"{directory} cannot be used"):
-            self.lock = hold(directory, "scoring or healing with it")
+            self.lock.callback(os.close, hold(directory, "scoring or healing with it"))
         self.progress = self._found(run)
         if not self.progress.layers:
             self._empty()
@@ -161,24 +162,21 @@ class Scratch:
         with suppress(OSError):  # others' files are there too, or it cannot be removed: no reason to lose the scores
             self._empty()
             self.directory.rmdir()
-        self.release()
+        self.lock.close()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Released in the end; within this context, what the system refuses is an OutputError that names the place."""
+        """Removed in the end; where an error ends it, left for another process, or a later run of this one, to take up.
+        Within this context, what the system refuses is an OutputError that names the place.
+        """
         try:
             yield
+            self.remove()
         except OSError as error:
             place = error.filename or self.directory
             raise OutputError(f"{place} cannot be used: {error.strerror or error}") from error
         finally:
-            self.release()
-
-    def release(self) -> None:
-        """Let another process, or a later run of this one, have the directory."""
-        if self.lock >= 0:
-            os.close(self.lock)
-            self.lock = -1
+            self.lock.close()
 
     def _empty(self) -> None:
         for pattern in self.files:

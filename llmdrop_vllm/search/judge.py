@@ -6,7 +6,7 @@ masks differ give both the same: their output is kept for one mask, the base, an
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -24,6 +24,7 @@ from llmdrop_vllm.errors import CheckpointError
 from llmdrop_vllm.healing.targets import Targets, divergence, teach
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.scoring.batches import Batches
+from llmdrop_vllm.scoring.layers import running_instead
 from llmdrop_vllm.scoring.scratch import Chunk
 
 TOKENS_PER_CHUNK = 1024
@@ -136,21 +137,13 @@ class Judge:
             self._run(token_ids, 1)
         self.states[number] = states
 
-    @contextmanager
-    def _beginning(self, first: int, state: torch.Tensor) -> Iterator[None]:
+    def _beginning(self, first: int, state: torch.Tensor) -> AbstractContextManager[None]:
         """Within this context, layers before the `first` are not computed, and that one is given the state."""
 
         def passing(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
             return (state, None) if self.checkpoint.family.transformers_layer_tuple else state
 
-        skipped = list(self._layers)[:first]
-        for layer in skipped:
-            layer.forward = passing
-        try:
-            yield
-        finally:
-            for layer in skipped:
-                layer.__dict__.pop("forward", None)
+        return running_instead(dict.fromkeys(self._layers[:first], passing))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class SearchHeader(Header):
 
 
 class Trial(Record):
-    """A mask that was judged: by sequence, the mean KL of its answer's tokens to the full model's, in nats. `mended`:
+    """A mask that was judged: by sequence, the mean KL of its tokens that count to the full model's, in nats. `mended`:
     the mask whose loss had been healed before.
     """
 
@@ -117,7 +117,7 @@ class Trials:
 
     judge: Judge
     held_out: Judge
-    file: Growing[Any, Any]
+    file: Growing[Any, Trial]
     most: float = math.inf
     seconds: float = math.inf
     on_trial: Callable[[], object] = lambda: None
@@ -138,14 +138,11 @@ class Trials:
         """By the answers that nothing is learnt from."""
         return self._loss(mask, 1, held_out=True, anyway=True)
 
-    def trial(self, mask: DropMask, held_out: bool) -> Any:
-        """A mask's record in the file, before it is judged."""
-        return Trial(
+    def _loss(self, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
+        judge = self.held_out if held_out else self.judge
+        trial = Trial(
             attention=mask.attention, mlp=mask.mlp, windows=mask.windows, mended=self.mended, held_out=held_out, kl={}
         )
-
-    def _loss(self, mask: DropMask, every: int, *, held_out: bool, anyway: bool) -> Loss:
-        judge, trial = self.held_out if held_out else self.judge, self.trial(mask, held_out)
         chunks, kl = judge.batches.chunks, self.known.setdefault(trial.key, {})
         numbers = range(0, len(chunks), every)
         missing = [number for number in numbers if chunks[number].first_sequence not in kl]

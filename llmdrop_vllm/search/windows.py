@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llmdrop_vllm.artifacts import DataIdentity, Record, sha256
+from llmdrop_vllm.artifacts import DataIdentity, sha256
 from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.data.answers import is_answers
 from llmdrop_vllm.data.calibration import EMBEDDED, load_calibration
@@ -23,8 +23,8 @@ from llmdrop_vllm.mask_file import MaskFile
 from llmdrop_vllm.masks.mask import DropMask
 from llmdrop_vllm.masks.stretches import STRETCH, span
 from llmdrop_vllm.search.judge import Judging
-from llmdrop_vllm.search.states import new_windows, takers, windowed
-from llmdrop_vllm.search.trials import Trials, verdict
+from llmdrop_vllm.search.states import takers, windowed
+from llmdrop_vllm.search.trials import Trial, Trials, verdict
 
 EVENLY, ALONE = "evenly spread", "least lost alone"
 LONG_TEXTS, TIMES_THE_WINDOW = 6, 4
@@ -38,19 +38,6 @@ class WindowsHeader(Header):
     held_out: DataIdentity
     window: int
     start: DropMask
-
-
-class WindowTrial(Record):
-    """Layers with windows; by text, the mean KL of its tokens that do not see all before them, in nats."""
-
-    layers: tuple[int, ...]
-    held_out: bool = False
-    kl: dict[int, float]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What was judged."""
-        return self.layers, self.held_out
 
 
 @dataclass(frozen=True)
@@ -98,11 +85,11 @@ def choose_windows(plan: WindowsPlan, trials_file: Path, *, progress: bool = Fal
         provenance=its.provenance,
     )
     with (
-        appended(trials_file, header, WindowTrial) as file,
+        appended(trials_file, header, Trial) as file,
         its.judges() as judges,
         tqdm(total=len(layers) + 2, unit="mask", disable=not progress) as bar,
     ):
-        trials = _Trials(*judges, file)
+        trials = Trials(*judges, file)
         alone = []
         for layer in layers:
             bar.set_description(f"layer {layer} alone")
@@ -117,14 +104,6 @@ def choose_windows(plan: WindowsPlan, trials_file: Path, *, progress: bool = Fal
             losses[name] = trials.on_answers(plan.mask(windows)), trials.on_held_out(plan.mask(windows))
             bar.update()
     return verdict(losses, its, "windows by KL on long texts", len(layers) + 2)
-
-
-class _Trials(Trials):
-    """In their file, masks are told by the layers that were given a window."""
-
-    def trial(self, mask: DropMask, held_out: bool) -> WindowTrial:
-        """A mask's record in the file, before it is judged."""
-        return WindowTrial(layers=new_windows(mask, self.judge.checkpoint.mask), held_out=held_out, kl={})
 
 
 def long_texts(

@@ -52,30 +52,26 @@ class Candidates:
     def units(self, kind: Kind) -> list[Unit]:
         """All that may go, attention before MLP, each in layer order."""
         similarity = self.scores.similarity
-        attention = {unit.layer: unit for unit in self._sublayers(similarity.attention, attention=True)}
-        mlp = {unit.layer: unit for unit in self._sublayers(similarity.mlp, attention=False)}
+        others = {layer for layer, its in enumerate(self.scores.kinds) if self.mixers not in ("all", *its.mixers)}
+        attention = self._but(similarity.attention, others.union(self.mask.attention, self.donors))
+        mlp = self._but(similarity.mlp, {*self.mask.mlp})
         if kind == "blocks":
             return [
                 Unit(layer, layer in attention, layer in mlp, similarity.block[layer])
                 for layer in sorted((attention.keys() | mlp.keys()) - self.donors)
             ]
-        return [*(attention.values() if kind != "mlp" else ()), *(mlp.values() if kind != "attention" else ())]
+        attentions = [Unit(layer, True, False, value) for layer, value in attention.items() if kind != "mlp"]
+        return [*attentions, *(Unit(layer, False, True, value) for layer, value in mlp.items() if kind != "attention")]
 
     @property
     def donors(self) -> frozenset[int]:
         """Layers whose keys and values others read, which their attention must stay for."""
         return frozenset(readers(self.scores.kinds, self.mask.kept_attention))
 
-    def _sublayers(self, similarities: Sequence[float | None], attention: bool) -> list[Unit]:
-        gone = self.protect.union(self.mask.attention if attention else self.mask.mlp)
-        gone |= self.donors if attention else set()
-        if attention and self.mixers != "all":
-            gone |= {layer for layer, kind in enumerate(self.scores.kinds) if self.mixers not in kind.mixers}
-        return [
-            Unit(layer, attention, not attention, value)
-            for layer, value in enumerate(similarities)
-            if value is not None and layer not in gone
-        ]
+    def _but(self, similarities: Sequence[float | None], layers: set[int]) -> dict[int, float]:
+        """By layer, those of sublayers that may go: in none of these layers, and in no protected one."""
+        out = layers | self.protect
+        return {layer: value for layer, value in enumerate(similarities) if value is not None and layer not in out}
 
     def without(self, units: Sequence[Unit], *notes: str) -> Self:
         """What is left after these went, in this order."""
