@@ -28,7 +28,6 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint, MaskedCheckpoint
 from llmdrop_vllm.checkpoints.decoder import Decoder
 from llmdrop_vllm.checkpoints.hf_weights import in_own_names, leave_index
 from llmdrop_vllm.checkpoints.shards import VARIANT
-from llmdrop_vllm.checkpoints.tower import decoded
 from llmdrop_vllm.errors import CheckpointError, InputError
 from llmdrop_vllm.hf_configs import DroppedConfig, make_known, stock_of, with_dropped_cache
 from llmdrop_vllm.hf_passthrough import check_norms, drop_sublayer
@@ -103,7 +102,7 @@ def dropped_config(decoder: Decoder, mask: DropMask) -> PretrainedConfig:
         raise CheckpointError(f"the config's model_type is {model_type!r}, unknown to Transformers")
     stock = CONFIG_MAPPING[model_type]
     try:
-        config = stock.from_dict(decoded(entries))
+        config = stock.from_dict(stock._decode_special_floats(entries))
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
         raise CheckpointError(f"the config does not describe a {decoder.architecture}: {error}") from error
     if mask:
@@ -127,11 +126,6 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     made = getattr(made, "stock_model", made)  # where `make_known` has put something in between
     # Under the checkpoint's name for the architecture: Transformers may spell it otherwise, or have one class for two.
     return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model that a config from here describes, counted without memory for any."""
-    return int(on_meta(config).num_parameters())
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
@@ -283,5 +277,4 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
     """A class by its name, for processes that unpickle what another has made."""
-    stock: Any = stock_of(__name__, name, PreTrainedModel)
-    return _dropped_model(stock, name.removeprefix(EXPLICIT_PREFIX))
+    return _dropped_model(stock_of(__name__, name, PreTrainedModel), name.removeprefix(EXPLICIT_PREFIX))

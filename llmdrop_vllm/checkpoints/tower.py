@@ -69,19 +69,11 @@ def known_config(config: Mapping[str, Any]) -> Any:
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         return None
+    kind = CONFIG_MAPPING[model_type]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(decoded(config))
+        return kind.from_dict(kind._decode_special_floats(dict(config)))
     except Exception as error:  # whatever the architecture's own code makes of a config that contradicts itself
         raise CheckpointError(f"the config does not describe a model of type {model_type}: {error}") from error
-
-
-def decoded(entries: Any) -> Any:
-    """A config.json's entries as they were written: for infinity, which JSON lacks, Transformers puts an object."""
-    if isinstance(entries, Mapping):
-        if entries.keys() == {"__float__"}:
-            return float(entries["__float__"])
-        return {key: decoded(value) for key, value in entries.items()}
-    return [decoded(value) for value in entries] if isinstance(entries, list) else entries
 
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
