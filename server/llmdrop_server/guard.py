@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,14 +50,11 @@ class Guard:
     """ASGI middleware. vLLM's own asks for the key under some prefixes only, and bounds no body."""
 
     app: ASGIApp
-    keys: InitVar[Iterable[str]]
+    keys: Collection[str] = field(repr=False)
     limits: Limits
     ending: Ending
     admission: Admission
     allowed_hosts: frozenset[str] = frozenset()
-
-    def __post_init__(self, keys: Iterable[str]) -> None:
-        self.digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -81,10 +78,9 @@ class Guard:
         if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
             return True
         scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
-        given = _digest(key)
         # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [secrets.compare_digest(given, digest) for digest in self.digests]
-        return not self.digests or (scheme.lower() == "bearer" and any(matches))
+        matches = [secrets.compare_digest(_digest(key), _digest(each)) for each in self.keys]
+        return not self.keys or (scheme.lower() == "bearer" and any(matches))
 
     def _answers(self, headers: Headers, body: bytes) -> int:
         kind = headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
