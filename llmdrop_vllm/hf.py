@@ -129,11 +129,6 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return _dropped_model(made, config.architectures[0]) if isinstance(config, DroppedConfig) else made
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model that a config from here describes, counted without memory for any."""
-    return int(on_meta(config).num_parameters())
-
-
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model that a config from here describes, without memory for any weights."""
     try:
@@ -283,5 +278,4 @@ def _dropped_model(stock: type[PreTrainedModel], architecture: str) -> type[PreT
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
     """A class by its name, for processes that unpickle what another has made."""
-    stock: Any = stock_of(__name__, name, PreTrainedModel)
-    return _dropped_model(stock, name.removeprefix(EXPLICIT_PREFIX))
+    return _dropped_model(stock_of(__name__, name, PreTrainedModel), name.removeprefix(EXPLICIT_PREFIX))

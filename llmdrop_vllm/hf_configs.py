@@ -7,7 +7,7 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import transformers.processing_utils  # which puts another module in the place of `transformers`
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -16,7 +16,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from llmdrop_vllm.architectures.families import EXPLICIT_PREFIX
 from llmdrop_vllm.masks.mask import DropMask
 
-T = TypeVar("T")
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 
 
@@ -55,11 +54,10 @@ def with_dropped_cache(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 def __getattr__(name: str) -> type[PretrainedConfig]:
     """A class by its name, for processes that unpickle what another has made."""
-    stock: Any = stock_of(__name__, name, PretrainedConfig)
-    return with_dropped_cache(stock)
+    return with_dropped_cache(stock_of(__name__, name, PretrainedConfig))
 
 
-def stock_of(module: str, name: str, base: type[T]) -> type[T]:
+def stock_of(module: str, name: str, base: type) -> Any:
     """Transformers' class that one of ours was made of. Raises AttributeError for a name in a module that is none's."""
     if name.startswith(EXPLICIT_PREFIX):
         plain = name.removeprefix(EXPLICIT_PREFIX)

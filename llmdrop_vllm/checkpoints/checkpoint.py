@@ -203,8 +203,7 @@ class MaskedCheckpoint:
     def kept(self) -> Mapping[str, StoredTensor]:
         """The checkpoint's tensors but those of dropped sublayers."""
         tensors, family = self.checkpoint.tensors.items(), self.checkpoint.family
-        kept = {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
-        return MappingProxyType(kept)
+        return {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
 
     @property
     def weight_bytes(self) -> int:

@@ -17,7 +17,7 @@ from llmdrop_vllm.evaluation.evaluate import Measures
 from llmdrop_vllm.evaluation.harness import write_results
 from llmdrop_vllm.evaluation.masked_engines import Engines, Plan, any_engines
 from llmdrop_vllm.evaluation.records import Point, Series, SpeedWorkload, Sweep, SweepRequest, mask_id, scores_id
-from llmdrop_vllm.hf import count_parameters, transformers_config
+from llmdrop_vllm.hf import on_meta, transformers_config
 from llmdrop_vllm.masks.mask import DropMask
 
 SWEEP_FILE, SCORES_FILE, ANSWERS_FILE, HARNESS_DIRECTORY = "sweep.json", "scores.json", "answers.json", "lm-eval"
@@ -158,7 +158,7 @@ class _Keeper:
             write_results(raw, self.directory / HARNESS_DIRECTORY / f"{name}.json")
         masked, base = checkpoint.under(mask), checkpoint.under(checkpoint.mask)
         kv_share = float(masked.layout.token_values / base.layout.token_values)
-        parameters = count_parameters(transformers_config(masked))
+        parameters = int(on_meta(transformers_config(masked)).num_parameters())
         return Point(quality=quality, speed=None, full_speed=None, kv_share=kv_share, parameters=parameters)
 
     def keep(self, **changes: Any) -> Sweep:

@@ -31,18 +31,15 @@ def convert(path: Path, out: Path) -> None:
     try:
         fields = GGUFReader(path).fields
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
-        )
+        plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **plain, **source)
     except Exception as error:  # whatever its reader makes of an unknown architecture or a file that ends early
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be converted: {reason}") from error
-    if _begins_with_bos(fields):
-        _add_bos(tokenizer)
-    # What is saved is as any checkpoint: nothing in it is quantized any more.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if _begins_with_bos(fields) and tokenizer.bos_token is not None and not adds_bos:
+        # Transformers does not take it over from the file; Gemma 3 without it repeats one word.
+        tokenizer.add_bos_token = True
     model.config._name_or_path = ""  # else the general.name of the file
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -55,16 +52,3 @@ def _begins_with_bos(fields: dict[str, Any]) -> bool:
     if (said := fields.get(ADD_BOS)) is not None:
         return bool(said.contents())
     return TOKENIZER in fields and fields[TOKENIZER].contents() == "llama"
-
-
-def _add_bos(tokenizer: Any) -> None:
-    """Transformers does not take it over from the file; Gemma 3 without it repeats one word."""
-    from tokenizers.processors import TemplateProcessing
-
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if bos is None or tokenizer("a")["input_ids"][:1] == [bos_id]:
-        return
-    single, pair = f"{bos} $A", f"{bos} $A {bos}:1 $B:1"
-    processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(bos, bos_id)])
-    tokenizer.backend_tokenizer.post_processor = processor
-    tokenizer.add_bos_token = True

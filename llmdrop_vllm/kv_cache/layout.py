@@ -131,7 +131,9 @@ def kv_layout(kinds: Sequence[LayerKind]) -> KVLayout:
         storing = tuple(sorted(position for layers in positions.values() for position in layers))
         return KVLayout(kinds, (KVGroup(storing, kinds[storing[0]]),) if storing else ())
     widest = max(kind.values for kind in kinds)
-    size = _group_size([len(layers) for layers in positions.values()])
+    counts = [len(layers) for layers in positions.values()]
+    # Layers per group, by vLLM's `_get_kv_cache_groups_uniform_page_size`.
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     groups = []
     for kind, layers in positions.items():
         # vLLM deals the layers out in turn, so that each pipeline stage has its share of every group.
@@ -147,11 +149,6 @@ def _slots(kind: LayerKind) -> tuple[str, int | None]:
     if kind.state:
         return "state", kind.state
     return ("full", None) if kind.span is None else (kind.name, kind.span)
-
-
-def _group_size(counts: Sequence[int]) -> int:
-    """Layers per group for so many layers of each kind (vLLM's `_get_kv_cache_groups_uniform_page_size`)."""
-    return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
 
 
 def cheapest_without_padding(

@@ -99,7 +99,7 @@ def checked_decoder(architecture: str, model_config: ModelConfig) -> Decoder | N
         return None
     decoder = Decoder.of(config, architecture)
     if decoder.mask:
-        _check_registered(architecture, tower)
+        _check_registered(architecture, plain, tower)
     if "nemotron-nas" in said and architecture != NEMOTRON_NAS:
         _check_uniform(model_config.hf_text_config)
     decoder.check_attention_is_left(decoder.mask)
@@ -131,13 +131,12 @@ def _check_place(config: PretrainedConfig) -> None:
             raise MaskError(f"{'.'.join(place)} has a drop mask that {kind} does not read; put it on top of the config")
 
 
-def _check_registered(architecture: str, tower: str) -> None:
+def _check_registered(architecture: str, plain: str, tower: str) -> None:
     """Refuse to go on where another plugin or an option has taken the architecture: its class knows no masks.
 
     And where Transformers builds a wrapper's tower: in vLLM's backend for it, layers are replaced after they were made,
     by the class that is served.
     """
-    plain = architecture.removeprefix(EXPLICIT_PREFIX)
     entry = ModelRegistry.models[architecture]
     if getattr(entry, "module_name", None) != MODELS_MODULE:
         raise MaskError(

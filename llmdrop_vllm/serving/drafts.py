@@ -54,8 +54,3 @@ def draft_config(
     plain.architectures = [name.removeprefix(EXPLICIT_PREFIX)]
     plain = STOCK_DRAFT_CONFIG(plain)
     return plain if getattr(plain, "n_predict", None) else config
-
-
-def know_our_names() -> None:
-    """Put `draft_config` where vLLM has its own."""
-    SpeculativeConfig.hf_config_override = staticmethod(draft_config)

@@ -224,9 +224,6 @@ def standing_in(stand_in: nn.Module, module: nn.Module) -> nn.Module:
 
 def _layer_index(module: nn.Module) -> int | None:
     """The decoder layer that a sublayer was built for, from the dotted name that vLLM gives its parts."""
-    for child in module.modules():
-        for attribute in ("layer_name", "prefix"):
-            name = getattr(child, attribute, None)
-            if isinstance(name, str) and (index := layer_in(name)) is not None:
-                return index
-    return None
+    names = (getattr(child, attribute, None) for child in module.modules() for attribute in ("layer_name", "prefix"))
+    indices = (layer_in(name) for name in names if isinstance(name, str))
+    return next((index for index in indices if index is not None), None)

@@ -9,18 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
-
-from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.masks.dialects import NEMOTRON_NO_OP, block_entry
 
 # Where all are gone, any width will do: the module is dropped as soon as it is built.
 ANY_WIDTH = SimpleNamespace(no_op=False, n_heads_in_group=1, intermediate_size=1)
-
-
-def register_config() -> None:
-    """Give Transformers a config class for these checkpoints, which otherwise bring one as remote code."""
-    AutoConfig.register(NemotronNasConfig.model_type, NemotronNasConfig, exist_ok=True)
 
 
 @contextmanager
@@ -34,9 +26,8 @@ def with_all_widths(config: Any) -> Iterator[None]:
         settings = [block_entry(block, part) for block in blocks]
         kept = next((each for each in settings if not block_entry(each, "no_op")), ANY_WIDTH)
         parts[part] = [kept if block_entry(each, "no_op") else each for each in settings]
-    config.block_configs = [
-        SimpleNamespace(**dict(zip(parts, block, strict=True))) for block in zip(*parts.values(), strict=True)
-    ]
+    described = zip(*parts.values(), strict=True)
+    config.block_configs = [SimpleNamespace(**dict(zip(parts, each, strict=True))) for each in described]
     try:
         yield
     finally:

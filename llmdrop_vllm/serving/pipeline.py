@@ -11,8 +11,6 @@ from llmdrop_vllm.kv_cache.kinds import LayerKind
 from llmdrop_vllm.kv_cache.layout import kv_layout, stage_values
 from llmdrop_vllm.masks.mask import DropMask
 
-StageCost = Callable[[int, int], float]
-
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -72,20 +70,18 @@ def stage_attention(mask: DropMask, layers_per_stage: list[int], kinds: Sequence
     return [sum(start <= layer < end for layer in attention) for start, end in stages]
 
 
-def _best_split(num_layers: int, num_stages: int, cost: StageCost) -> list[tuple[int, int]]:
+def _best_split(num_layers: int, num_stages: int, cost: Callable[[int, int], float]) -> tuple[tuple[int, int], ...]:
     """Contiguous stages whose largest cost is smallest; of equals, those with the smallest sum of squares."""
-    best: dict[int, tuple[tuple[float, float], list[tuple[int, int]]]] = {0: ((-math.inf, 0.0), [])}
-    for stage in range(1, num_stages + 1):
-        extended = {}
-        for end in range(stage, num_layers - (num_stages - stage) + 1):
-            extended[end] = min(
-                (
-                    ((max(worst, its), squares + its * its), [*stages, (begin, end)])
-                    for begin, ((worst, squares), stages) in best.items()
-                    if begin < end
-                    for its in (cost(begin, end),)
-                ),
-                key=lambda candidate: candidate[0],
-            )
-        best = extended
-    return best[num_layers][1]
+
+    @cache
+    def best(count: int, end: int) -> tuple[float, float, tuple[tuple[int, int], ...]]:
+        """Of the layers before `end`, in so many stages: the largest cost, the sum of squares, and the stages."""
+        if count == 1:
+            return cost(0, end), cost(0, end) ** 2, ((0, end),)
+        found = []
+        for begin in range(count - 1, end):
+            (worst, squares, stages), its = best(count - 1, begin), cost(begin, end)
+            found.append((max(worst, its), squares + its * its, (*stages, (begin, end))))
+        return min(found, key=lambda candidate: candidate[:2])
+
+    return best(num_stages, num_layers)[2]

@@ -4,6 +4,8 @@ import multiprocessing
 
 import torch
 import vllm
+from transformers import AutoConfig
+from vllm.config.speculative import SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
@@ -11,9 +13,9 @@ from vllm.platforms import current_platform
 
 from llmdrop_vllm.architectures.families import BY_ARCHITECTURE, EXPLICIT_PREFIX
 from llmdrop_vllm.architectures.wrappers import WRAPPERS
+from llmdrop_vllm.checkpoints.configuration_nemotron_nas import NemotronNasConfig
 from llmdrop_vllm.serving.config_hook import MODELS_MODULE, ConfigHook
-from llmdrop_vllm.serving.drafts import know_our_names
-from llmdrop_vllm.serving.nemotron_nas import register_config
+from llmdrop_vllm.serving.drafts import draft_config
 from llmdrop_vllm.versions import TESTED_VLLM, was_tested
 
 logger = init_logger("vllm.llmdrop")
@@ -29,8 +31,9 @@ def register_with_vllm() -> None:
         # that nothing else has asked before would end the engine with an illegal instruction.
         torch.cpu._init_amx()
     warn_if_untested(vllm.__version__)
-    register_config()
-    know_our_names()
+    # Checkpoints of Nemotron-NAS bring a config class as remote code otherwise.
+    AutoConfig.register(NemotronNasConfig.model_type, NemotronNasConfig, exist_ok=True)
+    SpeculativeConfig.hf_config_override = staticmethod(draft_config)
     for architecture in (*BY_ARCHITECTURE, *WRAPPERS):
         entry = ModelRegistry.models.get(architecture)
         stock = getattr(entry, "module_name", MODELS_MODULE)

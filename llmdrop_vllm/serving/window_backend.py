@@ -19,12 +19,10 @@ from vllm.v1.attention.backend import (
 
 from llmdrop_vllm.masks.stretches import STRETCH, stretches_back
 
-Tables = Callable[[torch.Tensor], torch.Tensor]
-
 
 def in_stretches(
     batch: CommonAttentionMetadata, window: int, block_size: int
-) -> tuple[CommonAttentionMetadata, Tables]:
+) -> tuple[CommonAttentionMetadata, Callable[[torch.Tensor], torch.Tensor]]:
     """A batch with a row for each stretch of queries, and how its block tables come from those of the requests."""
     starts, ends = batch.query_start_loc_cpu.numpy(), batch.seq_lens.cpu().numpy()
     queries = np.diff(starts)

@@ -50,16 +50,12 @@ class WindowManager(SlidingWindowManager):
         """None from the beginning on, which is what vLLM asks here."""
         return 0
 
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
+    def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *_: Any, **__: Any) -> None:
         """Those that no later token sees."""
         begins = processed_computed_tokens // STRETCH * STRETCH + STRETCH - self.sliding_window
         begins -= self.extra_retained_tokens
-        blocks = self.req_to_blocks[request_id]
-        self._remove_blocks_in_range(
-            request_id, STRETCH // self.block_size, min(begins // self.block_size, len(blocks))
-        )
+        end = min(begins // self.block_size, len(self.req_to_blocks[request_id]))
+        self._remove_blocks_in_range(request_id, STRETCH // self.block_size, end)
 
     @classmethod
     def find_longest_cache_hit(

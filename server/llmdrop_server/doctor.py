@@ -98,10 +98,9 @@ def device(problems: list[str]) -> str:
         problems.append("vLLM finds nothing to run on: no driver, or a build for another device")
         return "none that vLLM knows"
     if kind == "cuda":
-        count = torch.cuda.device_count()
         names = Counter(
             f"{torch.cuda.get_device_name(each)}, {torch.cuda.get_device_properties(each).total_memory >> 30} GiB"
-            for each in range(count)
+            for each in range(torch.cuda.device_count())
         )
         return "cuda: " + "; ".join(f"{number} x {name}" for name, number in names.items())
     return f"{kind}: {_processor()}, {os.cpu_count()} cores" if kind == "cpu" else str(kind)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -51,13 +50,8 @@ class Limits(BaseModel):
     tools: int = Field(128, gt=0, description="tools in one request")
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """What `llmdrop serve --limit` set. Raises InputError naming a bound that does not exist or a bad value."""
-        return cls.parse(os.environ.get(LIMITS_ENVIRONMENT, "{}"))
-
-    @classmethod
     def parse(cls, text: str) -> Self:
-        """From a JSON object."""
+        """From a JSON object. Raises InputError naming a bound that does not exist or a bad value."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -1,6 +1,7 @@
 """The vLLM endpoint plugin `llmdrop`: it adds our routes and bounds to vLLM's own server, in `vllm serve` too."""
 
 import asyncio
+import os
 from argparse import Namespace
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llmdrop_server import routes, statistics
+from llmdrop_server import LIMITS_ENVIRONMENT, routes, statistics
 from llmdrop_server.errors import error_response
 from llmdrop_server.guard import OPEN_PREFIX, Admission, Guard
 from llmdrop_server.health import Ending, Probe
@@ -39,7 +40,7 @@ class LlmdropEndpoints:
         app.add_middleware(
             Guard,
             keys=[key for key in (args.api_key or [envs.VLLM_API_KEY]) if key],
-            limits=Limits.from_environment(),
+            limits=Limits.parse(os.environ.get(LIMITS_ENVIRONMENT, "{}")),
             ending=self.ending,
             admission=Admission(getattr(args, "max_num_queued_reqs", None)),
             allowed_hosts=frozenset(getattr(args, "allowed_media_domains", None) or ()),

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from vllm.config import ModelConfig, VllmConfig
 
 from llmdrop_server import COMPARISON_ENVIRONMENT, SCORES_ENVIRONMENT
 from llmdrop_server.schemas import Drop, Importance, Scores, Size
@@ -15,26 +17,24 @@ from llmdrop_vllm.checkpoints.tower import row_of
 from llmdrop_vllm.data.comparison import Comparison
 from llmdrop_vllm.errors import InputError
 from llmdrop_vllm.healing.records import healing_of
-from llmdrop_vllm.hf import count_parameters, dropped_config
+from llmdrop_vllm.hf import dropped_config, on_meta
 from llmdrop_vllm.kv_cache.kinds import dtype_bytes
 from llmdrop_vllm.kv_cache.layout import KVLayout
 from llmdrop_vllm.masks.mask import DropMask
-
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
 
 T = TypeVar("T")
 R = TypeVar("R", artifacts.Scores, Comparison)
 
 
-def report(vllm_config: "VllmConfig") -> Drop:
+def report(vllm_config: VllmConfig) -> Drop:
     """For an engine that has started: vLLM has counted its KV cache by then."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     known = row_of(model.hf_config, model.architecture.removeprefix(EXPLICIT_PREFIX)) is not None
     decoder = Decoder.of(model.hf_config if known else model.hf_text_config, model.architecture)
     mask = decoder.mask
     model_dtype = str(model.dtype).removeprefix("torch.")
-    kv_dtype = _kv_dtype(cache.cache_dtype, model_dtype)
+    kv_dtype = model_dtype if cache.cache_dtype == "auto" else cache.cache_dtype
+    kv_dtype = "fp8" if kv_dtype.startswith("fp8") else kv_dtype  # vLLM has several names for it
     value_bytes = _or_none(dtype_bytes, kv_dtype)
     # Windows are named in one word there, which none of the models with windows of their own needs.
     skipped = [int(each) for each in cache.kv_cache_dtype_skip_layers if each.isdecimal()]
@@ -51,7 +51,7 @@ def report(vllm_config: "VllmConfig") -> Drop:
             blocks = tokens * taken // other // cache.block_size
             fitting = int(blocks) * cache.block_size
         return Size(
-            parameters=_or_none(_count, decoder, each),
+            parameters=_or_none(lambda: int(on_meta(dropped_config(decoder, each)).num_parameters())),
             attention_layers=len(each.kept_attention) if layout is None else layout.layers,
             kv_bytes_per_token=None if layout is None or value_bytes is None else layout.token_bytes(value_bytes),
             kv_tokens=fitting,
@@ -75,23 +75,12 @@ def report(vllm_config: "VllmConfig") -> Drop:
     )
 
 
-def _taken(vllm_config: "VllmConfig", layout: KVLayout, mask: DropMask) -> Fraction:
+def _taken(vllm_config: VllmConfig, layout: KVLayout, mask: DropMask) -> Fraction:
     """What a layout takes of the KV cache: for a token, or where there are windows for the longest request."""
     if not mask.windows:
         return Fraction(layout.token_values)
     context, block = vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
     return Fraction(layout.request_blocks(context, block, vllm_config.max_in_flight_tokens) * layout.block_values)
-
-
-def _kv_dtype(cache_dtype: str, model_dtype: str) -> str:
-    """vLLM's names for the KV cache's dtype, in those of `accounting`."""
-    if cache_dtype == "auto":
-        return model_dtype
-    return "fp8" if cache_dtype.startswith("fp8") else cache_dtype
-
-
-def _count(decoder: Decoder, mask: DropMask) -> int:
-    return count_parameters(dropped_config(decoder, mask))
 
 
 def _or_none(count: Callable[..., T], *args: Any) -> T | None:
@@ -102,7 +91,7 @@ def _or_none(count: Callable[..., T], *args: Any) -> T | None:
         return None
 
 
-def _scores(model: "ModelConfig", mask: DropMask) -> Scores | None:
+def _scores(model: ModelConfig, mask: DropMask) -> Scores | None:
     """Those that the server was started with, or those that `llmdrop drop` left in the checkpoint."""
     found = _beside(artifacts.Scores, SCORES_ENVIRONMENT, model, artifacts.SCORES_FILE, mask)
     if found is None:
@@ -112,7 +101,7 @@ def _scores(model: "ModelConfig", mask: DropMask) -> Scores | None:
     return Scores(importance=Importance.model_validate(importance), calibration=data.source if data else None)
 
 
-def _beside(kind: type[R], environment: str, model: "ModelConfig", name: str, mask: DropMask) -> R | None:
+def _beside(kind: type[R], environment: str, model: ModelConfig, name: str, mask: DropMask) -> R | None:
     """The file that the server was started with, or the one in the checkpoint. Raises InputError for one of a model of
     another depth.
     """

@@ -33,9 +33,7 @@ async def drop(request: Request) -> Drop:
 async def drop_kv(request: Request) -> KV | JSONResponse:
     """The KV cache in use, as of the engine's last step."""
     found = kv_now(request.app.state.vllm_config.cache_config)
-    if found is None:
-        return error_response("statistics are off (--disable-log-stats)", 404)
-    return found
+    return error_response("statistics are off (--disable-log-stats)", 404) if found is None else found
 
 
 @router.get("/v1/models")
