@@ -5,7 +5,6 @@ import json
 import logging
 import pickle
 import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +15,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from llmdrop_vllm import hf
 from llmdrop_vllm.errors import CheckpointError, InputError, MaskError
 from tests.tiny import PARITY_CASES, TINY_LLAMA, golden, write_checkpoint
+from tests.warm import PYTHON
 
 MASK = {"drop_attn_list": [6, 0, 3], "drop_mlp_list": [6]}
 
@@ -208,7 +208,7 @@ def test_classes_travel_to_other_processes(model, tmp_path):
         "found = saved['model'](torch.arange(3, 40)[None]).logits;"
         "print(torch.equal(found, saved['expected']), type(saved['model']).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", type(model).__name__]
     with pytest.raises(AttributeError, match="has no attribute 'DroppedNothing'"):
         hf.DroppedNothing  # noqa: B018

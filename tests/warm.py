@@ -4,7 +4,8 @@
 zygote: a process that has imported vLLM and done nothing since, so it has one thread, no plugin and no engine. Each
 process that was forked keeps a zygote of its own for those it spawns. All else is as ever: command line, environment,
 descriptors, session, parent and exit status. Where modules read an environment while they are imported, it has a zygote
-of its own. Commands that the tests do not start often start as ever, and so does what stands within `cold()`.
+of its own. Warm are the commands of this environment, what begins with `PYTHON`, and all that these spawn; what stands
+within `cold()` is started as ever.
 """
 
 import _posixsubprocess
@@ -26,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import spawn
 from pathlib import Path
+from types import ModuleType
 
 IMPORTED = (
     "vllm.entrypoints.cli.main",
@@ -36,9 +38,10 @@ IMPORTED = (
     "vllm.model_executor.models.llama",
 )
 COMMANDS = {str(Path(sys.executable).with_name(name)) for name in ("vllm", "llmdrop")}
-ENGINE = ("-m", "tests.serving.engine_process")
+# For `-m` or `-c`: to Python itself `-X warm` means nothing.
+PYTHON = [sys.executable, "-X", "warm"]
 SPAWNED = re.compile(r"from multiprocessing.spawn import spawn_main; spawn_main\((.*)\)")
-READ_AT_IMPORT = re.compile("PYTHON(?!PATH)|HF_HOME|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|VLLM_LOGGING")
+READ_AT_IMPORT = re.compile("PYTHON(?!PATH)|HF_HOME|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|VLLM_(CONFIGURE_)?LOGGING")
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: an orphan below goes to this process and not to the machine's first
 MESSAGE_BYTES, DESCRIPTORS = 1 << 20, 250
 fork_exec = _posixsubprocess.fork_exec
@@ -130,7 +133,7 @@ def _fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest):
     environment = dict(os.environb) if env is None else dict(entry.split(b"=", 1) for entry in env)
     plain = close_fds and (gid, gids, uid, umask, preexec) == (None, None, None, -1, None)
     spawned = SPAWNED.fullmatch(words[-2:][0])
-    asked = words[0] in COMMANDS or (words[0] == sys.executable and tuple(words[1:3]) == ENGINE)
+    asked = words[0] in COMMANDS or words[: len(PYTHON)] == PYTHON
     if not (plain and (spawned or asked)):
         return fork_exec(args, executables, close_fds, pass_fds, cwd, env, *rest)
     kept = [descriptor for descriptor in pass_fds if descriptor != errors]
@@ -200,8 +203,14 @@ def _run(words: list[str]) -> None:
         arguments = (argument.split("=") for argument in spawned[1].split(", "))
         spawn.spawn_main(**{name: int(value) for name, value in arguments})
     elif words[0] == sys.executable:
-        sys.argv, sys.path[0] = words[2:], str(Path.cwd())
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        _, _, _, how, what, *sys.argv[1:] = words
+        if how == "-m":
+            sys.path[0] = str(Path.cwd())
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[0], sys.path[0] = "-c", ""
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(what, main.__dict__)
     else:
         sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")

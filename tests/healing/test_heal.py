@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -28,6 +27,7 @@ from llmdrop_vllm.writing.write import write_checkpoint
 from tests.architectures.cases import CASES
 from tests.healing.interruptions import interrupted_once
 from tests.healing.test_families import data
+from tests.warm import PYTHON
 
 LLAMA = CASES["LlamaForCausalLM"]
 FULL, MASK = DropMask(5), DropMask(5, attention=(2, 3))
@@ -79,7 +79,7 @@ def test_a_killed_command_goes_on_and_ends_alike(dropped, tmp_path):
     assert main(command(tmp_path / "whole")) == 0
     out, state = tmp_path / "out", tmp_path / ".out.llmdrop-healing" / "progress.json"
     run = "import sys; from llmdrop_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen([sys.executable, "-c", run, *command(out)], stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen([*PYTHON, "-c", run, *command(out)], stderr=subprocess.DEVNULL) as child:
         while not (state.exists() and len(json.loads(state.read_text())["layers"]) > 10):
             assert child.poll() is None
             time.sleep(0.01)

@@ -1,7 +1,6 @@
 """Training after the closed form: stopped early, killed, logged, with adapters that are merged."""
 
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from llmdrop_vllm.healing.records import Healing
 from llmdrop_vllm.healing.run import HealOptions
 from llmdrop_vllm.writing.plan import plan_surgery
 from llmdrop_vllm.writing.write import write_checkpoint
+from tests.warm import PYTHON
 
 MASK = DropMask(12, attention=(7, 8, 11))
 OPTIONS = TrainOptions(epochs=2, learning_rate=3e-4, step_tokens=512)
@@ -114,7 +114,7 @@ def test_a_killed_training_goes_on_from_where_it_saved(dropped, tmp_path, monkey
         return [*tmp_path.glob(".out.llmdrop-healing/training-*/checkpoint-*/trainer_state.json")]
 
     run = "import sys; from llmdrop_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen([sys.executable, "-c", run, *command(tmp_path / "out")], stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen([*PYTHON, "-c", run, *command(tmp_path / "out")], stderr=subprocess.DEVNULL) as child:
         while len(saved()) < 2:
             assert child.poll() is None
             time.sleep(0.01)

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.warm import PYTHON
+
 MARK = "RESULT "
 
 
@@ -28,7 +30,7 @@ def run_job(env: dict[str, str] | None = None, timeout_s: float = 240, **job: An
         log = Path(directory) / "log"
         with log.open("w") as stdout:
             child = subprocess.Popen(
-                [sys.executable, "-m", "tests.serving.engine_process", json.dumps(job, default=str)],
+                [*PYTHON, "-m", "tests.serving.engine_process", json.dumps(job, default=str)],
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
                 env=os.environ | (env or {}),
