@@ -85,22 +85,30 @@ def steps(model, family, index):
     }
 
 
+class Seen(Exception):
+    """What a layer has; those behind it need not run."""
+
+
 def output(model, family, index, attention, mlp):
     """What a layer has behind its sublayers without these."""
-    seen = []
+
+    def show(found):
+        raise Seen(found[0] if isinstance(found, tuple) else found)
+
     layer = layers_of(model)[index]
     then = getattr(layer, family.then or "", None)
     hook = (
-        layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
+        layer.register_forward_hook(lambda _layer, _args, out: show(out))
         if then is None
-        else then.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+        else then.register_forward_pre_hook(lambda _layer, args: show(args))
     )
     try:
         with torch.no_grad(), skipping(model, family, DropMask(LAYERS, tuple({*attention}), tuple({*mlp}))):
             model.get_decoder()(input_ids=IDS)
+    except Seen as seen:
+        return seen.args[0].double()
     finally:
         hook.remove()
-    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).double()
 
 
 def token_cosine(stream):
