@@ -3,6 +3,7 @@
 What vLLM lacks on CPUs without AVX-512 is skipped there.
 """
 
+import gc
 import os
 import re
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items):
     """What waits for processes of its own goes first, with the file it is in, so that little is left to one core."""
     slow = {item.path for item in items if item.get_closest_marker("processes")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays, and no search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
