@@ -198,6 +198,7 @@ def _become(job: Job, descriptors: list[int]) -> None:
 
 
 def _run(words: list[str]) -> None:
+    """Do what a command line says, as the main program."""
     if spawned := SPAWNED.fullmatch(words[-2:][0]):
         sys.argv = ["-c", words[-1]]
         arguments = (argument.split("=") for argument in spawned[1].split(", "))

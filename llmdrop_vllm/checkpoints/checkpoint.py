@@ -203,7 +203,8 @@ class MaskedCheckpoint:
     def kept(self) -> Mapping[str, StoredTensor]:
         """The checkpoint's tensors but those of dropped sublayers."""
         tensors, family = self.checkpoint.tensors.items(), self.checkpoint.family
-        return {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
+        kept = {name: tensor for name, tensor in tensors if not in_dropped_sublayer(name, family, self.mask)}
+        return MappingProxyType(kept)
 
     @property
     def weight_bytes(self) -> int:

@@ -77,7 +77,8 @@ def _best_split(num_layers: int, num_stages: int, cost: Callable[[int, int], flo
     def best(count: int, end: int) -> tuple[float, float, tuple[tuple[int, int], ...]]:
         """Of the layers before `end`, in so many stages: the largest cost, the sum of squares, and the stages."""
         if count == 1:
-            return cost(0, end), cost(0, end) ** 2, ((0, end),)
+            its = cost(0, end)
+            return its, its * its, ((0, end),)
         found = []
         for begin in range(count - 1, end):
             (worst, squares, stages), its = best(count - 1, begin), cost(begin, end)

@@ -37,10 +37,10 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
             _put_in_place(partial, out, replaced)
         except BaseException:
             # Only now: once it is renamed, the directory of this name is another process's.
+            _recover(out, replaced)
             _remove(partial)
             raise
-        finally:
-            _recover(out, replaced)
+        _recover(out, replaced)
 
 
 def partial_of(out: Path) -> Path:
